@@ -1,0 +1,128 @@
+"""What the three scripts share on the command line: flags, one-line errors, seeds, devices and the log."""
+
+import argparse
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+DATASET_CACHE = "./dataset_cache.bin"
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with errors of one line, without the usage above them, and with defaults in the help."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_script(script: Callable[[], object]) -> None:
+    """Run a script's entry function; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        script()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or a float within [low, high]."""
+    name = "a whole number" if kind is int else "a number"
+    bounds = f" from {low} to {high}" if high != float("inf") else f" of at least {low}"
+    expected = name + (bounds if low != -float("inf") else "")
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # NaN fails the comparison too
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--dataset_path", default="",
+                        help='dataset: a file, a folder or a URL ("" = download PersonaChat)')
+    parser.add_argument("--dataset_cache", default=DATASET_CACHE,
+                        help="stem of the tokenised dataset's file; its name gets a key of the content")
+
+
+def add_model_flags(parser: ArgumentParser, default: str) -> None:
+    parser.add_argument("--model_checkpoint", "--model", default=default,
+                        help="model: a hub name, a folder, or the URL of an archive"
+                        + ("" if default else ' ("" = download the fine-tuned model)'))
+    parser.add_argument("--gpt_tokenization", choices=["spacy", "basic"],
+                        help="how GPT's text is split into words (unset = as the checkpoint records; where it does"
+                        " not, basic for a fine-tuned one and spacy for a new run)")
+    parser.add_argument("--max_history", type=number(int, 0), default=2,
+                        help="earlier exchanges kept in the history, so 2 * max_history + 1 turns")
+    parser.add_argument("--device", type=device, default=None, help="cpu, cuda or cuda:N (unset = cuda if there)")
+
+
+def add_decoding_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--no_sample", action="store_true", help="take the likeliest token instead of sampling")
+    parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")
+    parser.add_argument("--min_length", type=number(int, 0), default=1, help="shortest reply, in tokens")
+    parser.add_argument("--temperature", type=number(float, 1e-6), default=0.7,
+                        help="sampling temperature: below 1 sharper, above 1 flatter")
+    parser.add_argument("--top_k", type=number(int, 0), default=0, help="sample among the k likeliest tokens (0 = off)")
+    parser.add_argument("--top_p", type=number(float, 0, 1), default=0.9,
+                        help="sample among the likeliest tokens with this much probability together (0 = off)")
+
+
+def add_seed_flag(parser: ArgumentParser) -> None:
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (0 = not seeded)")
+
+
+def device(text: str) -> str:
+    """An argparse type: a torch device that this machine has."""
+    import torch  # not at the top: `--help` answers without it
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees no GPU here; use --device cpu")
+    return text
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators. 0 leaves them as they are, as in the original's chat."""
+    if not seed:
+        return
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Log to stderr, so that stdout carries only results."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for library in ("httpx", "transformers", "huggingface_hub", "ignite"):
+        logging.getLogger(library).setLevel(logging.WARNING)
