@@ -1,0 +1,106 @@
+"""Tiny models and tokenizers of both families, made here: no network, no GPU, two threads at most."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2Tokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
+
+from model import add_special_tokens_, load_model
+from utils import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ("gpt", "gpt2")
+
+torch.set_num_threads(2)
+
+
+def dialogs_of_text(dataset: dict) -> list[str]:
+    """Every text of a PersonaChat JSON, repeated as often as it occurs."""
+    utterances = [utterance for dialogs in dataset.values() for dialog in dialogs for utterance in dialog["utterances"]]
+    return [text for utterance in utterances for name in ("candidates", "history") for text in utterance[name]]
+
+
+@pytest.fixture(scope="session")
+def example_json() -> dict:
+    return json.loads((ROOT / "example" / "personachat.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
+    """Folders of tiny models without weights and without the dialog tokens: what a new run starts from."""
+    texts = dialogs_of_text(example_json)
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.BertNormalizer(lowercase=True)
+    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False)
+    )
+    save_tokenizer(OpenAIGPTTokenizer, bpe, folders["gpt"])
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    save_tokenizer(GPT2Tokenizer, bpe, folders["gpt2"])
+
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 128}
+    for family, config_class in (("gpt", OpenAIGPTConfig), ("gpt2", GPT2Config)):
+        size = len(load_tokenizer_files(folders[family]))
+        config_class(vocab_size=size, bos_token_id=None, eos_token_id=None, **shape).save_pretrained(folders[family])
+    return folders
+
+
+def save_tokenizer(tokenizer_class, bpe: Tokenizer, folder: Path) -> None:
+    state = json.loads(bpe.to_str())["model"]
+    tokenizer_class(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]]).save_pretrained(folder)
+
+
+def load_tokenizer_files(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(base_checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny double-head models with random weights and the dialog tokens, as a run folder has them."""
+    folders = {}
+    for family, base in base_checkpoints.items():
+        torch.manual_seed(1)
+        tokenizer = load_tokenizer(base, "basic" if family == "gpt" else None)
+        model = load_model(base, from_scratch=True)
+        add_special_tokens_(model, tokenizer)
+        for parameter in model.parameters():  # random weights at their usual scale give every reply the same score
+            torch.nn.init.normal_(parameter, std=0.3)
+        folders[family] = tmp_path_factory.mktemp(f"{family}-dialogs")
+        model.pretrained.save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(family, checkpoints) -> Path:
+    return checkpoints[family]
+
+
+@pytest.fixture
+def tokenizer(checkpoint):
+    return load_tokenizer(checkpoint)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return load_model(checkpoint)

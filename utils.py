@@ -1,0 +1,372 @@
+"""Where data and checkpoints come from: datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as dump_arrays
+from tqdm import tqdm
+from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
+
+from cli import UserError
+from dialogs import dataset_files, read_dialogs
+from download import extract, fetch, is_url
+
+logger = logging.getLogger(__name__)
+
+PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
+HF_FINETUNED_MODEL = (
+    "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
+)
+HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
+    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
+SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
+ATTR_TO_SPECIAL_TOKEN = {
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "additional_special_tokens": ["<speaker1>", "<speaker2>"],
+}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
+
+
+class AttrDict(dict):
+    """A dict whose keys are attributes too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def download_pretrained_model() -> str:
+    """The folder of the fine-tuned GPT of 2019, downloaded on first use."""
+    return str(extract(fetch(HF_FINETUNED_MODEL)))
+
+
+def resolve_checkpoint(checkpoint: str | Path) -> str:
+    """The folder or the hub's full name that a `--model_checkpoint` stands for; an archive's URL is downloaded."""
+    text = str(checkpoint)
+    if is_url(text):
+        return str(extract(fetch(text)))
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model_checkpoint {text}: the folder has no config.json, so it is not a checkpoint")
+        return text
+    if path.exists():
+        raise UserError(f"--model_checkpoint {text}: expected a folder, a hub name or a URL, got a file")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):  # what a model's name on the hub looks like
+        raise UserError(f"--model_checkpoint {text}: no such folder")
+    return HUB_NAMES.get(text, text)
+
+
+def has_weights(checkpoint: str) -> bool:
+    """Whether a resolved checkpoint holds weights; the hub's models all do."""
+    return not os.path.isdir(checkpoint) or any(os.path.isfile(os.path.join(checkpoint, name)) for name in WEIGHTS)
+
+
+def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; its `init_kwargs["gpt_tokenization"]` says how GPT's text is split into words.
+
+    Saved with the tokenizer, that entry is a run's record of it. Where there is none: "basic" for a checkpoint that
+    knows the dialog tokens already, since the original tokenised so in effect; "spacy", as in GPT's own pre-training
+    (Radford et al. 2018, section 4.1), for a new run.
+
+    Raises:
+        UserError: no tokenizer there, or `gpt_tokenization` given for another family than GPT.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
+        raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
+    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size() <= 1:
+        files = "tokenizer.json, or vocab.json and merges.txt"
+        raise UserError(f"--model_checkpoint {checkpoint}: no tokenizer there ({files})")
+    if isinstance(tokenizer, OpenAIGPTTokenizer):
+        fine_tuned = knows_dialog_tokens(tokenizer)
+        recorded = tokenizer.init_kwargs.get("gpt_tokenization") or ("basic" if fine_tuned else "spacy")
+        tokenizer.init_kwargs["gpt_tokenization"] = gpt_tokenization or recorded
+    elif gpt_tokenization:
+        raise UserError(f"--gpt_tokenization {gpt_tokenization}: this is for GPT's text, and {checkpoint} is no GPT")
+    return tokenizer
+
+
+def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer belongs to a model that was made for dialogs."""
+    return set(SPECIAL_TOKENS) <= tokenizer.get_added_vocab().keys()
+
+
+def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
+    """One line for what transformers could not load."""
+    if os.path.isdir(checkpoint):
+        return f"--model_checkpoint {checkpoint}: no usable {what} there ({str(error).splitlines()[0]})"
+    return (
+        f"--model_checkpoint {checkpoint}: neither a folder nor a model that can be had from the hub here;"
+        " give a local folder, or the embedded example: --model_checkpoint example/model"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+
+
+def get_dataset(tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str) -> dict[str, list[dict]]:
+    """PersonaChat, or another dataset, as token ids.
+
+    Args:
+        tokenizer: from `load_tokenizer`, or any fast tokenizer of transformers.
+        dataset_path: a file, a folder or a URL; "" downloads PersonaChat. See `dialogs` for the formats.
+        dataset_cache: stem of the cache file; "" = no cache.
+
+    Returns:
+        `{"train": [{"personality": [ids], "utterances": [{"candidates": [ids], "history": [ids]}]}], "valid": [...]}`,
+        each split only if the dataset has it, the gold reply last among the candidates. Equal sentences share one list
+        of ids: copy before changing one.
+
+    Raises:
+        UserError: the dataset cannot be had or read.
+    """
+    dataset = load_dataset(tokenizer, dataset_path, dataset_cache)
+    return {split: dataset.dialogs(split, dataset.tokens) for split in dataset.splits}
+
+
+class TokenizedDataset:
+    """A dataset whose distinct sentences are held once, as text and as token ids, and numbered.
+
+    Attributes:
+        texts: the distinct sentences.
+        tokens: their token ids, in the same order.
+        splits: names of the splits, of "train" and "valid".
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]):
+        self._arrays = arrays
+        self.splits = [name.removesuffix(".history") for name in arrays if name.endswith(".history")]
+        self.tokens: list[list[int]] = list(self._lists("tokens"))
+
+    @property
+    def texts(self) -> list[str]:
+        text = self._arrays["texts"].tobytes()
+        ends = self._arrays["texts.ends"].tolist()
+        return [text[start:end].decode() for start, end in itertools.pairwise([0, *ends])]
+
+    def personalities(self) -> list[list[list[int]]]:
+        """The personas of all dialogs of all splits, in token ids."""
+        return [[self.tokens[i] for i in row] for split in self.splits for row in self._lists(f"{split}.personality")]
+
+    def dialogs(self, split: str, sentences: list) -> list[dict]:
+        """The dialogs of a split, each sentence taken from `sentences`: `self.texts` or `self.tokens`."""
+        candidates, history = self._lists(f"{split}.candidates"), self._lists(f"{split}.history")
+        dialogs = []
+        utterances = (
+            {"candidates": [sentences[i] for i in next(candidates)], "history": [sentences[i] for i in next(history)]}
+            for _ in itertools.count()
+        )
+        for personality, turns in zip(self._lists(f"{split}.personality"), self._arrays[f"{split}.turns"].tolist()):
+            dialogs.append({
+                "personality": [sentences[i] for i in personality],
+                "utterances": list(itertools.islice(utterances, turns)),
+            })  # fmt: skip
+        return dialogs
+
+    def _lists(self, name: str) -> Iterator[list[int]]:
+        values, ends = self._arrays[name].tolist(), self._arrays[f"{name}.ends"].tolist()
+        return (values[start:end] for start, end in itertools.pairwise([0, *ends]))
+
+
+def load_dataset(tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str) -> TokenizedDataset:
+    """As `get_dataset`, in the form that gives texts too."""
+    url = dataset_path or PERSONACHAT_URL
+    files = dataset_files(fetch(url) if is_url(url) else Path(url))
+    if not dataset_cache:
+        return TokenizedDataset(_tokenized_arrays(tokenizer, files))
+    cache = _cache_file(dataset_cache, tokenizer, files)
+    arrays = _read_cache(cache)
+    if arrays is None:
+        arrays = _tokenized_arrays(tokenizer, files)
+        _write_cache(cache, arrays)
+    return TokenizedDataset(arrays)
+
+
+def _tokenized_arrays(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> dict[str, np.ndarray]:
+    """What a cache file holds: ragged arrays `name` with `name.ends`, all of small integers."""
+    logger.info("Reading and tokenising %s", ", ".join(map(str, files)))
+    number: dict[str, int] = {}  # text -> its place among the distinct ones
+    arrays = {}
+
+    def add(name: str, rows: Iterable[list[int]]) -> None:
+        rows = list(rows)
+        arrays[f"{name}.ends"] = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        arrays[name] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
+
+    for split, dialogs in read_dialogs(files).items():
+        utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
+        arrays[f"{split}.turns"] = np.array([len(dialog["utterances"]) for dialog in dialogs], dtype=np.int32)
+        for name, holders in (("personality", dialogs), ("candidates", utterances), ("history", utterances)):
+            rows = ([number.setdefault(text, len(number)) for text in holder[name]] for holder in holders)
+            add(f"{split}.{name}", rows)
+    texts = [text.encode() for text in number]
+    arrays["texts"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
+    arrays["texts.ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    add("tokens", tokenize(tokenizer, list(number)))
+    return arrays
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens: one written in the text, as `<eos>`, stays text."""
+    if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
+        return _tokenize_with_spacy(tokenizer, texts)
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        return [
+            encoding.ids
+            for chunk in _chunks(texts)
+            for encoding in backend.encode_batch_fast(chunk, add_special_tokens=False)
+        ]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def _tokenize_with_spacy(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """GPT's own pre-processing: text mended by ftfy, split by spaCy's English tokenizer, lower-cased, then BPE."""
+    import ftfy  # optional for GPT-2, and a second of start-up
+    import spacy
+    from tokenizers import Tokenizer
+
+    words_of = spacy.blank("en").tokenizer
+    words_to_ids = Tokenizer(tokenizer.backend_tokenizer.model)  # the BPE alone: words are split already
+    return [
+        encoding.ids
+        for chunk in _chunks(texts)
+        for encoding in words_to_ids.encode_batch_fast(
+            [[word.text.lower() for word in words_of(_standardize(ftfy.fix_text(text)))] for text in chunk],
+            is_pretokenized=True,
+        )
+    ]
+
+
+_DASHES_AND_SIGNS = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
+_PUNCTUATION_RUN = re.compile(r"([-~!\";?+,)(\\/*\[\]}{|_])\1*")
+
+
+def _standardize(text: str) -> str:
+    """Text as GPT's pre-training spaced it before spaCy: one sign for variants, space around runs of punctuation."""
+    text = _PUNCTUATION_RUN.sub(r" \g<0> ", text.translate(_DASHES_AND_SIGNS))
+    text = re.sub(r"\s*\n\s*", " \n ", text)
+    return re.sub(r"[^\S\n]+", " ", text).strip()
+
+
+def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:
+    """Slices of `texts` under a progress bar: the tokenizer's own records of a slice are large, 2 kB a text."""
+    few = len(texts) <= size
+    with tqdm(total=len(texts), desc="Tokenising", unit=" sentences", disable=few or None) as bar:
+        for start in range(0, len(texts), size):
+            yield texts[start : start + size]
+            bar.update(size)
+
+
+def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> Path:
+    """The cache's own file: one per dataset content, tokenizer content and format."""
+    key = hashlib.blake2b(f"{CACHE_FORMAT} {_tokenization(tokenizer)}".encode(), digest_size=8)
+    for file in files:
+        key.update(file.name.encode() + b"\0")  # a file's name says which split it is
+        with open(file, "rb") as content:
+            key.update(hashlib.file_digest(content, "blake2b").digest())
+    path = Path(stem)
+    return path.with_name(f"{path.stem}_{key.hexdigest()}{path.suffix}")
+
+
+def _tokenization(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides how a text is tokenised. Added tokens are no part of it: texts never become them."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = [state["normalizer"], state["pre_tokenizer"], state["model"]]
+    if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
+        import ftfy
+        import spacy
+
+        parts += ["spacy", spacy.__version__, ftfy.__version__]
+    return json.dumps(parts)
+
+
+def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, or None, with one line said, if it is not as it was written."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"--dataset_cache {path}: {error.strerror}") from error
+    digest, payload = content[:64], memoryview(content)[64:]
+    try:
+        if hashlib.blake2b(payload).digest() != digest:
+            raise SafetensorError("checksum differs")
+        arrays = load_arrays(payload.tobytes())
+    except SafetensorError as error:
+        logger.warning("%s is damaged (%s): built anew", path, error)
+        return None
+    logger.info("Using the tokenised dataset in %s", path)
+    return arrays
+
+
+def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the cache whole or not at all: a checksum of 64 bytes, then safetensors."""
+    payload = dump_arrays(arrays)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, hashlib.blake2b(payload).digest() + payload)
+    except OSError as error:
+        logger.warning("--dataset_cache %s: not written (%s): the next start tokenises again", path, error.strerror)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that at any instant it is either whole or as it was before.
+
+    Raises:
+        OSError: nothing was written.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        umask = os.umask(0)  # the only way to read it; mkstemp's files are private, the finished one is as any other
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------- run folders
+
+
+def make_logdir(model_name: str) -> str:
+    """Make a new run folder, as `runs/Nov21_20-57-01_host_model`; a start in the same second gets another one."""
+    started = datetime.now().strftime("%b%d_%H-%M-%S")
+    name = f"{started}_{socket.gethostname()}_{Path(model_name).name}"
+    for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
+        folder = Path("runs", name + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot make the run folder ({error.strerror})") from error
+        return str(folder)
