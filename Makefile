@@ -1,0 +1,40 @@
+# Needs make and Python 3.11 or newer; the rest goes into .venv. Another Python: make demo PYTHON=python3.12
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# A small model on a small dataset: one to two minutes on two cores.
+DEMO_DATA := --dataset_path example/personachat.json --dataset_cache build/demo/dataset_cache.bin
+DEMO_TRAIN := --model_checkpoint example/model --n_epochs 3 --lr 1e-3
+DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+.NOTPARALLEL:  # two targets would install into .venv at once
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-5s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/requirements.stamp  ## train on the example, evaluate, chat
+	@mkdir -p build/demo
+	$(PY) train.py $(DEMO_DATA) $(DEMO_TRAIN)
+	@run=$$(ls -td runs/*/ | head -n 1) && \
+	(set -x; $(PY) convai_evaluation.py --eval_type all --model_checkpoint $$run $(DEMO_DATA)) && \
+	chat() { (set -x; $(PY) interact.py --model $$run $(DEMO_DATA)); } && \
+	if [ -t 0 ]; then chat; else printf '%s\n' $(DEMO_CHAT) | chat; fi
+
+test: .venv/requirements-dev.stamp  ## run the tests
+	$(PY) -m pytest
+
+lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Dockerfile
+	.venv/bin/ruff check
+	.venv/bin/hadolint Dockerfile
+
+.venv/%.stamp: %.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3'; exit 1; }
+	@echo 'Installing $< into .venv: about a minute, more with a slow network'
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
+
+.venv/requirements-dev.stamp: requirements.txt
