@@ -1,0 +1,475 @@
+"""Dataset files of texts -> checked dialogs, whatever their format.
+
+A dialog is `{"personality": [text], "utterances": [{"candidates": [text], "history": [text]}]}`: the gold reply is the
+last candidate, the distractors stand before it. `example_entry` shows one. Formats are recognised by content, plain or
+compressed (.gz, .xz):
+
+* PersonaChat JSON: an object with "train" and/or "valid", each a list of dialogs.
+* JSON lines: one dialog a line. The file is one split: valid if its name starts with "valid", else train.
+* ParlAI text, one split likewise: `N your persona: text` and `N text<TAB>reply[<TAB>reward[<TAB>cand|cand]]` lines. A
+  number N that does not grow starts a new dialog. The history is all that was said before; an empty text adds nothing
+  to it, and ParlAI's `\\n` in a text separates turns. Of several replies `a|b` the first is the gold.
+  `N partner's persona: text` lines are left out: the model conditions on its own persona only.
+
+Personality and history may be missing. An utterance may give a `reply` instead of candidates; one that has no
+distractors gets some, drawn from the replies of other dialogs. Texts are taken as they stand; only unpaired surrogates,
+which UTF-8 cannot carry, become U+FFFD.
+"""
+
+import contextlib
+import gzip
+import json
+import logging
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from cli import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid")
+NUM_DISTRACTORS = 19  # as PersonaChat: 19 and the gold
+DISTRACTOR_SEED = 42
+MAX_FAULTS = 10  # listed in one message
+MAX_TURNS = 1000  # of a ParlAI dialog. Its histories grow with the square: a file numbered throughout would fill memory
+
+BOM = b"\xef\xbb\xbf"
+SURROGATE = re.compile("[\ud800-\udfff]")
+PARLAI_LINE = re.compile(r"([0-9]{1,9}) (.*)", re.DOTALL)
+OWN_PERSONA, PARTNER_PERSONA = "your persona:", "partner's persona:"
+DATASET_NAME = re.compile(r"(train|valid)(?:ation)?(?![a-z]).*\.(?:txt|jsonl?)(?:\.gz|\.xz)?")
+JSON_NAME = re.compile(r"[^.].*\.json(?:\.gz|\.xz)?")
+Records = Iterable[tuple[str, object]]  # unchecked dialogs with their places: " (line 3)", or "" in PersonaChat JSON
+KINDS = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+
+
+def dataset_files(path: Path) -> list[Path]:
+    """The files that a dataset path stands for, sorted: the file itself, or a folder's choice for each split.
+
+    A folder, or its subfolder ConvAI2, holds `train*` and `valid*` files, or a single JSON file.
+
+    Raises:
+        UserError: nothing there, or nothing that could be a dataset.
+    """
+    path = Path(path)
+    with _one_line_errors(path):
+        if path.is_file():
+            return [path]
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder")
+        folders = [[file for file in sorted(folder.iterdir()) if file.is_file()]
+                   for folder in (path, path / "ConvAI2") if folder.is_dir()]
+        for choose in (_split_files, _single_json):
+            for files in folders:
+                if chosen := choose(files):
+                    return chosen
+    raise UserError(f"{path}: no dataset in this folder: looked for train* and valid* files (.txt, .json or .jsonl,"
+                    " also with .gz or .xz), there and in ConvAI2, and for a single .json file")
+
+
+def read_dialogs(files: list[Path]) -> dict[str, list[dict]]:
+    """Read and check a dataset: {"train": [dialog], "valid": [dialog]}, only the splits that are there.
+
+    Equal texts are one object, within and across dialogs. Utterances with fewer than two candidates get
+    `NUM_DISTRACTORS` distractors.
+
+    Raises:
+        UserError: a file that cannot be read, or its faults: a line each for the first ten, then their number.
+    """
+    splits, texts = {}, _SharedTexts()
+    for path in files:
+        with _one_line_errors(path):
+            found = _read_file(Path(path), texts)
+        for split in found:
+            if split in splits:
+                raise UserError(f"{path}: {split}: another file of this dataset gives this split already")
+        splits.update(found)
+    for dialogs in splits.values():
+        _add_distractors(dialogs)
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def write_parlai(dialogs: list[dict], path: Path) -> None:
+    """Write one split as ParlAI text with candidates, a line an utterance; `read_dialogs` gives the same dialogs back.
+
+    An utterance whose history does not go on from the one before starts a new dialog there. What the format cannot
+    carry (a tab, a line's end, `\\n`, and `|` in a reply) becomes a space.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for dialog in dialogs:
+                for episode in _parlai_episodes(dialog):
+                    file.writelines(f"{number} {line}\n" for number, line in enumerate(episode, 1))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+# Files
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged compressed file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _split_files(files: list[Path]) -> list[Path]:
+    """The preferred file of each split: with candidates, then the own persona, then the original one, then by name."""
+    chosen = []
+    for split in SPLITS:
+        variants = [file for file in files if (match := DATASET_NAME.fullmatch(file.name)) and match[1] == split]
+        if variants:
+            chosen.append(min(variants, key=_preference))
+        if len(variants) > 1:
+            logger.info("%s: taken for %s, out of %d files", chosen[-1], split, len(variants))
+    return chosen
+
+
+def _preference(file: Path) -> tuple:
+    parts = set(re.split("[._]", file.name))
+    return "no_cands" in file.name, bool(parts & {"both", "other", "none"}), "revised" in parts, file.name
+
+
+def _single_json(files: list[Path]) -> list[Path]:
+    matching = [file for file in files if JSON_NAME.fullmatch(file.name)]
+    return matching if len(matching) == 1 else []
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open for reading bytes, decompressed."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, expected a file")
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    return lzma.open(path) if magic == b"\xfd7zXZ\0" else open(path, "rb")
+
+
+def _read_file(path: Path, texts: "_SharedTexts") -> dict[str, list[dict]]:
+    """The checked dialogs of each split in a file."""
+    faults, splits = [], {}
+    with _open(path) as file:
+        for split, records in _records(path, file, texts, faults).items():
+            splits[split] = [
+                _checked_dialog(record, f"{split} dialog {number}{place}", faults)
+                for number, (place, record) in enumerate(records, 1)
+            ]
+            if not splits[split]:
+                faults.append(f"{split}: no dialogs")
+    if faults:
+        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        raise UserError("\n".join([f"{path}: {fault}" for fault in faults[:MAX_FAULTS]] + more))
+    return splits
+
+
+def _records(path: Path, file: BinaryIO, texts: "_SharedTexts", faults: list[str]) -> dict[str, Records]:
+    """The unchecked dialogs of each split in a file of any format."""
+    split = "valid" if path.name.startswith("valid") else "train"
+    start = file.read(4096).removeprefix(BOM).lstrip()
+    file.seek(0)
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if re.match(rb"[0-9]{1,9} ", start):
+        return {split: _parlai_dialogs(path, _lines(file, faults), texts, faults)}
+    if start[:1] not in b"{[":
+        raise UserError(f"{path}: neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)")
+    value = _first_json(path, file, texts)
+    keys = value.keys() if type(value) is dict else set()
+    if not keys & set(SPLITS) and keys & {"personality", "utterances"}:
+        file.seek(0)
+        return {split: _json_lines(_lines(file, faults), texts, faults)}
+    if not keys & set(SPLITS):
+        without = " without them" if type(value) is dict else ""
+        raise UserError(f'{path}: expected an object with "train" or "valid", got {_kind(value)}{without}')
+    if file.read().strip():
+        raise UserError(f"{path}: line 2: more text after the end of the JSON")
+    return {split: _json_split(value[split], split, faults) for split in SPLITS if split in value}
+
+
+def _lines(file: BinaryIO, faults: list[str]) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers. "\\n" alone ends a line; str.splitlines knows other ends."""
+    for number, data in enumerate(file, 1):
+        try:
+            line = _decode(data, number)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        line = line.removesuffix("\n").removesuffix("\r")
+        if line.strip():
+            yield number, line
+
+
+def _decode(data: bytes, line: int = 1) -> str:
+    """UTF-8 to text; ValueError names the place, counted from `line`."""
+    if line == 1:
+        data = data.removeprefix(BOM)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise ValueError(f"line {line}, byte {column}: invalid UTF-8") from None
+
+
+# JSON
+
+
+class _SharedTexts(dict):
+    """Text -> the one object that stands for all its equals: of PersonaChat's texts one in twelve is distinct."""
+
+    def __missing__(self, text: str) -> str:
+        clean = text if text.isascii() else SURROGATE.sub("\ufffd", text)
+        self[text] = clean
+        return clean
+
+    def share_(self, record: dict) -> dict:
+        """Share the texts of a JSON object while it is parsed, so that the repeated ones are freed at once."""
+        for field in ("personality", "candidates", "history"):
+            values = record.get(field)
+            if type(values) is list:
+                record[field] = [self[value] if type(value) is str else value for value in values]
+        if type(record.get("reply")) is str:
+            record["reply"] = self[record["reply"]]
+        return record
+
+
+def _load_json(text: str, texts: _SharedTexts, line: int = 1) -> object:
+    """Parse; ValueError names the place, counted from `line`."""
+    try:
+        return json.loads(text, object_hook=texts.share_)
+    except json.JSONDecodeError as error:
+        place = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{place}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"line {line}: not a dataset: JSON nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"line {line}: not a dataset: {error}") from None
+
+
+def _first_json(path: Path, file: BinaryIO, texts: _SharedTexts) -> object:
+    """The value of the first line, or else of the whole file: JSON lines hold no value that goes over many lines."""
+    with contextlib.suppress(ValueError):
+        return _load_json(_decode(file.readline()), texts)
+    file.seek(0)
+    try:
+        return _load_json(_decode(file.read()), texts)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _json_split(records: object, split: str, faults: list[str]) -> Records:
+    if type(records) is list:
+        return (("", record) for record in records)
+    faults.append(f"{split}: expected a list of dialogs, got {_kind(records)}")
+    return ()
+
+
+def _json_lines(lines: Iterable[tuple[int, str]], texts: _SharedTexts, faults: list[str]) -> Records:
+    for number, line in lines:
+        try:
+            yield f" (line {number})", _load_json(line, texts, number)
+        except ValueError as error:
+            faults.append(str(error))
+
+
+# ParlAI text
+
+
+def _parlai_dialogs(
+    path: Path, lines: Iterable[tuple[int, str]], texts: _SharedTexts, faults: list[str]
+) -> Records:
+    place, dialog, turns, previous = "", None, [], float("inf")
+    for line_number, line in lines:
+        match = PARLAI_LINE.fullmatch(line)
+        if not match:
+            faults.append(f"line {line_number}: expected a number, a space and a text")
+            continue
+        number = int(match[1])
+        if number <= previous:
+            if dialog:
+                yield place, dialog
+            place, dialog, turns = f" (line {line_number})", {"personality": [], "utterances": []}, []
+        previous = number
+        _read_parlai_line_(match[2], dialog, turns, texts)
+        if len(turns) > MAX_TURNS:
+            raise UserError(f"{path}: line {line_number}: a dialog of more than {MAX_TURNS} turns: each dialog must"
+                            " number its lines from 1")
+    if dialog:
+        yield place, dialog
+
+
+def _read_parlai_line_(line: str, dialog: dict, turns: list[str], texts: _SharedTexts) -> None:
+    """Add a line, its number cut off, to the dialog; `turns` is all that was said in it so far."""
+    text, *fields = line.split("\t")
+    if not fields and text.startswith(OWN_PERSONA):
+        dialog["personality"].append(texts[text.removeprefix(OWN_PERSONA).removeprefix(" ")])
+    elif fields or not text.startswith(PARTNER_PERSONA):
+        if text:
+            turns.extend(texts[turn] for turn in text.split("\\n"))
+        utterance = {"history": turns.copy()}
+        if fields:
+            utterance["reply"] = texts[fields[0].split("|")[0]]
+            turns.append(utterance["reply"])
+        if len(fields) > 2 and fields[2]:
+            utterance["candidates"] = [texts[candidate] for candidate in fields[2].split("|")]
+        dialog["utterances"].append(utterance)
+
+
+def _parlai_episodes(dialog: dict) -> Iterator[list[str]]:
+    """The lines, not yet numbered, of a dialog: one list where each history goes on from the one before."""
+    persona = [f"{OWN_PERSONA} {_parlai_text(text)}" for text in dialog["personality"]]
+    episode, turns = [], []
+    for utterance in dialog["utterances"]:
+        history, candidates = utterance["history"], [_parlai_text(text, "|") for text in utterance["candidates"]]
+        if episode and history[: len(turns)] != turns:
+            yield episode
+            episode, turns = [], []
+        text = "\\n".join(_parlai_text(turn) for turn in history[len(turns) :])
+        episode = (episode or persona) + [f"{text}\t{candidates[-1]}\t\t{'|'.join(candidates)}"]
+        turns = [*history, utterance["candidates"][-1]]
+    yield episode
+
+
+def _parlai_text(text: str, separators: str = "") -> str:
+    return re.sub(rf"\\n|[\t\r\n{separators}]", " ", text)
+
+
+# The check, one for every format
+
+
+def _kind(value: object) -> str:
+    return KINDS.get(type(value), "a number")
+
+
+def _checked_dialog(record: object, place: str, faults: list[str]) -> dict | None:
+    """The dialog of a record without its unknown fields. What is wrong goes to `faults`."""
+    if type(record) is not dict:
+        faults.append(f"{place}: expected an object, got {_kind(record)}")
+        return None
+    personality, utterances = _checked_texts(record, "personality", place, faults), record.get("utterances", [])
+    if type(utterances) is not list:
+        faults.append(f"{place}, utterances: expected a list of objects, got {_kind(utterances)}")
+        return None
+    if not utterances:
+        faults.append(f"{place}: no utterances")
+    utterances = [
+        _checked_utterance(utterance, f"{place}, utterance {number}", faults)
+        for number, utterance in enumerate(utterances, 1)
+    ]
+    return {"personality": personality, "utterances": utterances}
+
+
+def _checked_utterance(record: object, place: str, faults: list[str]) -> dict | None:
+    if type(record) is not dict:
+        faults.append(f"{place}: expected an object, got {_kind(record)}")
+        return None
+    history = _checked_texts(record, "history", place, faults)
+    candidates = _checked_texts(record, "candidates", place, faults)
+    reply = record.get("reply", "")
+    if type(reply) is not str:
+        faults.append(f"{place}, reply: expected a string, got {_kind(reply)}")
+    elif candidates is not None:
+        if "reply" in record:
+            candidates = _gold_last(candidates, reply)
+        if not candidates:
+            faults.append(f"{place}: no reply")
+        elif not candidates[-1].strip():
+            faults.append(f"{place}: empty reply")
+    return {"candidates": candidates, "history": history}
+
+
+def _checked_texts(record: dict, field: str, place: str, faults: list[str]) -> list[str] | None:
+    values = record.get(field, [])
+    if type(values) is list and set(map(type, values)) <= {str}:
+        return values
+    got = _kind(values)
+    if type(values) is list:
+        got = next(f"{_kind(value)} in place {n}" for n, value in enumerate(values, 1) if type(value) is not str)
+    faults.append(f"{place}, {field}: expected a list of strings, got {got}")
+    return None
+
+
+def _gold_last(candidates: list[str], reply: str) -> list[str]:
+    """The reply moved, or added, to the end of the candidates."""
+    if reply in candidates[-1:]:
+        return candidates
+    rest = candidates.copy()
+    if reply in rest:
+        rest.remove(reply)
+    return [*rest, reply]
+
+
+# Distractors
+
+
+def _add_distractors(dialogs: list[dict]) -> None:
+    """Give `NUM_DISTRACTORS` distractors to the utterances of a split that have none.
+
+    They are drawn from the distinct replies of other dialogs, without repeats and without the gold, all equally
+    likely; fewer where there are not as many. The draw depends on the split's dialogs alone.
+    """
+    utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
+    wanting = np.flatnonzero([len(utterance["candidates"]) < 2 for utterance in utterances])
+    if not wanting.size:
+        return
+    numbers = {}  # distinct reply -> its number, by first appearance
+    reply = np.array([numbers.setdefault(utterance["candidates"][-1], len(numbers)) for utterance in utterances])
+    dialog = np.repeat(np.arange(len(dialogs)), [len(dialog["utterances"]) for dialog in dialogs])
+
+    # 1) order the replies: those that several dialogs give, then a block for each dialog's own, so that what may
+    #    be drawn in a dialog is all but one block
+    first, last = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers), dtype=np.int64)
+    first[reply[::-1]], last[reply] = dialog[::-1], dialog  # of repeated indices the last assignment holds
+    owner = np.where(first == last, first, -1)
+    order = owner.argsort(kind="stable")
+    place = order.argsort()
+    start = np.searchsorted(owner[order], np.arange(len(dialogs)))
+    size = np.searchsorted(owner[order], np.arange(len(dialogs)), side="right") - start
+
+    # 2) draw among what is left without the block and the gold; 3) step over the gold and over the block
+    own, gold = dialog[wanting], reply[wanting]
+    shared = (owner[gold] < 0).astype(np.int64)  # else the gold is in its dialog's block
+    drawn = _sample_rows(len(numbers) - size[own] - shared, NUM_DISTRACTORS)
+    drawn += (drawn >= place[gold][:, None]) * shared[:, None]
+    drawn += (drawn >= start[own][:, None]) * size[own][:, None]
+
+    replies = np.array([*numbers], dtype=object)[order].tolist()
+    for utterance, row in zip((utterances[n] for n in wanting), drawn.tolist(), strict=True):
+        utterance["candidates"][:0] = [replies[n] for n in row if n >= 0]
+
+
+def _sample_rows(sizes: np.ndarray, count: int) -> np.ndarray:
+    """(R,) -> (R, count): distinct numbers below each size, in random order; -1 for those that it lacks.
+
+    Floyd's algorithm, on all rows at once (Bentley and Floyd, "A sample of brilliance", CACM 30(9), 1987).
+    """
+    random = np.random.RandomState(DISTRACTOR_SEED)  # NumPy keeps its stream the same in all releases
+    drawn = np.full((count, len(sizes)), -1)  # turned, so that a step compares whole rows
+    for step in range(count):
+        top = sizes - count + step
+        draw = (random.random_sample(len(sizes)) * (top + 1)).astype(np.int64)
+        taken = (drawn[:step] == draw).any(axis=0)
+        drawn[step] = np.where(top < 0, -1, np.where(taken, top, draw))
+    shuffle = random.random_sample((len(sizes), count)).argsort(axis=1)
+    return np.take_along_axis(drawn.T, shuffle, axis=1)
