@@ -139,7 +139,7 @@ def _choose(logits: Tensor, args: Namespace, special: Tensor, go_on: bool) -> Te
 
     Args:
         special: ids of the tokens that end a reply.
-        go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves special tokens only.
+        go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves no word.
     """
     probabilities = top_filtering(logits / args.temperature, args.top_k, args.top_p).softmax(-1)
     if go_on:

@@ -48,7 +48,8 @@ def run(argv: list[str] | None = None) -> None:
     set_up_logging(logging.WARNING)
     set_seed(args.seed)
     model, tokenizer = load_finetuned(args.model_checkpoint, args.gpt_tokenization, args.device)
-    personas = [persona for persona in load_dataset(tokenizer, args.dataset_path, args.dataset_cache).personalities() if persona]
+    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+    personas = [persona for persona in dataset.personalities() if persona]
     if not personas:
         raise UserError(f"{args.dataset_path}: no dialog with a persona")
     persona = random.choice(personas)
@@ -78,7 +79,8 @@ def read_line() -> str | None:
 
 
 def decode_text(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    """Text as people write it, without spaces before punctuation and within contractions."""
+    return tokenizer.clean_up_tokenization(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

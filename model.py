@@ -186,6 +186,11 @@ class DoubleHeads(nn.Module):
         """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
         return self.pretrained.multiple_choice_head(hidden.unsqueeze(-2)).squeeze(-1)
 
+    def packed_hidden_states(self, batch) -> Tensor:
+        """Hidden states of packed rows (`inputs.Batch`), in one flat line, as its positions count: (B * T, C)."""
+        hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
+        return hidden.flatten(0, 1)
+
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """Both heads over packed rows (`inputs.Batch`), each only where it is asked for.
 
@@ -193,8 +198,7 @@ class DoubleHeads(nn.Module):
             lm_logits: (number of lm_positions, vocabulary).
             choice_scores: (B, K), -inf where a row has fewer than K replies.
         """
-        hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
-        hidden = hidden.flatten(0, 1)  # (B, T, C) -> (B * T, C)
+        hidden = self.packed_hidden_states(batch)
         scores = self.choice_scores(hidden[batch.last_positions])
         return self.lm_logits(hidden[batch.lm_positions]), scores.masked_fill(batch.last_positions < 0, -torch.inf)
 
