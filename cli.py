@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 
@@ -84,6 +85,19 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--top_k", type=number(int, 0), default=0, help="sample among the k likeliest tokens (0 = off)")
     parser.add_argument("--top_p", type=number(float, 0, 1), default=0.9,
                         help="sample among the likeliest tokens with this much probability together (0 = off)")
+    parser.add_argument("--num_beams", type=number(int, 0), default=0,
+                        help="beam search with this many beams in place of sampling (0 = off, 1 = greedy)")
+    parser.add_argument("--length_penalty", type=number(float, 0, 100), default=1.0,
+                        help="a beam's log-probability is divided by its length to this power (0 = off)")
+    parser.add_argument("--no_repeat_ngram_size", type=number(int, 0), default=0,
+                        help="no sequence of this many tokens twice in a reply (0 = off)")
+    parser.add_argument("--repetition_penalty", type=number(float, 1e-6, 100), default=1.0,
+                        help="above 1, a token that the reply has already is less likely to come again (1 = off)")
+    parser.add_argument("--block_history_ngram", type=number(int, 0), default=0,
+                        help="no sequence of this many tokens from the model's own earlier turns (0 = off)")
+    parser.add_argument("--num_samples", type=number(int, 1), default=1, help="replies to sample, in one batch")
+    parser.add_argument("--rank", action="store_true",
+                        help="of several replies give the one that the model's choice head scores best")
 
 
 def add_seed_flag(parser: ArgumentParser) -> None:
@@ -94,12 +108,13 @@ def device(text: str) -> str:
     """An argparse type: a torch device that this machine has."""
     import torch  # not at the top: `--help` answers without it
 
-    try:
-        kind = torch.device(text).type
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}") from None
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    kind, _, index = text.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees no GPU here; use --device cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees {torch.cuda.device_count()} GPUs here")
     return text
 
 
@@ -124,5 +139,11 @@ def set_seed(seed: int) -> None:
 def set_up_logging(level: int = logging.INFO) -> None:
     """Log to stderr, so that stdout carries only results."""
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for library in ("httpx", "transformers", "huggingface_hub", "ignite"):
+    for library in ("httpx", "httpx2", "transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    for library in ("ignite", "transformers.utils.hub"):  # they log an exception that the script goes on to report
+        logging.getLogger(library).setLevel(logging.CRITICAL)

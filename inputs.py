@@ -14,7 +14,7 @@ A reply attends to the context and to itself, so its hidden states are those tha
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
+from cli import UserError
 from utils import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -242,21 +243,31 @@ class BucketSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order: the same epoch gives the same batches, in every process."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, which decides on the order, in every process the same; begin with batch `start` of it."""
         self.epoch = epoch
+        self.start = start
+
+    def state_dict(self) -> dict:
+        """What tells one dataset from another; the place in it is the trainer's to know."""
+        return {"examples": len(self.lengths), "tokens": int(self.lengths.sum())}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state != self.state_dict():
+            raise UserError(f"--dataset_path: the run was on another dataset ({state}, here {self.state_dict()})")
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._global_batches():
+        for batch in self._global_batches()[self.start :]:
             share = batch[self.rank :: self.world_size]
             # A last batch with fewer examples than ranks: all ranks must take part in a training step, so one is shared
             yield share.tolist() if len(share) or not self.shuffle else batch[:1].tolist()
 
-    def _global_batches(self) -> Iterable[np.ndarray]:
+    def _global_batches(self) -> list[np.ndarray]:
         size = self.batch_size * self.world_size
         if not self.shuffle:
             return list(_split(np.argsort(self.lengths, kind="stable"), size))

@@ -6,7 +6,6 @@ checkpoint is exchanged with transformers' own classes in both directions.
 """
 
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -31,11 +30,13 @@ from transformers.pytorch_utils import Conv1D
 from cli import UserError, default_device
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
+    SPECIAL_TOKENS,
     cannot_load,
     download_pretrained_model,
     has_weights,
     knows_dialog_tokens,
     load_tokenizer,
+    move_into_place,
     resolve_checkpoint,
 )
 
@@ -263,7 +264,21 @@ def save_model(model: DoubleHeads, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model") as temporary:
         model.pretrained.save_pretrained(temporary)
         for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+            move_into_place(file, folder / file.name)
+
+
+def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet."""
+    weight = model.pretrained.get_input_embeddings().weight
+    trained = torch.zeros(len(weight), 1, device=weight.device)
+    trained[tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)] = 1.0
+    weight.register_hook(lambda gradient: gradient * trained.to(gradient.dtype))
+
+
+def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    pretrained = model.pretrained  # transformers renamed the method
+    getattr(pretrained, "activation_checkpointing_enable", pretrained.gradient_checkpointing_enable)()
 
 
 def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,21 +16,32 @@ import json
 import logging
 import math
 import os
-import time
+import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, EventEnum, Events
-from ignite.handlers import Checkpoint, DiskSaver, PiecewiseLinear, ProgressBar
-from ignite.handlers.tensorboard_logger import OptimizerParamsHandler, OutputHandler, TensorboardLogger
+from ignite.engine import Engine, Events
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from checkpoints import (
+    ARGUMENTS,
+    NOT_RESUMED,
+    Best,
+    RandomState,
+    changed_arguments,
+    cut_metrics,
+    find_run,
+    load_checkpoint,
+    read_arguments,
+    save_checkpoint,
+)
 from cli import (
     ArgumentParser,
     UserError,
@@ -43,6 +54,7 @@ from cli import (
     set_seed,
     set_up_logging,
 )
+from handlers import StepEvents, attach_checkpoints, attach_figures, attach_validation
 from inputs import (
     MODEL_INPUTS,
     PADDED_INPUTS,
@@ -56,7 +68,15 @@ from inputs import (
     pack,
     pad_dataset,
 )
-from model import DoubleHeads, add_special_tokens_, load_model, save_model
+from model import (
+    DoubleHeads,
+    add_special_tokens_,
+    enable_gradient_checkpointing_,
+    freeze_embeddings_,
+    load_model,
+    save_model,
+)
+from precision import LEVELS, Precision, make_precision
 from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_dataset, load_tokenizer, make_logdir, write_atomically
 
 __all__ = [  # the original's public names, wherever they are defined now
@@ -67,11 +87,8 @@ __all__ = [  # the original's public names, wherever they are defined now
 logger = logging.getLogger(__name__)
 
 
-class StepEvents(EventEnum):
-    OPTIMIZER_STEP = "optimizer_step"
-
-
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
+    """The arguments, and the run folder to resume, whose arguments then stand in for flags that are not given."""
     parser = ArgumentParser("Fine-tune GPT or GPT-2 with two heads on dialogs with personas.")
     add_data_flags(parser)
     parser.add_argument("--valid_share", type=number(float, 0, 0.9), default=0.0,
@@ -93,16 +110,41 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
                         help="norm to which longer gradients are clipped")
+    parser.add_argument("--freeze_embeddings", action="store_true", help="of the words train the dialog tokens only")
+    # hardware
+    parser.add_argument("--fp16", choices=LEVELS, default="",
+                        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
+    parser.add_argument("--gradient_checkpointing", action="store_true",
+                        help="compute each layer twice, for a fraction of the memory")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
+                        help="set by torch.distributed.launch (-1 = one process)")
     # run
+    parser.add_argument("--resume", default="",
+                        help="run folder to go on with; auto = the newest of the same arguments, or a new one")
     parser.add_argument("--eval_before_start", action="store_true", help="validate before the first step too")
     parser.add_argument("--log_every", type=number(int, 0), default=0,
                         help="optimizer steps between logged ones (0 = 1 in a run under 200 steps, else 10)")
-    parser.add_argument("--fp16", choices=["", "O0", "O1", "O2", "O3"], default="",
-                        help='precision ("" or O0 = float32)')
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
-                        help="set by torch.distributed.launch (-1 = one process)")
+    parser.add_argument("--save_every", type=number(int, 0), default=0,
+                        help="optimizer steps between checkpoints, beside one an epoch (0 = off)")
+    parser.add_argument("--n_saved", type=number(int, 1), default=3, help="checkpoints kept")
+    parser.add_argument("--best_metric", choices=["hits@1", "nll"], default="hits@1",
+                        help="what makes a validation the best")
+    parser.add_argument("--patience", type=number(int, 0), default=0,
+                        help="epochs without a better validation until the run stops (0 = off)")
+    parser.add_argument("--export", choices=["last", "best"], default="last",
+                        help="epoch whose weights are in the run folder's model.safetensors")
     add_seed_flag(parser)
-    return parser.parse_args(argv)
+
+    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    args = parser.parse_args(argv)
+    run = find_run(args.resume, args) if args.resume else None
+    if run:
+        saved = read_arguments(run)
+        parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
+        args = parser.parse_args(argv)
+        if changed := changed_arguments(saved, args):
+            raise UserError(f"--resume {run}: {', '.join(changed)}; leave it out, or start a new run")
+    return args, run
 
 
 def average_distributed_scalar(scalar: float, args: Namespace | None = None) -> float:
@@ -170,7 +212,13 @@ def make_loader(
     def collate(batch: list[Example]) -> Batch | None:
         return pack([make_row(example, tokenizer) for example in batch], tokenizer.pad_token_id) if batch else None
 
-    return DataLoader(examples, batch_sampler=sampler, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        examples,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each epoch would draw from torch's own, a resumed one too
+    )
 
 
 def log_examples(split: str, examples: list[Example], loader: DataLoader) -> None:
@@ -180,7 +228,7 @@ def log_examples(split: str, examples: list[Example], loader: DataLoader) -> Non
                 split, len(examples), candidates, lengths.sum(), lengths.max())
 
 
-def create_trainer(model: torch.nn.Module, optimizer: AdamW, args: Namespace, device: torch.device) -> Engine:
+def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace, device: torch.device) -> Engine:
     """An engine whose iteration is one forward and backward, and every so many of them an optimizer step.
 
     It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
@@ -191,27 +239,30 @@ def create_trainer(model: torch.nn.Module, optimizer: AdamW, args: Namespace, de
 
     def step(engine: Engine, batch: Batch) -> None:
         state = engine.state
+        n_iterations = state.max_epochs * state.epoch_length
+        for group in precision.optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (state.iteration - 1) / n_iterations)
         micro_steps = args.gradient_accumulation_steps
         # original: what is left over at the end of the run is thrown away
-        full = state.iteration % micro_steps == 0 or state.iteration == state.max_epochs * state.epoch_length
+        full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
         with contextlib.nullcontext() if full or idist.get_world_size() == 1 else model.no_sync():
-            losses = distributed_losses(model, batch.to(device))
+            with precision.autocast():
+                losses = distributed_losses(model, batch.to(device))
             loss = losses @ coefficients
-            (loss / micro_steps).backward()
+            precision.backward(loss / micro_steps)
         accumulated.add_(torch.cat([loss[None], losses]).detach())
         if not full:
             return
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
         state.optimizer_step += 1
-        set_adam_eps_(optimizer, state.optimizer_step)
-        optimizer.step()
-        optimizer.zero_grad()
+        set_adam_eps_(precision.optimizer, state.optimizer_step)
+        precision.step(args.max_norm)
         state.losses = accumulated / ((state.iteration - 1) % micro_steps + 1)
         accumulated.zero_()
         engine.fire_event(StepEvents.OPTIMIZER_STEP)
 
     trainer = Engine(step)
     trainer.register_events(*StepEvents, event_to_attr={StepEvents.OPTIMIZER_STEP: "optimizer_step"})
+    trainer.state_dict_user_keys.append("optimizer_step")
     return trainer
 
 
@@ -230,12 +281,12 @@ def distributed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
-    """Make torch's AdamW at step `step` (from 1) that of transformers 2, which added eps before the bias correction."""
+    """Make torch's AdamW at step `step`, from 1 on, that of transformers 2: eps added before the bias correction."""
     for group in optimizer.param_groups:
         group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** step)
 
 
-def create_evaluator(model: torch.nn.Module, device: torch.device) -> Engine:
+def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch.device) -> Engine:
     """An engine that leaves `nll` (nats a token), `ppl` and `accuracy` (hits@1) of all examples in `state.metrics`."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # nll, tokens, hits, examples
 
@@ -244,7 +295,8 @@ def create_evaluator(model: torch.nn.Module, device: torch.device) -> Engine:
         if batch is None:  # this process's share of the last batch
             return
         batch = batch.to(device)
-        lm_logits, choice_scores = model(batch)
+        with precision.autocast():
+            lm_logits, choice_scores = model(batch)
         nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
         hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
         counts = torch.tensor([len(batch.lm_labels), len(batch.choice_labels)], device=device)
@@ -267,77 +319,18 @@ def create_evaluator(model: torch.nn.Module, device: torch.device) -> Engine:
     return evaluator
 
 
-def attach_validation(trainer: Engine, evaluator: Engine, loader: DataLoader, before_start: bool) -> None:
-    """Validate after each epoch, and before the first one if asked."""
-
-    def validate():
-        evaluator.run(loader)
-        logger.info("Validation: %s", ", ".join(f"{key} {value:.4f}" for key, value in evaluator.state.metrics.items()))
-
-    if before_start:
-        trainer.add_event_handler(Events.STARTED, validate)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
-
-
-def attach_figures(trainer: Engine, evaluator: Engine, optimizer: AdamW, args: Namespace, folder: Path | None) -> None:
-    """Write each logged step's and each validation's figures to `metrics.jsonl` and TensorBoard; show them on a bar.
-
-    `folder` is None on the processes that do not write. They take part in the reductions.
-    """
-    logged = StepEvents.OPTIMIZER_STEP(every=args.log_every)
-    since = {"time": time.perf_counter(), "iteration": 0}
-
-    @trainer.on(logged)
-    def collect(engine: Engine):
-        loss, lm_loss, mc_loss = (idist.all_reduce(engine.state.losses) / idist.get_world_size()).tolist()
-        seconds = time.perf_counter() - since["time"]
-        iterations = engine.state.iteration - since["iteration"]
-        engine.state.metrics = {
-            "loss": loss,
-            "lm_loss": lm_loss,
-            "mc_loss": mc_loss,
-            "lr": optimizer.param_groups[0]["lr"],
-            "examples_per_second": iterations * args.train_batch_size * idist.get_world_size() / seconds,
-            "ms_per_step": 1000 * seconds / args.log_every,
-        }
-        since.update(time=time.perf_counter(), iteration=engine.state.iteration)
-
-    if folder is None:
-        return
-    metrics_file = folder / "metrics.jsonl"
-
-    def write(figures: dict) -> None:
-        place = {"step": trainer.state.optimizer_step, "epoch": trainer.state.epoch}
-        with open(metrics_file, "a") as file:
-            file.write(json.dumps(place | figures) + "\n")
-
-    trainer.add_event_handler(logged, lambda engine: write(engine.state.metrics))
-    evaluator.add_event_handler(Events.COMPLETED, lambda engine: write({"split": "valid"} | engine.state.metrics))
-
-    bar = ProgressBar(persist=True, disable=None)  # None = only on a terminal
-    bar.attach(trainer, ["loss", "lr"])
-    board = TensorboardLogger(log_dir=str(folder))
-    step_of_trainer = lambda *_: trainer.state.optimizer_step  # noqa: E731
-    board.attach(trainer, OutputHandler("training", "all", global_step_transform=step_of_trainer), logged)
-    board.attach(trainer, OptimizerParamsHandler(optimizer), Events.ITERATION_STARTED(every=args.log_every))
-    board.attach(evaluator, OutputHandler("validation", "all", global_step_transform=step_of_trainer), Events.COMPLETED)
-    trainer.add_event_handler(Events.COMPLETED, board.close)
-
-
-def attach_checkpoints(trainer: Engine, to_save: dict, folder: Path) -> None:
-    """Save the training state each epoch; the newest three are kept."""
-    saver = DiskSaver(folder, require_empty=False)  # writes to a temporary name first
-    checkpoint = Checkpoint(to_save, saver, n_saved=3, global_step_transform=lambda *_: trainer.state.epoch)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
-
-
-def write_run_folder(folder: Path, args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what is known of a run before its first step: arguments, configuration, tokenizer."""
+def open_run_folder(
+    args: Namespace, run: Path | None, trainer: Engine, model: DoubleHeads, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Make the run folder, or go back in it to where the run resumes; write what is known before the first step."""
+    folder = run or Path(make_logdir(args.model_checkpoint))
     logger.info("Arguments: %s", json.dumps(vars(args)))
     logger.info("Run folder: %s", folder)
-    write_atomically(folder / "training_args.json", json.dumps(vars(args), indent=2) + "\n")
+    cut_metrics(folder, trainer.state.optimizer_step)
+    write_atomically(folder / ARGUMENTS, json.dumps(vars(args), indent=2) + "\n")
     model.pretrained.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def train(argv: list[str] | None = None) -> str:
@@ -346,47 +339,68 @@ def train(argv: list[str] | None = None) -> str:
     Raises:
         UserError: input that cannot be used.
     """
-    args = parse_args(argv)
+    args, run = parse_args(argv)
     device = setup_distributed(args)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.WARNING)
-    if args.fp16 not in ("", "O0"):
-        raise UserError(f"--fp16 {args.fp16}: half precision is not there yet; leave the flag out for float32")
     set_seed(args.seed)
 
-    tokenizer = load_tokenizer(args.model_checkpoint, args.gpt_tokenization)
-    args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
-    model = load_model(args.model_checkpoint, device, from_scratch=True)
+    checkpoint = run or args.model_checkpoint
+    tokenizer = load_tokenizer(checkpoint, args.gpt_tokenization)
+    model = load_model(checkpoint, device, from_scratch=True)
     add_special_tokens_(model, tokenizer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if args.freeze_embeddings:
+        freeze_embeddings_(model, tokenizer)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing_(model)
+    parameters = sum(map(torch.numel, model.parameters()))
     logger.info("Model: %s, %d parameters", model.pretrained.config.model_type, parameters)
-    train_loader, valid_loader, train_sampler, _ = get_data_loaders(args, tokenizer, model.n_positions)
-    n_iterations = args.n_epochs * len(train_loader)
+    train_loader, valid_loader, sampler, _ = get_data_loaders(args, tokenizer, model.n_positions)
     if not args.log_every:
-        args.log_every = 1 if n_iterations / args.gradient_accumulation_steps < 200 else 10
+        steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
+        args.log_every = 1 if steps < 200 else 10
 
-    optimizer = AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    scheduler = PiecewiseLinear(optimizer, "lr", [(0, args.lr), (n_iterations, 0.0)])
-    forward = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
-    trainer = create_trainer(forward, optimizer, args, device)
-    evaluator = create_evaluator(model, device)
-    trainer.add_event_handler(Events.ITERATION_STARTED, scheduler)
-    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: train_sampler.set_epoch(engine.state.epoch))
+    make_optimizer = partial(AdamW, lr=args.lr, weight_decay=0.0, fused=True)
+    precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
+    distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
+    trainer = create_trainer(distributed, precision, args, device)
+    evaluator = create_evaluator(model, precision, device)
+    best = Best(args.best_metric)
+    to_save = {
+        "trainer": trainer, "sampler": sampler, "model": model.pretrained, "optimizer": precision.optimizer,
+        "precision": precision, "best": best, "random": RandomState(),
+    }  # fmt: skip
+    set_seed(args.seed and args.seed + idist.get_rank())  # each process drops out units of its own
+    if run:
+        load_checkpoint(run, to_save)
+        trainer.state.max_epochs = args.n_epochs
+        if trainer.state.epoch >= args.n_epochs:
+            raise UserError(f"--resume {run}: its {trainer.state.epoch} epochs are done; --n_epochs adds more")
+    folder = open_run_folder(args, run, trainer, model, tokenizer) if idist.get_rank() == 0 else None
 
-    folder = Path(make_logdir(args.model_checkpoint)) if idist.get_rank() == 0 else None
-    attach_figures(trainer, evaluator, optimizer, args, folder)
+    def export():
+        if folder is not None:
+            save_model(model, folder)
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch(engine: Engine):
+        done = engine.state.iteration % len(train_loader)  # more than 0 where a resumed run goes on within an epoch
+        sampler.set_epoch(engine.state.epoch, done)
+
+    attach_figures(trainer, evaluator, precision, args, folder)
     if valid_loader is not None:
-        attach_validation(trainer, evaluator, valid_loader, args.eval_before_start)
-    if folder is not None:
-        write_run_folder(folder, args, model, tokenizer)
-        to_save = {"trainer": trainer, "model": model.pretrained, "optimizer": optimizer, "lr_scheduler": scheduler}
-        attach_checkpoints(trainer, to_save, folder)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: save_model(model, folder))
+        attach_validation(trainer, evaluator, valid_loader, best, export, args)
+    if args.export == "last" or valid_loader is None:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
+    save = partial(save_checkpoint, folder, trainer, to_save, args.n_saved)
+    stopped = attach_checkpoints(trainer, save, args)
 
     model.train()
     trainer.run(train_loader, max_epochs=args.n_epochs)
-    if folder is not None:
-        logger.info("Done: chat with it by python interact.py --model_checkpoint %s", folder)
     idist.finalize()
+    if stopped:
+        logger.info("Stopped and saved; go on with: python train.py --resume %s", folder)
+        sys.exit(128 + stopped[0])
+    logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
     return str(folder)
 
 

@@ -1,5 +1,6 @@
 """Where data and checkpoints come from: datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,6 +20,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as dump_arrays
 from tqdm import tqdm
 from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
+from transformers.utils import has_file
 
 from cli import UserError
 from dialogs import dataset_files, read_dialogs
@@ -64,12 +67,11 @@ def resolve_checkpoint(checkpoint: str | Path) -> str:
     text = str(checkpoint)
     if is_url(text):
         return str(extract(fetch(text)))
-    path = Path(text)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(text):
+        if not os.path.isfile(os.path.join(text, "config.json")):
             raise UserError(f"--model_checkpoint {text}: the folder has no config.json, so it is not a checkpoint")
         return text
-    if path.exists():
+    if os.path.exists(text):
         raise UserError(f"--model_checkpoint {text}: expected a folder, a hub name or a URL, got a file")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):  # what a model's name on the hub looks like
         raise UserError(f"--model_checkpoint {text}: no such folder")
@@ -92,6 +94,8 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         UserError: no tokenizer there, or `gpt_tokenization` given for another family than GPT.
     """
     folder = resolve_checkpoint(checkpoint)
+    if not os.path.isdir(folder) and not _can_be_had(folder):
+        raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
@@ -108,6 +112,15 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     return tokenizer
 
 
+def _can_be_had(name: str) -> bool:
+    """Whether a hub model is in transformers' cache or on the hub. Asked once: loading retries for a minute."""
+    for in_cache in (True, False):
+        with contextlib.suppress(Exception):  # whatever a network does
+            if has_file(name, "config.json", local_files_only=in_cache):
+                return True
+    return False
+
+
 def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer belongs to a model that was made for dialogs."""
     return set(SPECIAL_TOKENS) <= tokenizer.get_added_vocab().keys()
@@ -116,7 +129,8 @@ def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
     """One line for what transformers could not load."""
     if os.path.isdir(checkpoint):
-        return f"--model_checkpoint {checkpoint}: no usable {what} there ({str(error).splitlines()[0]})"
+        reason = str(error).strip() or type(error).__name__
+        return f"--model_checkpoint {checkpoint}: no usable {what} there ({reason.splitlines()[0]})"
     return (
         f"--model_checkpoint {checkpoint}: neither a folder nor a model that can be had from the hub here;"
         " give a local folder, or the embedded example: --model_checkpoint example/model"
@@ -190,10 +204,15 @@ class TokenizedDataset:
         return (values[start:end] for start, end in itertools.pairwise([0, *ends]))
 
 
+def locate_dataset(dataset_path: str) -> list[Path]:
+    """The files of a `--dataset_path`, downloaded where it is a URL or "", PersonaChat's."""
+    url = str(dataset_path) or PERSONACHAT_URL
+    return dataset_files(fetch(url) if is_url(url) else Path(url))
+
+
 def load_dataset(tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str) -> TokenizedDataset:
     """As `get_dataset`, in the form that gives texts too."""
-    url = dataset_path or PERSONACHAT_URL
-    files = dataset_files(fetch(url) if is_url(url) else Path(url))
+    files = locate_dataset(dataset_path)
     if not dataset_cache:
         return TokenizedDataset(_tokenized_arrays(tokenizer, files))
     cache = _cache_file(dataset_cache, tokenizer, files)
@@ -287,9 +306,14 @@ def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path]
     key = hashlib.blake2b(f"{CACHE_FORMAT} {_tokenization(tokenizer)}".encode(), digest_size=8)
     for file in files:
         key.update(file.name.encode() + b"\0")  # a file's name says which split it is
-        with open(file, "rb") as content:
-            key.update(hashlib.file_digest(content, "blake2b").digest())
+        try:
+            with open(file, "rb") as content:
+                key.update(hashlib.file_digest(content, "blake2b").digest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     path = Path(stem)
+    if not path.name:
+        raise UserError(f"--dataset_cache {stem}: not the name of a file")
     return path.with_name(f"{path.stem}_{key.hexdigest()}{path.suffix}")
 
 
@@ -341,17 +365,29 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: nothing was written.
     """
+    with open_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write to, which takes its place at `path` when the block ends well, and else is gone."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        umask = os.umask(0)  # the only way to read it; mkstemp's files are private, the finished one is as any other
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+            yield file
+        move_into_place(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def move_into_place(temporary: str | Path, path: Path) -> None:
+    """Rename a finished temporary file, which is private, to a file that others may read as any other new one."""
+    umask = os.umask(0)  # the only way to read it
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders

@@ -14,7 +14,7 @@ from utils import load_tokenizer
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
 
 
 def dialogs_of_text(dataset: dict) -> list[str]:
