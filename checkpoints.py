@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from ignite.engine import Engine
 
-from cli import UserError
+from cli import UserError, first_line
 from utils import open_atomically, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path | None, trainer: Engine, to_save: Mapping, n_sa
         with open_atomically(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
-        logger.error("%s: not written (%s); older checkpoints stay", path, str(error).splitlines()[0])
+        logger.error("%s: not written (%s); older checkpoints stay", path, first_line(error))
         return
     for old in list_checkpoints(folder)[:-n_saved]:  # only now, so that at any instant there is a whole one
         old.unlink()
@@ -117,8 +117,8 @@ def load_checkpoint(folder: Path, to_load: Mapping) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever unpickling met
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--resume {path}: damaged ({reason}); delete it to go on from an older one") from error
+        message = f"--resume {path}: damaged ({first_line(error)}); delete it to go on from an older one"
+        raise UserError(message) from error
     logger.info("Resuming from %s", path)
 
 

@@ -34,9 +34,16 @@ def run_script(script: Callable[[], object]) -> None:
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell counts a death by SIGINT
     except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line, whatever library it came from."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
@@ -50,7 +57,7 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:  # NaN fails the comparison too
+        if value is None or not low <= value <= high or value == float("inf"):  # NaN fails the comparison too
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
@@ -139,8 +146,9 @@ def set_seed(seed: int) -> None:
 def set_up_logging(level: int = logging.INFO) -> None:
     """Log to stderr, so that stdout carries only results."""
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for library in ("httpx", "httpx2", "transformers", "huggingface_hub"):
+    for library in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 

@@ -120,8 +120,12 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @trainer.on(Events.COMPLETED)
+    def listen_no_more():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def save_if_due(engine: Engine) -> None:
         # launchers signal their processes one after another: they stop together, at the first one's wish

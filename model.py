@@ -14,11 +14,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
-    AutoConfig,
     Cache,
-    GPT2Config,
     OpenAIGPTConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,6 +32,7 @@ from utils import (
     download_pretrained_model,
     has_weights,
     knows_dialog_tokens,
+    load_config,
     load_tokenizer,
     move_into_place,
     resolve_checkpoint,
@@ -79,6 +77,8 @@ class GPTBlock(GradientCheckpointingLayer):
         self.attn = GPTAttention(config, layer)
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(4 * config.n_embd, config)
+        if config.afn == "gelu":
+            self.mlp.act = nn.GELU(approximate="tanh")  # the same function as transformers', in one pass instead of eight
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
@@ -172,7 +172,8 @@ class DoubleHeads(nn.Module):
         """
         embeddings = self.pretrained.get_input_embeddings()
         return self.pretrained.base_model(
-            inputs_embeds=embeddings(input_ids) + embeddings(token_type_ids),
+            # one look-up for both: the gradient of each is a matrix of the vocabulary's size
+            inputs_embeds=embeddings(torch.stack([input_ids, token_type_ids])).sum(0),
             position_ids=position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -216,23 +217,20 @@ def load_model(
         UserError: no such model, no weights, or a family without double heads.
     """
     folder = resolve_checkpoint(checkpoint)
-    try:
-        config = load_config(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+    config = load_config(checkpoint)
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(f"--model_checkpoint {checkpoint}: a {config.model_type} model; known: {', '.join(FAMILIES)}")
-    if has_weights(folder):
-        try:
-            pretrained = family.from_pretrained(folder, config=config, dtype=torch.float32, weights_only=True)
-        except Exception as error:  # a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
-            raise UserError(cannot_load(checkpoint, "weights", error)) from error
-    elif from_scratch:
-        logger.info("%s holds no weights: training from scratch", checkpoint)
-        pretrained = family(config)
-    else:
+    if not has_weights(folder) and not from_scratch:
         raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
+    try:
+        if has_weights(folder):
+            pretrained = family.from_pretrained(folder, config=config, dtype=torch.float32, weights_only=True)
+        else:
+            logger.info("%s holds no weights: training from scratch", checkpoint)
+            pretrained = family(config)
+    except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
+        raise UserError(cannot_load(checkpoint, "model", error)) from error
     return DoubleHeads(pretrained).to(device).eval()
 
 
@@ -248,15 +246,9 @@ def load_finetuned(
     tokenizer = load_tokenizer(checkpoint, gpt_tokenization)
     if not knows_dialog_tokens(tokenizer):
         raise UserError(f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py")
-    return load_model(checkpoint, device or default_device()), tokenizer
-
-
-def load_config(folder: str) -> PretrainedConfig:
-    """A checkpoint's configuration. Those of 2019 do not name their family; GPT's alone has `afn`."""
-    values, _ = PretrainedConfig.get_config_dict(folder)
-    if "model_type" not in values and "n_embd" in values:
-        return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
-    return AutoConfig.from_pretrained(folder)
+    model = load_model(checkpoint, device or default_device())
+    add_special_tokens_(model, tokenizer)
+    return model, tokenizer
 
 
 def save_model(model: DoubleHeads, folder: Path) -> None:
@@ -282,7 +274,15 @@ def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
 
 
 def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add the five dialog tokens to the tokenizer, and rows for them to the model, where they are not there yet."""
+    """Add the five dialog tokens to the tokenizer, and rows for them to the model, where they are not there yet.
+
+    Raises:
+        UserError: the tokenizer has tokens that the model does not have.
+    """
+    pretrained = getattr(model, "pretrained", model)
     if tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN):
         # original: new rows are drawn as any embedding is, not around the mean of the old ones
-        getattr(model, "pretrained", model).resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = pretrained.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")

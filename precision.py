@@ -9,6 +9,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -89,7 +90,7 @@ class NativePrecision:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         self._scaler.unscale_(self.optimizer)
-        bad = ~clip_grad_norm_(self.masters, max_norm).isfinite()
+        bad = ~clip_grad_norm_(self.masters, max_norm or math.inf).isfinite()
         self.optimizer.found_inf = bad.float()  # read by torch's fused optimizers: skips without waiting for the device
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -136,7 +137,7 @@ class ApexPrecision:
             scaled_loss.backward()
 
     def step(self, max_norm: float) -> None:
-        clip_grad_norm_(self._amp.master_params(self.optimizer), max_norm)
+        clip_grad_norm_(self._amp.master_params(self.optimizer), max_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-model loss")
     parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
-                        help="norm to which longer gradients are clipped")
+                        help="norm to which longer gradients are clipped (0 = off)")
     parser.add_argument("--freeze_embeddings", action="store_true", help="of the words train the dialog tokens only")
     # hardware
     parser.add_argument("--fp16", choices=LEVELS, default="",
@@ -346,6 +346,7 @@ def train(argv: list[str] | None = None) -> str:
 
     checkpoint = run or args.model_checkpoint
     tokenizer = load_tokenizer(checkpoint, args.gpt_tokenization)
+    args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
     model = load_model(checkpoint, device, from_scratch=True)
     add_special_tokens_(model, tokenizer)
     if args.freeze_embeddings:

@@ -38,7 +38,10 @@ def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
     bpe.normalizer = normalizers.BertNormalizer(lowercase=True)
     bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+        ),
     )
     save_tokenizer(OpenAIGPTTokenizer, bpe, folders["gpt"])
 

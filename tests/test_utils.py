@@ -1,0 +1,599 @@
+"""Datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import threading
+from datetime import datetime
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig
+
+import utils
+from cli import UserError
+from model import load_model
+from utils import (
+    ATTR_TO_SPECIAL_TOKEN,
+    AttrDict,
+    get_dataset,
+    load_dataset,
+    load_tokenizer,
+    make_logdir,
+    resolve_checkpoint,
+    tokenize,
+    write_atomically,
+)
+
+DATASET = {
+    "train": [
+        {
+            "personality": ["i like tea .", "i have two dogs ."],
+            "utterances": [
+                {"candidates": ["no .", "why ?", "hello there !"], "history": ["hi , how are you ?"]},
+                {"candidates": ["why ?", "yes ."], "history": ["hi , how are you ?", "hello there !", "i like tea ."]},
+            ],
+        },
+        {"personality": [], "utterances": [{"candidates": ["hm", "no ."], "history": ["Ünïcode — “quotes” 😀"]}]},
+    ],
+    "valid": [
+        {"personality": ["i like tea ."], "utterances": [{"candidates": ["no .", "yes ."], "history": ["why ?"]}]},
+        {"personality": ["x"], "utterances": [{"candidates": ["a", "b"], "history": []}] * 2},
+    ],
+}
+
+
+@pytest.fixture
+def dataset_path(tmp_path):
+    path = tmp_path / "data" / "dataset.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(DATASET))
+    return path
+
+
+@pytest.fixture
+def stem(tmp_path):
+    return tmp_path / "cache" / "stem.bin"
+
+
+@pytest.fixture(scope="module")
+def gpt(checkpoints):
+    return load_tokenizer(checkpoints["gpt"])
+
+
+@pytest.fixture(scope="module")
+def spacy_gpt(base_checkpoints):
+    return load_tokenizer(base_checkpoints["gpt"])
+
+
+@pytest.fixture(scope="module")
+def gpt2(checkpoints):
+    return load_tokenizer(checkpoints["gpt2"])
+
+
+def by_hand(tokenizer, value):
+    """Each text of a structure replaced by its token ids."""
+    if isinstance(value, str):
+        return tokenizer.encode(value, add_special_tokens=False)
+    if isinstance(value, list):
+        return [by_hand(tokenizer, item) for item in value]
+    return {name: by_hand(tokenizer, item) for name, item in value.items()}
+
+
+def caches(stem):
+    return sorted(stem.parent.iterdir()) if stem.parent.is_dir() else []
+
+
+# get_dataset
+
+
+def test_dataset_is_each_text_tokenised_in_its_place(tokenizer, dataset_path, stem):
+    assert get_dataset(tokenizer, dataset_path, stem) == by_hand(tokenizer, DATASET)
+
+
+def test_equal_sentences_share_one_list(gpt, dataset_path):
+    dataset = get_dataset(gpt, dataset_path, "")
+    first, second = dataset["train"][0]["utterances"]
+    assert first["history"][0] is second["history"][0]
+    assert first["candidates"][1] is second["candidates"][0] is dataset["valid"][0]["utterances"][0]["history"][0]
+    assert dataset["train"][0]["personality"][0] is second["history"][2] is dataset["valid"][0]["personality"][0]
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_only_the_splits_that_are_there(gpt, dataset_path, stem, split):
+    dataset_path.write_text(json.dumps({split: DATASET[split]}))
+    for _ in range(2):  # tokenised, then from the cache
+        assert get_dataset(gpt, dataset_path, stem) == {split: by_hand(gpt, DATASET[split])}
+
+
+def test_texts_and_tokens_of_a_loaded_dataset_correspond(gpt, dataset_path, stem):
+    """From the cache the splits came in any order, and with them the personas that a seeded chat draws from."""
+    for _ in range(5):
+        dataset = load_dataset(gpt, dataset_path, stem)
+        assert dataset.dialogs("valid", dataset.texts) == DATASET["valid"]
+        assert dataset.splits == ["train", "valid"]
+        assert len(set(dataset.texts)) == len(dataset.texts) == len(dataset.tokens)
+        assert dataset.tokens == tokenize(gpt, dataset.texts)
+        assert dataset.personalities() == by_hand(gpt, [d["personality"] for d in DATASET["train"] + DATASET["valid"]])
+
+
+# The cache
+
+
+def test_a_second_start_does_not_tokenise(gpt, dataset_path, stem, monkeypatch):
+    first = get_dataset(gpt, dataset_path, stem)
+    assert len(caches(stem)) == 1
+    monkeypatch.setattr(utils, "tokenize", lambda *_: pytest.fail("tokenised again"))
+    assert get_dataset(gpt, dataset_path, stem) == first
+
+
+def test_the_cache_lies_beside_its_stem(gpt, dataset_path, stem):
+    get_dataset(gpt, dataset_path, stem)
+    (cache,) = caches(stem)
+    assert re.fullmatch(r"stem_[0-9a-f]{16}\.bin", cache.name)
+
+
+def test_no_stem_no_cache(gpt, dataset_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_dataset(gpt, dataset_path, "") == by_hand(gpt, DATASET)
+    assert os.listdir() == ["data"]
+
+
+def test_another_dataset_gets_another_cache(gpt, dataset_path, stem):
+    """The original's cache did not know which dataset it held: an old one was used for a new file."""
+    get_dataset(gpt, dataset_path, stem)
+    changed = json.loads(json.dumps(DATASET).replace("two dogs", "ten dogs"))
+    dataset_path.write_text(json.dumps(changed))
+    assert get_dataset(gpt, dataset_path, stem) == by_hand(gpt, changed)
+    assert len(caches(stem)) == 2
+
+
+def test_a_file_that_is_another_split_gets_another_cache(gpt, tmp_path, stem):
+    lines = "1 hi\thello\t\tno|hello\n"
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text(lines)
+        assert list(get_dataset(gpt, tmp_path / f"{split}.txt", stem)) == [split]
+
+
+def test_another_tokenizer_gets_another_cache(checkpoints, gpt, gpt2, spacy_gpt, dataset_path, stem, tmp_path):
+    shutil.copytree(checkpoints["gpt"], tmp_path / "other")
+    other = json.loads(gpt.backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in other["merges"][:-1]]
+    type(gpt)(vocab=other["vocab"], merges=merges).save_pretrained(tmp_path / "other")
+    tokenizers = [gpt, gpt2, spacy_gpt, load_tokenizer(tmp_path / "other", "basic")]
+    for number, tokenizer in enumerate(tokenizers, 1):
+        get_dataset(tokenizer, dataset_path, stem)
+        assert len(caches(stem)) == number
+
+
+def test_the_same_tokenizer_from_elsewhere_finds_the_cache(checkpoints, dataset_path, stem, tmp_path, family):
+    get_dataset(load_tokenizer(checkpoints[family]), dataset_path, stem)
+    copy = tmp_path / "copy"
+    load_tokenizer(checkpoints[family]).save_pretrained(copy)
+    shutil.copy(checkpoints[family] / "config.json", copy)
+    get_dataset(load_tokenizer(copy), dataset_path, stem)
+    assert len(caches(stem)) == 1
+
+
+def test_added_special_tokens_do_not_change_the_cache(base_checkpoints, dataset_path, stem, family):
+    """Training adds them, and the run's own chat must not tokenise anew."""
+    tokenizer = load_tokenizer(base_checkpoints[family])
+    before = get_dataset(tokenizer, dataset_path, stem)
+    assert tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN) == 5
+    assert get_dataset(tokenizer, dataset_path, stem) == before
+    assert len(caches(stem)) == 1
+
+
+def damaged(content: bytes, generator: random.Random) -> bytes:
+    """The content cut at some place, or with some byte changed; the first and the last byte among them."""
+    place = generator.choice([0, len(content) - 1, *(generator.randrange(len(content)) for _ in range(8))])
+    if generator.random() < 0.5:
+        return content[:place]
+    return content[:place] + bytes([content[place] ^ generator.randrange(1, 256)]) + content[place + 1 :]
+
+
+def test_a_damaged_cache_is_noticed_and_rebuilt(gpt, dataset_path, stem, caplog):
+    want = get_dataset(gpt, dataset_path, stem)
+    (cache,) = caches(stem)
+    content = cache.read_bytes()
+    for seed in range(40):
+        cache.write_bytes(damaged(content, random.Random(seed)))
+        caplog.clear()
+        assert get_dataset(gpt, dataset_path, stem) == want
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert line.startswith(f"{cache} is damaged") and "\n" not in line
+        assert caches(stem) == [cache] and cache.read_bytes() == content
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("with_checksum", [False, True])
+def test_a_pickle_in_the_place_of_the_cache_is_not_loaded(gpt, dataset_path, stem, tmp_path, with_checksum):
+    """The original's cache was a pickle, which runs what it is told to."""
+    want = get_dataset(gpt, dataset_path, stem)
+    (cache,) = caches(stem)
+    payload = pickle.dumps(Trap(tmp_path / "trapped"))
+    cache.write_bytes(hashlib.blake2b(payload).digest() * with_checksum + payload)
+    assert get_dataset(gpt, dataset_path, stem) == want
+    assert not (tmp_path / "trapped").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "trapped").exists(), "this trap would not have caught anything"
+
+
+@pytest.mark.parametrize("function", ["tempfile.mkstemp", "os.replace"])
+def test_a_cache_that_cannot_be_written_is_a_warning(gpt, dataset_path, stem, monkeypatch, caplog, function):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(f"utils.{function}", refuse)
+    assert get_dataset(gpt, dataset_path, stem) == by_hand(gpt, DATASET)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.startswith(f"--dataset_cache {stem.parent}") and "Permission denied" in warning
+    assert caches(stem) == []
+
+
+@pytest.mark.parametrize("bad", [".", "/", "data/dataset.json/cache.bin"])
+def test_a_cache_that_cannot_be_is_one_clear_line(gpt, dataset_path, tmp_path, monkeypatch, bad):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^--dataset_cache {re.escape(bad.split('.json')[0])}") as error:
+        get_dataset(gpt, dataset_path, bad)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_may_not_be_read_is_one_clear_line(gpt, dataset_path, stem, monkeypatch):
+    """Its content is read for the cache's key before it is read as dialogs."""
+    monkeypatch.setattr("utils.hashlib.file_digest", lambda *_: exec("raise PermissionError(13, 'Permission denied')"))
+    with pytest.raises(UserError, match=f"^{re.escape(str(dataset_path))}: cannot be read: Permission denied$"):
+        get_dataset(gpt, dataset_path, stem)
+
+
+def test_two_processes_at_once(gpt, dataset_path, stem):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+
+    def load():
+        barrier.wait(timeout=20)
+        results.put([get_dataset(gpt, dataset_path, stem) for _ in range(5)])
+
+    processes = [context.Process(target=load, daemon=True) for _ in range(2)]
+    for process in processes:
+        process.start()
+    barrier.wait(timeout=20)
+    want = by_hand(gpt, DATASET)
+    for _ in processes:
+        assert results.get(timeout=20) == [want] * 5
+    for process in processes:
+        process.join(timeout=20)
+    assert len(caches(stem)) == 1
+
+
+# Tokenisation
+
+TEXTS = [
+    "i'm fine , thanks .",
+    "",
+    "   ",
+    "Can't we?!... “Yes” — she said;don't stop",
+    "ï¬\x81ne",  # the ligature "fi", decoded wrongly
+    "two\n\n lines\t here",
+    "C++ (or C) costs $5.50/hour, e.g. at 9a.m.",
+    "😀 Ünï İstanbul",
+]
+TYPED_TOKENS = "i said <eos> to <speaker1><pad> and <unk> and <|endoftext|>"
+
+
+def test_spacy_tokenisation_by_its_steps(spacy_gpt):
+    """ftfy, a standard spelling, spaCy's words, lower case, then the BPE of each word alone."""
+    import ftfy
+    import spacy
+
+    words_of, bpe = spacy.blank("en"), spacy_gpt.backend_tokenizer.model
+    for text, got in zip(TEXTS, tokenize(spacy_gpt, TEXTS), strict=True):
+        words = [word.text.lower() for word in words_of(utils._standardize(ftfy.fix_text(text)))]
+        assert got == [piece.id for word in words for piece in bpe.tokenize(word)]
+    assert tokenize(spacy_gpt, [TEXTS[0]]) != tokenize_basic(spacy_gpt, [TEXTS[0]]), "else this test says little"
+
+
+def tokenize_basic(tokenizer, texts):
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def test_basic_tokenisation_is_that_of_transformers(gpt, gpt2):
+    for tokenizer in (gpt, gpt2):
+        assert tokenize(tokenizer, TEXTS) == tokenize_basic(tokenizer, TEXTS)
+
+
+def test_many_texts_are_tokenised_as_each_alone(gpt, spacy_gpt, gpt2):
+    texts = [f"{word} {number}" for number in range(1500) for word in ("hello", "we", "it's")]  # more than one slice
+    for tokenizer in (gpt, spacy_gpt, gpt2):
+        many = tokenize(tokenizer, texts)
+        assert len(many) == len(texts)
+        assert all(many[i] == tokenize(tokenizer, [texts[i]])[0] for i in range(0, len(texts), 499))
+
+
+@pytest.mark.parametrize("mode", ["basic", "spacy", "gpt2"])
+def test_special_tokens_written_in_a_text_stay_text(checkpoints, mode):
+    """A partner who types <eos> must not end the reply, nor become a speaker."""
+    tokenizer = load_tokenizer(checkpoints["gpt2" if mode == "gpt2" else "gpt"], None if mode == "gpt2" else mode)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    (ids,) = tokenize(tokenizer, [TYPED_TOKENS])
+    if mode == "gpt2":
+        assert tokenizer.decode(ids) == TYPED_TOKENS
+        assert not special & set(ids)
+    else:
+        dialog_tokens = tokenizer.convert_tokens_to_ids(utils.SPECIAL_TOKENS)
+        assert not set(dialog_tokens) & set(ids)
+    encoding = tokenizer.backend_tokenizer.encode("<eos>", add_special_tokens=False)
+    assert encoding.ids == [tokenizer.eos_token_id], "elsewhere it is the token, as it was before"
+
+
+@pytest.mark.parametrize(
+    ("text", "standard"),
+    [
+        ("a—b–c―d", "a - b - c - d"),
+        ("wait…", "wait..."),
+        ("it´s", "it's"),
+        ("what?!", "what ? !"),
+        ("no!!! (yes)", "no !!! ( yes )"),
+        ("a,b;c", "a , b ; c"),
+        ("a|b_c[d]{e}~f/g\\h*i+j\"k", 'a | b _ c [ d ] { e } ~ f / g \\ h * i + j " k'),
+        ("3.5: it's fine.", "3.5: it's fine."),
+        ("one \t two", "one two"),
+        ("one\n\n\ntwo", "one \n two"),
+        (" one  \n  two ", "one \n two"),
+        ("", ""),
+        (" \n\t ", ""),
+        ("--- ~~", "--- ~~"),
+    ],
+)
+def test_standard_spelling(text, standard):
+    assert utils._standardize(text) == standard
+
+
+# The tokenizer of a checkpoint
+
+
+@pytest.fixture
+def gpt_copy(tmp_path, base_checkpoints, checkpoints):
+    """Makes copies of a checkpoint of GPT, with the dialog tokens or without, that have no record yet."""
+
+    def copy(fine_tuned):
+        folder = tmp_path / f"gpt-{fine_tuned}"
+        shutil.copytree((checkpoints if fine_tuned else base_checkpoints)["gpt"], folder)
+        config = folder / "tokenizer_config.json"
+        settings = json.loads(config.read_text())
+        settings.pop("gpt_tokenization", None)
+        config.write_text(json.dumps(settings))
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_gpt_tokenization_default_record_and_flag(gpt_copy, tmp_path, fine_tuned):
+    folder = gpt_copy(fine_tuned)
+    default, other = ("basic", "spacy") if fine_tuned else ("spacy", "basic")
+    assert load_tokenizer(folder).init_kwargs["gpt_tokenization"] == default
+    flagged = load_tokenizer(folder, other)
+    assert flagged.init_kwargs["gpt_tokenization"] == other
+    flagged.save_pretrained(folder)  # now there is a record
+    assert load_tokenizer(folder).init_kwargs["gpt_tokenization"] == other
+    assert load_tokenizer(folder, default).init_kwargs["gpt_tokenization"] == default
+    AutoTokenizer.from_pretrained(folder)
+
+
+def test_gpt_tokenization_is_refused_for_gpt2(checkpoints):
+    assert "gpt_tokenization" not in load_tokenizer(checkpoints["gpt2"]).init_kwargs
+    with pytest.raises(UserError, match=r"^--gpt_tokenization basic: .* is no GPT$"):
+        load_tokenizer(checkpoints["gpt2"], "basic")
+
+
+@pytest.mark.parametrize("files", [(), ("tokenizer_config.json",), ("vocab.json",), ("merges.txt",)])
+def test_a_folder_without_tokenizer(base_checkpoints, family, tmp_path, files):
+    shutil.copy(base_checkpoints[family] / "config.json", tmp_path)
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    expected = f"^--model_checkpoint {re.escape(str(tmp_path))}: no .*tokenizer there"
+    with pytest.raises(UserError, match=expected) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model": 3}', "\x00\x01", '"a"', '{"version": "1.0"}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_damaged_file_of_a_checkpoint_is_one_clear_line(checkpoints, family, tmp_path, name, content):
+    """Found by feeding it: errors without a text gave an IndexError of our own, and some files an AttributeError."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints[family], folder)
+    (folder / name).write_text(content)
+    try:
+        load_tokenizer(folder)
+        load_model(folder)
+    except UserError as error:
+        assert str(error).startswith(f"--model_checkpoint {folder}: ") and "\n" not in str(error)
+    else:
+        assert name == "tokenizer_config.json" and content.startswith("{")  # nothing in it is needed
+
+
+def test_an_error_without_a_text_gets_a_line_too(tmp_path):
+    for error in (EOFError(), ValueError("\nfirst\nsecond")):
+        line = utils.cannot_load(tmp_path, "weights", error)
+        assert line.startswith(f"--model_checkpoint {tmp_path}: no usable weights there (")
+        assert "\n" not in line and not line.endswith("()")
+
+
+# What --model_checkpoint stands for
+
+
+def test_resolve_checkpoint(checkpoints):
+    folder = checkpoints["gpt"]
+    assert resolve_checkpoint(folder) == str(folder)
+    assert resolve_checkpoint("openai-gpt") == "openai-community/openai-gpt"
+    assert resolve_checkpoint("gpt2") == "openai-community/gpt2"
+    assert resolve_checkpoint("someone/some-model_1.0") == "someone/some-model_1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "has no config.json"),
+        ("model.gguf", "got a file"),
+        ("./nothing", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("/nothing/there", "no such folder"),
+        ("what is this", "no such folder"),
+        ("x" * 5000 + "/.", "no such folder"),
+        ("", "no such folder"),
+    ],
+)
+def test_a_checkpoint_that_is_none(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(UserError, match=f"^--model_checkpoint .*{message}") as error:
+        resolve_checkpoint(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Without network an unknown name was tried for 50 seconds, over 30 lines of warnings."""
+    asked = []
+
+    def no_network(name, file, local_files_only=False):
+        asked.append(local_files_only)
+        if local_files_only:
+            return False
+        raise ConnectionError
+
+    monkeypatch.setattr(utils, "has_file", no_network)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("tried all the same"))
+    with pytest.raises(UserError, match=r"^--model_checkpoint gpt2: neither a folder nor a model that can be had"):
+        load_tokenizer("gpt2")
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_model_loads_from_the_cache_or_from_the_hub(checkpoints, monkeypatch, cached):
+    tokenizer = load_tokenizer(checkpoints["gpt2"])
+    monkeypatch.setattr(utils, "has_file", lambda *_, local_files_only: local_files_only == cached)
+    monkeypatch.setattr(utils, "load_config", lambda _: "the configuration")
+    loading = {"openai-community/gpt2": tokenizer}
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, config: loading[name])
+    assert load_tokenizer("gpt2") is tokenizer
+
+
+def test_a_url_is_downloaded_and_extracted(checkpoints, monkeypatch):
+    asked = []
+    monkeypatch.setattr(utils, "fetch", lambda url: asked.append(url) or url)
+    monkeypatch.setattr(utils, "extract", lambda archive: checkpoints["gpt"])
+    assert resolve_checkpoint("https://example.org/model.tar.gz") == str(checkpoints["gpt"])
+    assert utils.download_pretrained_model() == str(checkpoints["gpt"])
+    assert asked == ["https://example.org/model.tar.gz", utils.HF_FINETUNED_MODEL]
+
+
+def test_no_dataset_path_is_personachat(gpt, dataset_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(utils, "fetch", lambda url: asked.append(url) or dataset_path)
+    assert get_dataset(gpt, "", "") == get_dataset(gpt, "https://example.org/d.json", "") == by_hand(gpt, DATASET)
+    assert asked == [utils.PERSONACHAT_URL, "https://example.org/d.json"]
+
+
+def test_another_family_is_named(tmp_path, gpt):
+    LlamaConfig(vocab_size=100, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    gpt.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^--model_checkpoint {re.escape(str(tmp_path))}: a llama model; known: "):
+        load_model(tmp_path, from_scratch=True)
+
+
+# Run folders and files
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2019, 11, 21, 20, 57, 1)
+
+    monkeypatch.setattr(utils, "datetime", Clock)
+    monkeypatch.setattr(utils.socket, "gethostname", lambda: "host")
+
+
+@pytest.mark.parametrize("model_name", ["gpt2", "openai-community/gpt2", "/models/gpt2/", "https://example.org/gpt2"])
+def test_name_of_a_run_folder(tmp_path, monkeypatch, frozen_clock, model_name):
+    monkeypatch.chdir(tmp_path)
+    assert make_logdir(model_name) == os.path.join("runs", "Nov21_20-57-01_host_gpt2")
+    assert os.path.isdir("runs/Nov21_20-57-01_host_gpt2")
+
+
+def test_starts_in_one_second_do_not_collide(tmp_path, monkeypatch, frozen_clock):
+    """Two runs that started in the same second wrote into one folder."""
+    monkeypatch.chdir(tmp_path)
+    barrier, folders = threading.Barrier(8), []
+
+    def start():
+        barrier.wait()
+        folders.append(make_logdir("gpt2"))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    suffixes = ["", *(f"_{i}" for i in range(2, 9))]
+    assert sorted(folders) == sorted(f"runs/Nov21_20-57-01_host_gpt2{suffix}" for suffix in suffixes)
+    assert sorted(os.listdir("runs")) == sorted(map(os.path.basename, folders))
+
+
+def test_runs_that_cannot_be_a_folder_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"^runs/.*: cannot make the run folder"):
+        make_logdir("gpt2")
+
+
+def test_write_atomically_replaces_and_keeps_the_usual_rights(tmp_path):
+    path = tmp_path / "file"
+    for content in ("first", b"second"):
+        write_atomically(path, content)
+    (tmp_path / "other").touch()
+    assert path.read_bytes() == b"second"
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"]
+
+
+@pytest.mark.parametrize("function", ["os.chmod", "os.replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(f"utils.{function}", fail)
+    with pytest.raises(type(error)):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_attr_dict():
+    attributes = AttrDict({"a": 1}, b=2)
+    attributes.c = 3
+    attributes["d"] = 4
+    assert (attributes.a, attributes["b"], attributes.d) == (1, 2, 4)
+    assert attributes == {"a": 1, "b": 2, "c": 3, "d": 4}
+    with pytest.raises(AttributeError):
+        _ = attributes.e
