@@ -80,6 +80,9 @@ def add_model_flags(parser: ArgumentParser, default: str) -> None:
                         " not, basic for a fine-tuned one and spacy for a new run)")
     parser.add_argument("--max_history", type=number(int, 0), default=2,
                         help="earlier exchanges kept in the history, so 2 * max_history + 1 turns")
+    parser.add_argument("--history_start", type=number(int, 0),
+                        help="position at which the history begins whatever the persona's length, as in the"
+                        " competition's system (0 = after the persona; unset = as the checkpoint records)")
     parser.add_argument("--device", type=device, default=None, help="cpu, cuda or cuda:N (unset = cuda if there)")
 
 

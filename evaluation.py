@@ -1,20 +1,47 @@
 """What ConvAI2's metrics ask of a model, many dialog turns at a time: rankings, replies, probabilities of words.
 
-Every backend's figures are made of these three, so they agree to the digit.
+Every backend's figures are made of these, so they agree to the digit.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
+from cli import ArgumentParser, UserError, add_decoding_flags, add_model_flags, add_seed_flag
 from decoding import generate
-from inputs import Example, Row, build_input_from_segments, context_length, fit, make_row, pack
-from metrics import WordProbabilities, rank, split_words
+from inputs import Example, Row, context_length, fit, make_row, pack
+from metrics import WordProbabilities, rank, read_word_counts, split_words
 from model import DoubleHeads
 from utils import tokenize
+
+
+def add_evaluation_flags(parser: ArgumentParser) -> None:
+    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
+    add_model_flags(parser, default="")
+    add_decoding_flags(parser)
+    parser.add_argument("--dict_file", default=None,
+                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
+    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
+                        help="GPT-2's words for ppl: with the space before them, or without as in the original")
+    add_seed_flag(parser)
+
+
+def read_dictionary(path: str) -> dict[str, int]:
+    """The words of `--dict_file` with their counts.
+
+    Raises:
+        UserError: a file that is not there or is something else.
+    """
+    try:
+        return read_word_counts(path)
+    except OSError as error:
+        raise UserError(f"--dict_file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--dict_file {error}") from error
 
 
 class Turn(NamedTuple):
@@ -24,7 +51,8 @@ class Turn(NamedTuple):
     history: list[list[int]]
     candidates: list[list[int]]
     candidate_texts: list[str]
-    label: str  # the gold reply
+    label: str | None  # the gold reply, where it is known
+    label_ids: list[int]
 
     @property
     def length(self) -> int:
@@ -41,6 +69,7 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
             utterance["candidates"],
             text_utterance["candidates"],
             text_utterance["candidates"][-1],
+            utterance["candidates"][-1],
         )
         for dialog, text_dialog in zip(token_dialogs, text_dialogs)
         for utterance, text_utterance in zip(dialog["utterances"], text_dialog["utterances"])
@@ -50,17 +79,23 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
 @torch.inference_mode()
 def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[int]]:
     """For each turn the indices of its candidates, the best choice score first."""
-    # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
-    places = [{reply: i for i, reply in enumerate(dict.fromkeys(map(tuple, turn.candidates)))} for turn in turns]
     examples = [
-        fit(Example(turn.persona, turn.history, [list(candidate) for candidate in distinct]), model.n_positions)
-        for turn, distinct in zip(turns, places)
+        fit(Example(turn.persona, turn.history, turn.candidates), model.n_positions, model.history_start)
+        for turn in turns
     ]
-    batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id).to(model.device)
+    # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
+    distinct = [list(dict.fromkeys(map(tuple, example.candidates))) for example in examples]
+    rows = [
+        make_row(example._replace(candidates=[list(candidate) for candidate in candidates]), tokenizer,
+                 model.history_start)
+        for example, candidates in zip(examples, distinct)
+    ]
+    batch = pack(rows, tokenizer.pad_token_id).to(model.device)
     scores = model.choice_scores(model.packed_hidden_states(batch)[batch.last_positions]).tolist()
+    score_of = [dict(zip(candidates, row)) for candidates, row in zip(distinct, scores)]
     return [
-        rank([row[distinct[tuple(candidate)]] for candidate in turn.candidates])
-        for row, distinct, turn in zip(scores, places, turns)
+        rank([scores[tuple(candidate)] for candidate in example.candidates])
+        for example, scores in zip(examples, score_of)
     ]
 
 
@@ -72,11 +107,11 @@ def reply(
     return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in replies]
 
 
-class WordScorer:
-    """Probabilities of the gold replies' words, as ConvAI2's word perplexity needs them.
+class LabelScorer:
+    """Probabilities of the gold replies' words, as ConvAI2's word perplexity needs them, and losses of their tokens.
 
     The context of a word is the tokenised text of those before it. One forward serves all words of a reply wherever
-    these contexts are beginnings of the whole reply's tokens; the others join the packed row as replies of their own.
+    these contexts are beginnings of the reply's tokens; the others join the packed row as replies of their own.
 
     Args:
         counts: the dictionary, word -> count (`metrics.count_words`).
@@ -96,49 +131,68 @@ class WordScorer:
         return tokenize(self.tokenizer, [word])[0][0]
 
     @torch.inference_mode()
-    def probabilities(self, model: DoubleHeads, turns: Sequence[Turn]) -> list[list[tuple[str, float | None]]]:
-        """Each word of each turn's label with its probability, None where the dictionary does not have it."""
+    def score(self, model: DoubleHeads, turns: Sequence[Turn]) -> list[dict]:
+        """For each turn's label, from one forward of the batch:
+
+        "words": each word with its probability, None where the dictionary does not have it.
+        "token_nll": the sum of -ln p over its tokens with `<eos>`, which training minimises, and their number. It
+            depends on the tokenizer: it compares within a family only.
+        """
         words = [split_words(turn.label) for turn in turns]
-        contexts = iter(tokenize(self.tokenizer, [" ".join(w[:i]) for w in words for i in range(len(w) + 1)]))
-        rows, places = [], []  # of each word: its row, the reply in it, the token of that reply which it is
-        for b, (turn, turn_words) in enumerate(zip(turns, words)):
-            *befores, whole = (next(contexts) for _ in range(len(turn_words) + 1))
-            replies = [whole]
-            for before in befores:
-                if len(before) < len(whole) and whole[: len(before)] == before:
-                    places.append((b, 0, len(before)))
-                else:
-                    places.append((b, len(replies), len(before)))
-                    replies.append(before)
-            rows.append(self._row(model, turn, replies))
-        next_piece = self._next_piece(model, rows, places)
-        found = iter(self._look_up(words, next_piece))
-        return [[(word, next(found)) for word in turn_words] for turn_words in words]
+        rows, places = self._lay_out(model, turns, words)
+        batch = pack(rows, self.tokenizer.pad_token_id)
+        # the head once for each position: those of the words, then what else the tokens need
+        at_words, at_tokens = _flat_positions(rows, places, batch.input_ids.size(1)), batch.lm_positions.tolist()
+        positions = at_words + sorted(set(at_tokens) - set(at_words))
+        place = {position: i for i, position in enumerate(positions)}
+        batch = batch.to(model.device)
+        log_p = model.lm_logits(model.packed_hidden_states(batch)[positions]).float().log_softmax(-1)
+        losses = -log_p[[place[position] for position in at_tokens], batch.lm_labels].double().cpu()
+        losses = losses.split([len(row.replies[0]) for row in rows])
+        found = iter(self._look_up(words, log_p[: len(at_words)].exp_()))
+        return [
+            {"words": [(word, next(found)) for word in turn_words], "token_nll": (loss.sum().item(), len(loss))}
+            for turn_words, loss in zip(words, losses)
+        ]
 
     @torch.inference_mode()
     def distribution(self, model: DoubleHeads, turn: Turn, words: list[str]) -> dict[str, float]:
-        """Probability of every word of the dictionary as the next one after `words` of a reply."""
-        (before,) = tokenize(self.tokenizer, [" ".join(words)])
-        (next_piece,) = self._next_piece(model, [self._row(model, turn, [before])], [(0, 0, len(before))])
+        """Probability of every word of the dictionary as the next one after `words` of the turn's label."""
+        whole = " ".join(words if turn.label is None else split_words(turn.label))
+        before, whole = tokenize(self.tokenizer, [" ".join(words), whole])
+        batch = pack([self._row(model, turn, whole, [before])], self.tokenizer.pad_token_id).to(model.device)
+        next_piece = model.lm_logits(model.packed_hidden_states(batch)[-1]).float().softmax(-1)
         return (self.later if words else self.first).distribution(next_piece)
 
-    def _row(self, model: DoubleHeads, turn: Turn, replies: list[list[int]]) -> Row:
-        persona, history, replies = fit(Example(turn.persona, turn.history, replies), model.n_positions)
-        context = build_input_from_segments(persona, history, [], self.tokenizer, with_eos=False)
-        return Row(context["input_ids"], context["token_type_ids"], replies, 0)
+    def _lay_out(
+        self, model: DoubleHeads, turns: Sequence[Turn], words: list[list[str]]
+    ) -> tuple[list[Row], list[tuple[int, int, int]]]:
+        """Rows that begin with the label's own tokens, and for each word its row, the reply in it and the token there.
 
-    def _next_piece(self, model: DoubleHeads, rows: list[Row], places: list[tuple[int, int, int]]) -> torch.Tensor:
-        """Distributions of the piece at each place: (number of places, vocabulary)."""
-        batch = pack(rows, self.tokenizer.pad_token_id).to(model.device)
-        hidden = model.packed_hidden_states(batch)
-        row_length = batch.input_ids.size(1)
-        positions = []
-        for b, k, token in places:
-            context, replies = rows[b].context, rows[b].replies
-            start = len(context) + sum(map(len, replies[:k]))
-            token = min(token, len(replies[k]))  # a reply cut because the model has no more positions
-            positions.append(b * row_length + (start + token - 1 if token else len(context) - 1))
-        return model.lm_logits(hidden[torch.tensor(positions, device=model.device)]).float().softmax(-1)
+        The label's text as words, lower-cased and with spaces, mostly has the same tokens; else it is the next reply.
+        """
+        contexts = iter(tokenize(self.tokenizer, [" ".join(w[:i]) for w in words for i in range(len(w) + 1)]))
+        rows, places = [], []
+        for b, (turn, turn_words) in enumerate(zip(turns, words)):
+            *befores, whole = (next(contexts) for _ in range(len(turn_words) + 1))
+            replies = [[*turn.label_ids, self.tokenizer.eos_token_id]] + [whole] * (whole != turn.label_ids)
+            texts = len(replies)
+            for before in befores:
+                n = len(before)
+                k = next((k for k in range(texts) if replies[k][:n] == before and n < len(replies[k])), len(replies))
+                if k == len(replies):
+                    replies.append(before)
+                places.append((b, k, n))
+            rows.append(self._row(model, turn, whole, replies))
+        return rows, places
+
+    def _row(self, model: DoubleHeads, turn: Turn, whole: list[int], replies: list[list[int]]) -> Row:
+        """The replies after one context: where the model is too short, that which leaves room for the whole label."""
+        example = Example(turn.persona, turn.history, [whole, turn.label_ids])
+        example = fit(example, model.n_positions, model.history_start)._replace(candidates=replies)
+        row = make_row(example, self.tokenizer, model.history_start, with_eos=False)
+        room = model.n_positions - row.positions[-1] - 1
+        return row._replace(replies=[reply[:room] for reply in replies], lm_reply=0)
 
     def _look_up(self, words: list[list[str]], next_piece: torch.Tensor) -> list[float | None]:
         """Probabilities of all words, of which a reply's first ones stand in a dictionary of their own."""
@@ -151,7 +205,69 @@ class WordScorer:
         return found
 
 
-def by_length(turns: Sequence[Turn], size: int) -> Iterator[list[int]]:
-    """Indices of turns in batches of like length, the longest first, so that memory that is too small shows at once."""
-    order = sorted(range(len(turns)), key=lambda i: -turns[i].length)
+def _flat_positions(rows: list[Row], places: list[tuple[int, int, int]], row_length: int) -> list[int]:
+    """Where in a packed batch stands the token before the n-th one of the k-th reply of row b."""
+    positions = []
+    for b, k, n in places:
+        replies = rows[b].replies
+        start = b * row_length + len(rows[b].context) + sum(map(len, replies[:k]))
+        positions.append(start + min(n, len(replies[k])) - 1)  # less than n where a reply is cut
+    return positions
+
+
+def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterator[list[int]]:
+    """Indices of turns in batches of like length, the longest first, so that memory that is too small shows at once.
+
+    Args:
+        measured: the `eval_type`, which decides what of a turn the model reads: without the candidates a batch has
+            rows of other lengths, a fifth of them padding if the candidates were counted.
+    """
+    if measured in ("ppl", "f1"):
+        label = measured == "ppl"
+        lengths = [context_length(turn.persona, turn.history) + label * len(turn.label_ids) for turn in turns]
+    else:
+        lengths = [turn.length for turn in turns]
+    order = sorted(range(len(turns)), key=lambda i: -lengths[i])
     return (order[start : start + size] for start in range(0, len(order), size))
+
+
+class Evaluator:
+    """Answers what `args.eval_type` asks of a model: "hits@1", "ppl", "f1" or "all".
+
+    Args:
+        args: the flags of the model, of decoding, and `gpt2_ppl`.
+        counts: gives the dictionary; called only for "ppl".
+    """
+
+    def __init__(
+        self,
+        model: DoubleHeads,
+        tokenizer: PreTrainedTokenizerBase,
+        args: Namespace,
+        counts: Callable[[], dict[str, int]],
+    ):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.scorer = LabelScorer(tokenizer, counts(), args.gpt2_ppl) if args.eval_type in ("ppl", "all") else None
+
+    def __call__(self, turns: Sequence[Turn]) -> list[dict]:
+        """Each turn's results, all computed in one batch: as far as the turn allows, and a reply if that is nothing.
+
+        "ranking": indices of the candidates, the best first. "words": each word of the label with its probability.
+        "token_nll": sum of -ln p over the label's tokens, and their number. "reply": a text.
+        """
+        model, tokenizer, measured = self.model, self.tokenizer, self.args.eval_type
+        results = [{} for _ in turns]
+
+        def add(chosen: list[int], function: Callable[[list[Turn]], Iterable[dict]]) -> None:
+            for i, result in zip(chosen, function([turns[i] for i in chosen]) if chosen else ()):
+                results[i].update(result)
+
+        if measured in ("hits@1", "all"):
+            add([i for i, turn in enumerate(turns) if turn.candidates],
+                lambda batch: ({"ranking": ranking} for ranking in rank_candidates(model, tokenizer, batch)))
+        if measured in ("ppl", "all"):
+            add([i for i, turn in enumerate(turns) if turn.label is not None],
+                lambda batch: self.scorer.score(model, batch))
+        add([i for i, result in enumerate(results) if measured in ("f1", "all") or not result],
+            lambda batch: ({"reply": text} for text in reply(model, tokenizer, batch, self.args)))
+        return results

@@ -100,6 +100,7 @@ def make_examples(
     n_positions: int,
     num_candidates: int = 0,
     personality_permutations: int = 1,
+    history_start: int = 0,
 ) -> list[Example]:
     """The examples of a split of `utils.get_dataset`.
 
@@ -108,7 +109,12 @@ def make_examples(
         n_positions: the model's longest sequence; what does not fit is cut by `fit`, said once with a count.
         num_candidates: the last candidates kept, gold included; 0 = all.
         personality_permutations: how often each dialog occurs, its persona rotated by one sentence each time.
+        history_start: as in `context_positions`.
+
+    Raises:
+        UserError: a persona is longer than `history_start` allows.
     """
+    check_personas([dialog["personality"] for dialog in dialogs], history_start, n_positions)
     examples = []
     cut = 0
     for dialog in dialogs:
@@ -117,7 +123,7 @@ def make_examples(
             for utterance in dialog["utterances"]:
                 history = utterance["history"][-(2 * max_history + 1) :]
                 example = Example(persona, history, utterance["candidates"][-num_candidates:])
-                examples.append(fit(example, n_positions))
+                examples.append(fit(example, n_positions, history_start))
                 cut += examples[-1] is not example
             persona = persona[-1:] + persona[:-1]
     if cut:
@@ -133,23 +139,52 @@ def context_length(persona: list[list[int]], history: list[list[int]]) -> int:
     return 2 + sum(map(len, persona)) + sum(len(turn) + 1 for turn in history)
 
 
-def fit(example: Example, n_positions: int) -> Example:
-    """The example, shortened if its longest sequence has more than `n_positions` tokens.
+def context_positions(persona: list[list[int]], history: list[list[int]], history_start: int = 0) -> list[int]:
+    """Position ids of a context's tokens.
+
+    With a `history_start` the history begins at that position whatever the persona's length, as in the system that
+    took part in ConvAI2; 0 = right after the persona.
+    """
+    persona_length = 1 + sum(map(len, persona))
+    start = history_start or persona_length
+    return [*range(persona_length), *range(start, start + context_length(persona, history) - persona_length)]
+
+
+def check_personas(personas: list[list[list[int]]], history_start: int, n_positions: int) -> None:
+    """Check that personas, with `<bos>`, end before `history_start`, if that is on.
+
+    Raises:
+        UserError: one does not, or no room is left for a history.
+    """
+    longest = max((1 + sum(map(len, persona)) for persona in personas), default=0)
+    if history_start and longest > history_start:
+        raise UserError(f"--history_start {history_start}: shorter than a persona; the smallest that fits is {longest}")
+    if history_start > n_positions // 2:
+        raise UserError(f"--history_start {history_start}: leaves too few of the model's {n_positions} positions")
+
+
+def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
+    """The example, shortened if its longest sequence reaches beyond `n_positions`.
 
     The oldest turns go first, then the persona from its end, then the beginning of the last turn. A reply is cut only
     where it alone is too long.
     """
     persona, history, candidates = example
+
+    def context_end() -> int:  # the position that a reply begins at
+        gap = history_start - 1 - sum(map(len, persona)) if history_start else 0
+        return context_length(persona, history) + gap
+
     room = n_positions - 1 - max(map(len, candidates), default=0)  # for the context; 1 for <eos>
-    if context_length(persona, history) <= room:
+    if context_end() <= room:
         return example
-    while len(history) > 1 and context_length(persona, history) > room:
+    while len(history) > 1 and context_end() > room:
         history = history[2:] or history[-1:]  # by twos: token types count from the persona, so an odd number stays odd
-    while persona and context_length(persona, history) > room:
+    while persona and not history_start and context_end() > room:
         persona = persona[:-1]
-    if history and (excess := context_length(persona, history) - room) > 0:
+    if history and (excess := context_end() - room) > 0:
         history = [history[0][excess:]]
-    longest = n_positions - 1 - context_length(persona, history)
+    longest = n_positions - 1 - context_end()
     return Example(persona, history, [reply[:longest] for reply in candidates])
 
 
@@ -158,15 +193,20 @@ class Row(NamedTuple):
 
     context: list[int]  # token ids up to and with the reply's speaker token
     token_types: list[int]  # of the context; the replies continue its last one
+    positions: list[int]  # likewise
     replies: list[list[int]]  # token ids, with <eos> where the reply is complete
     lm_reply: int  # index of the reply whose tokens are to be predicted
 
 
-def make_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """A training row: every candidate complete, the last one gold."""
-    context = build_input_from_segments(example.persona, example.history, [], tokenizer, with_eos=False)
-    replies = [[*reply, tokenizer.eos_token_id] for reply in example.candidates]
-    return Row(context["input_ids"], context["token_type_ids"], replies, len(replies) - 1)
+def make_row(
+    example: Example, tokenizer: PreTrainedTokenizerBase, history_start: int = 0, with_eos: bool = True
+) -> Row:
+    """A row whose last candidate is to be predicted: the gold one in training."""
+    persona, history, candidates = example
+    context = build_input_from_segments(persona, history, [], tokenizer, with_eos=False)
+    positions = context_positions(persona, history, history_start)
+    replies = [reply + [tokenizer.eos_token_id] * with_eos for reply in candidates]
+    return Row(context["input_ids"], context["token_type_ids"], positions, replies, len(replies) - 1)
 
 
 class Batch(NamedTuple):
@@ -207,11 +247,11 @@ def pack(rows: Sequence[Row], pad: int) -> Batch:
     for i, row in enumerate(rows):
         begin, end = i * size[1], len(row.context)
         input_ids[i, :end], token_types[i, :end] = row.context, row.token_types
-        positions[i, :end], segments[i, :end] = np.arange(end), 0
+        positions[i, :end], segments[i, :end] = row.positions, 0
         for k, reply in enumerate(row.replies):
             start, end = end, end + len(reply)
             input_ids[i, start:end], token_types[i, start:end] = reply, row.token_types[-1]
-            positions[i, start:end] = np.arange(len(row.context), len(row.context) + len(reply))
+            positions[i, start:end] = np.arange(len(reply)) + row.positions[-1] + 1
             segments[i, start:end] = k + 1
             # an empty reply's last token is the context's
             last[i, k] = begin + (end if reply else len(row.context)) - 1

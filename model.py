@@ -78,7 +78,7 @@ class GPTBlock(GradientCheckpointingLayer):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(4 * config.n_embd, config)
         if config.afn == "gelu":
-            self.mlp.act = nn.GELU(approximate="tanh")  # the same function as transformers', in one pass instead of eight
+            self.mlp.act = nn.GELU(approximate="tanh")  # transformers' function, in one pass instead of eight
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
@@ -151,6 +151,15 @@ class DoubleHeads(nn.Module):
     def n_positions(self) -> int:
         """The longest sequence that the model has position embeddings for, in tokens."""
         return self.pretrained.config.max_position_embeddings
+
+    @property
+    def history_start(self) -> int:
+        """Position at which the history begins (`inputs.context_positions`); saved with the model."""
+        return getattr(self.pretrained.config, "history_start", 0)
+
+    @history_start.setter
+    def history_start(self, position: int) -> None:
+        self.pretrained.config.history_start = position
 
     def hidden_states(
         self,
@@ -235,9 +244,14 @@ def load_model(
 
 
 def load_finetuned(
-    checkpoint: str, gpt_tokenization: str | None = None, device: str | None = None
+    checkpoint: str,
+    gpt_tokenization: str | None = None,
+    device: str | None = None,
+    history_start: int | None = None,
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
+
+    `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given.
 
     Raises:
         UserError: as `load_model`, or the checkpoint does not know the dialog tokens.
@@ -248,6 +262,8 @@ def load_finetuned(
         raise UserError(f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py")
     model = load_model(checkpoint, device or default_device())
     add_special_tokens_(model, tokenizer)
+    if history_start is not None:
+        model.history_start = history_start
     return model, tokenizer
 
 

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def setup_distributed(args: Namespace) -> torch.device:
     return device
 
 
-def get_data_loaders(args: Namespace, tokenizer: PreTrainedTokenizerBase, n_positions: int = 512):
+def get_data_loaders(
+    args: Namespace, tokenizer: PreTrainedTokenizerBase, n_positions: int = 512, history_start: int = 0
+):
     """Loaders of packed batches, and their samplers: train, valid, train, valid.
 
     The valid ones are None where the dataset has no such split.
@@ -185,33 +188,31 @@ def get_data_loaders(args: Namespace, tokenizer: PreTrainedTokenizerBase, n_posi
         if not dataset["train"]:
             raise UserError(f"--valid_share {args.valid_share}: {name} has too few dialogs to hold some out")
     train = make_examples(
-        dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations
-    )
-    train_loader = make_loader(train, tokenizer, args.train_batch_size, shuffle=True, seed=args.seed)
+        dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations,
+        history_start,
+    )  # fmt: skip
+    collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start)
+    train_loader = make_loader(train, collate, args.train_batch_size, shuffle=True, seed=args.seed)
     log_examples("train", train, train_loader)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
     if "valid" not in dataset:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
         return train_loader, None, train_loader.batch_sampler, None
     # original: the persona rotates in validation too; here each validation example counts once
-    valid = make_examples(dataset["valid"], args.max_history, n_positions)
-    valid_loader = make_loader(valid, tokenizer, args.valid_batch_size, shuffle=False)
+    valid = make_examples(dataset["valid"], args.max_history, n_positions, history_start=history_start)
+    valid_loader = make_loader(valid, collate, args.valid_batch_size, shuffle=False)
     log_examples("valid", valid, valid_loader)
     return train_loader, valid_loader, train_loader.batch_sampler, valid_loader.batch_sampler
 
 
 def make_loader(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int, shuffle: bool, seed: int = 0
+    examples: list[Example], collate: Callable[[list[Example]], Batch], batch_size: int, shuffle: bool, seed: int = 0
 ) -> DataLoader:
     """A loader of packed batches: of this process's share of the examples."""
     sampler = BucketSampler(
         [example.row_length for example in examples],
         batch_size, shuffle, seed, idist.get_rank(), idist.get_world_size(),
     )  # fmt: skip
-
-    def collate(batch: list[Example]) -> Batch | None:
-        return pack([make_row(example, tokenizer) for example in batch], tokenizer.pad_token_id) if batch else None
-
     return DataLoader(
         examples,
         batch_sampler=sampler,
@@ -219,6 +220,14 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each epoch would draw from torch's own, a resumed one too
     )
+
+
+def pack_examples(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, history_start: int
+) -> Batch | None:
+    """A batch of examples; None for none, this process's share of a last batch."""
+    rows = [make_row(example, tokenizer, history_start) for example in examples]
+    return pack(rows, tokenizer.pad_token_id) if rows else None
 
 
 def log_examples(split: str, examples: list[Example], loader: DataLoader) -> None:
@@ -292,7 +301,7 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
 
     @torch.inference_mode()
     def step(engine: Engine, batch: Batch | None) -> None:
-        if batch is None:  # this process's share of the last batch
+        if batch is None:
             return
         batch = batch.to(device)
         with precision.autocast():
@@ -349,13 +358,16 @@ def train(argv: list[str] | None = None) -> str:
     args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
     model = load_model(checkpoint, device, from_scratch=True)
     add_special_tokens_(model, tokenizer)
+    if args.history_start is not None:
+        model.history_start = args.history_start
+    args.history_start = model.history_start
     if args.freeze_embeddings:
         freeze_embeddings_(model, tokenizer)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
     parameters = sum(map(torch.numel, model.parameters()))
     logger.info("Model: %s, %d parameters", model.pretrained.config.model_type, parameters)
-    train_loader, valid_loader, sampler, _ = get_data_loaders(args, tokenizer, model.n_positions)
+    train_loader, valid_loader, sampler, _ = get_data_loaders(args, tokenizer, model.n_positions, model.history_start)
     if not args.log_every:
         steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
         args.log_every = 1 if steps < 200 else 10

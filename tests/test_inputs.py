@@ -304,7 +304,7 @@ def test_attention_mask_by_its_definition(tokenizer):
 
 def test_pack_of_replies_that_are_empty():
     """Right after the speaker's token nothing is predicted yet, and what the choice head reads is that token."""
-    rows = [Row([1, 2, 3], [4, 4, 5], [[]], 0), Row([1, 2], [4, 5], [[7, 8], []], 0)]
+    rows = [Row([1, 2, 3], [4, 4, 5], [0, 1, 2], [[]], 0), Row([1, 2], [4, 5], [0, 1], [[7, 8], []], 0)]
     batch = pack(rows, pad=9)
     assert batch.input_ids.tolist() == [[1, 2, 3, 9], [1, 2, 7, 8]]
     assert batch.last_positions.tolist() == [[2, -1], [7, 5]]

@@ -23,13 +23,19 @@ MAY_IMPORT = {
     "inputs": {"cli", "utils"},
     "model": {"cli", "utils"},
     "decoding": {"cli", "inputs", "model", "utils"},
-    "train": {"cli", "inputs", "metrics", "model", "utils"},
-    "interact": {"cli", "decoding", "inputs", "model", "utils"},
-    "convai_evaluation": {"cli", "decoding", "inputs", "metrics", "model", "utils"},
+    "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "utils"},
+    "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "utils"},
+    "precision": {"cli"},
+    "checkpoints": {"cli", "utils"},
+    "handlers": {"checkpoints", "cli", "precision"},
+    "train": {"checkpoints", "cli", "handlers", "inputs", "model", "precision", "utils"},
+    "chat": {"cli", "decoding", "inputs", "model", "utils"},
+    "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
+    "convai_evaluation": {"cli", "dialogs", "evaluation", "inputs", "metrics", "model", "parlai_agent", "utils"},
 }
 AROUND = ("tests", "benchmarks", "example")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand: the two ParlAIs, which cannot share an environment.
-OPTIONAL = {"parlai", "projects"}
+OPTIONAL = {"apex", "parlai", "projects"}
 # Pinned although no module imports it: ignite's TensorBoard handler does.
 INDIRECT = {"tensorboardx"}
 
@@ -95,7 +101,7 @@ def test_allowed_imports_have_no_cycle():
 def test_only_the_trainer_loads_ignite():
     """The chat and the evaluation start without the time that ignite and tensorboardX take to load."""
     loading = {path.stem for path in ROOT.glob("*.py") if imported(path, lazy=False) & {"ignite", "tensorboardX"}}
-    assert loading <= {"train"}
+    assert loading <= {"train", "handlers", "checkpoints"}
 
 
 def test_requirements_are_what_the_project_imports():

@@ -1,0 +1,345 @@
+"""Replies: cached as uncached, batched as one by one, beams as brute force, ranking as one sequence a reply."""
+
+import itertools
+from argparse import Namespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import OpenAIGPTConfig
+
+from cli import UserError
+from decoding import (
+    OFF,
+    CachedRows,
+    Context,
+    beam_search,
+    candidate_replies,
+    decode,
+    fit_context,
+    generate,
+    sample_sequence,
+    score_replies,
+    top_filtering,
+    with_defaults,
+)
+from inputs import build_input_from_segments, context_positions
+from model import DoubleHeads, OpenAIGPTDoubleHeadsModel
+from utils import SPECIAL_TOKENS
+
+# Ragged lengths; one without a persona.
+CONTEXTS = [
+    ([[10, 11, 12], [13, 14]], [[20, 21, 22]]),
+    ([], [[30]]),
+    ([[40, 41]] * 4, [[50, 51, 52], [53, 54, 55, 56], [57]]),
+    ([[60]], [[61, 62], [63], [64, 65, 66], [67, 68], [69]]),
+]
+
+
+def options(**changed) -> Namespace:
+    """The arguments that a script of the original's time gives, greedy, and what is changed."""
+    original = {"max_length": 8, "min_length": 1, "no_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
+    return Namespace(**original | changed)
+
+
+def next_logits(model, context, reply, tokenizer):
+    """The next token's logits after `reply`, from the whole sequence, without a cache and without padding."""
+    row = build_input_from_segments(*context[:2], reply, tokenizer, with_eos=False)
+    ids, types = (torch.tensor([row[name]]) for name in ("input_ids", "token_type_ids"))
+    with torch.no_grad():
+        return model.lm_logits(model.hidden_states(ids, types, torch.arange(ids.size(1))[None])[:, -1])[0]
+
+
+def special_ids(tokenizer) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+
+
+def greedy_without_cache(model, context, tokenizer, args) -> list[int]:
+    """The original's loop: everything computed again for each token."""
+    reply = []
+    for _ in range(args.max_length):
+        logits = next_logits(model, context, reply, tokenizer)
+        if len(reply) < args.min_length:
+            logits[special_ids(tokenizer)] = -torch.inf
+        if int(logits.argmax()) in special_ids(tokenizer):
+            break
+        reply.append(int(logits.argmax()))
+    return reply
+
+
+class LogitsModel(DoubleHeads):
+    """A model whose next-token logits are the same everywhere."""
+
+    def __init__(self, model: DoubleHeads, logits: dict[int, float]):
+        super().__init__(model.pretrained)
+        self.logits = logits
+
+    def lm_logits(self, hidden):
+        out = torch.full((*hidden.shape[:-1], self.pretrained.config.vocab_size), -100.0)
+        for token, value in self.logits.items():
+            out[..., token] = value
+        return out
+
+
+def test_filters():
+    logits = torch.tensor([[1.0, 4.0, 3.0, 2.0], [0.0, 0.0, 9.0, 0.0]])
+    assert top_filtering(logits.clone(), top_k=2, top_p=0.0).isfinite().tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
+    assert top_filtering(logits.clone(), top_p=0.7).isfinite().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
+    assert top_filtering(logits.clone(), top_p=0.0, threshold=2.5).isfinite().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
+    assert top_filtering(torch.zeros(3), top_k=9, top_p=0.0).tolist() == [0, 0, 0]
+    assert top_filtering(logits[0].clone(), top_k=1, top_p=0.0, filter_value=-5.0).tolist() == [-5, 4, -5, -5]
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_the_nucleus_is_that_of_the_whole_vocabulary_sorted(top_p, spread):
+    logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(0)).double() * spread
+    kept = top_filtering(logits.clone(), top_p=top_p).isfinite()
+    for row, row_kept in zip(logits.softmax(-1), kept):
+        likelier = torch.stack([row[row > p].sum() for p in row])
+        assert torch.equal(row_kept, likelier <= top_p)
+
+
+@pytest.mark.parametrize("contexts", [CONTEXTS[:1], CONTEXTS])
+def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, contexts):
+    sequences = [
+        build_input_from_segments(*context, [], tokenizer, with_eos=False)
+        | {"position_ids": context_positions(*context)}
+        for context in contexts
+    ]
+    copies, tokens = 2, torch.randint(5, 200, (6, 2 * len(contexts)))
+    with torch.inference_mode():
+        rows = CachedRows(model, sequences, len(tokens))
+        rows.repeat_(copies)
+        order = torch.arange(copies * len(contexts)).flip(0)
+        rows.select_(order)
+        for step in range(len(tokens) + 1):
+            for row, logits in zip(order.tolist(), rows.logits):
+                reply = tokens[:step, order.tolist().index(row)].tolist()
+                want = next_logits(model, contexts[row // copies], reply, tokenizer)
+                assert_close(logits, want, atol=1e-5, rtol=1e-5)
+            if step < len(tokens):
+                rows.append_(tokens[step])
+
+
+@pytest.mark.parametrize("min_length", [0, 1, 5])
+def test_greedy_replies_equal_those_without_a_cache(model, tokenizer, min_length):
+    args = options(min_length=min_length, max_length=12)
+    want = [greedy_without_cache(model, context, tokenizer, args) for context in CONTEXTS]
+    assert [sample_sequence(*context, tokenizer, model, args) for context in CONTEXTS] == want
+    assert generate(model, CONTEXTS, tokenizer, args) == want
+    assert any(want)
+
+
+def test_a_given_beginning_is_continued(model, tokenizer):
+    args = options(max_length=6, min_length=6)
+    whole = sample_sequence(*CONTEXTS[0], tokenizer, model, args)
+    args = options(max_length=4, min_length=4)
+    assert len(whole) == 6 and sample_sequence(*CONTEXTS[0], tokenizer, model, args, current_output=whole[:2]) == whole
+
+
+def test_samples_follow_the_filtered_distribution(model, tokenizer):
+    torch.manual_seed(0)
+    args = options(no_sample=False, num_samples=4000, max_length=1, top_p=0.6, temperature=2.0)
+    (replies,) = candidate_replies(model, CONTEXTS[:1], tokenizer, args)
+    logits = next_logits(model, CONTEXTS[0], [], tokenizer) / 2.0
+    want = top_filtering(logits, top_p=0.6).softmax(-1)
+    want[special_ids(tokenizer)] = 0.0  # min_length is 1
+    drawn = torch.bincount(torch.tensor(replies).flatten(), minlength=len(want)) / len(replies)
+    assert len(replies) == 4000 and drawn[want == 0].sum() == 0
+    assert_close(drawn, want / want.sum(), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"num_beams": 3}, {"no_sample": False}, {"no_sample": False, "num_samples": 3}]
+)
+def test_a_certain_special_token_ends_the_reply(model, tokenizer, changed):
+    """The original drew again for ever, or warned "special token with probability 1", where min_length forbade it."""
+    certain = LogitsModel(model, {special_ids(tokenizer)[1]: 200.0})
+    replies = candidate_replies(certain, CONTEXTS, tokenizer, options(min_length=4, **changed))
+    assert [found[0] for found in replies] == [[]] * len(CONTEXTS)
+
+
+@pytest.mark.parametrize("token", range(len(SPECIAL_TOKENS)))
+def test_every_special_token_ends_a_reply(model, tokenizer, token):
+    logits = LogitsModel(model, {special_ids(tokenizer)[token]: 9.0, 7: 8.0})
+    for changed in ({}, {"num_beams": 1}):
+        assert generate(logits, CONTEXTS[:2], tokenizer, options(min_length=3, **changed)) == [[7, 7, 7]] * 2
+
+
+@pytest.mark.parametrize("min_length", [0, 1, 6])
+def test_one_beam_is_greedy(model, tokenizer, min_length):
+    args = options(min_length=min_length, max_length=12)
+    want = generate(model, CONTEXTS, tokenizer, args)
+    args.num_beams, args.no_sample = 1, False
+    assert generate(model, CONTEXTS, tokenizer, args) == want
+
+
+def test_beams_of_a_batch_equal_those_of_one_context(model, tokenizer):
+    args = options(num_beams=4)
+    together = beam_search(model, CONTEXTS, tokenizer, args)
+    assert together == [beam_search(model, [context], tokenizer, args)[0] for context in CONTEXTS]
+    assert all(len(set(map(tuple, replies))) > 1 for replies in together)
+
+
+class TinyVocabulary:
+    """Stands for a tokenizer with the five special tokens and three words."""
+
+    pad_token_id, eos_token_id = 4, 1
+
+    def convert_tokens_to_ids(self, tokens):
+        return [SPECIAL_TOKENS.index(token) for token in tokens]
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> DoubleHeads:
+    torch.manual_seed(3)
+    config = OpenAIGPTConfig(vocab_size=8, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = DoubleHeads(OpenAIGPTDoubleHeadsModel(config)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def brute_force(model, context, tokenizer, args) -> list[tuple[float, list[int]]]:
+    """Score and words of every reply that there can be, the best first."""
+    found = []
+    for length in range(args.max_length + 1):
+        for words in itertools.product(range(5, 8), repeat=length):
+            total = 0.0
+            for place, word in enumerate(words):
+                total += step_log_p(model, context, list(words[:place]), tokenizer, args)[word]
+            if length == args.max_length:
+                found.append((total / length**args.length_penalty, list(words)))
+            else:
+                ends = step_log_p(model, context, list(words), tokenizer, args)[:5]
+                found += [((total + end) / (length + 1) ** args.length_penalty, list(words)) for end in ends]
+    return sorted(found, reverse=True)
+
+
+def step_log_p(model, context, reply, tokenizer, args) -> list[float]:
+    log_p = next_logits(model, context, reply, tokenizer).log_softmax(-1)
+    if len(reply) < args.min_length:
+        log_p[:5] = -torch.inf
+    return log_p.double().tolist()
+
+
+@pytest.mark.parametrize("min_length", [0, 2])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_wide_beams_equal_brute_force(tiny_model, length_penalty, min_length):
+    context, tokenizer = ([[5, 6]], [[7, 5]]), TinyVocabulary()
+    args = options(max_length=3, min_length=min_length, length_penalty=length_penalty, num_beams=100, top_p=0.0)
+    want = [words for score, words in brute_force(tiny_model, context, tokenizer, args) if score > -float("inf")]
+    (found,) = beam_search(tiny_model, [context], tokenizer, args)
+    assert found == want
+    args.num_beams = 12  # fewer than the 155 ends that there are, and more than the best needs
+    assert beam_search(tiny_model, [context], tokenizer, args)[0][0] == want[0]
+
+
+def test_longer_replies_win_with_a_length_penalty(tiny_model):
+    lengths = []
+    for length_penalty in (0.0, 1.0, 3.0):
+        args = options(max_length=6, min_length=0, num_beams=20, length_penalty=length_penalty)
+        lengths.append(len(generate(tiny_model, [([], [[5]])], TinyVocabulary(), args)[0]))
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+
+
+def test_the_flags_against_repetition_are_off_in_arguments_of_the_original(model, tokenizer):
+    args = with_defaults(options())
+    assert {name: getattr(args, name) for name in OFF} == OFF
+    assert generate(model, CONTEXTS, tokenizer, options()) == generate(model, CONTEXTS, tokenizer, args)
+
+
+@pytest.mark.parametrize("num_beams", [0, 3])
+def test_no_ngram_comes_twice_in_a_reply(model, tokenizer, num_beams):
+    logits = LogitsModel(model, {7: 3.0, 8: 2.0, 9: 1.0})
+    args = options(max_length=9, top_p=0.0, num_beams=num_beams)
+    assert 7 in generate(logits, CONTEXTS, tokenizer, args)[0][1:]
+    args.no_repeat_ngram_size = 2
+    for reply in generate(logits, CONTEXTS, tokenizer, args):
+        bigrams = list(itertools.pairwise(reply))
+        assert len(bigrams) > 3 and len(set(bigrams)) == len(bigrams)
+
+
+def test_repetition_penalty_counts_the_reply_alone(model, tokenizer):
+    logits = LogitsModel(model, {7: 3.0, 8: 2.0})
+    context = ([[7, 7]], [[7], [7, 7], [7]])
+    args = options(max_length=4, repetition_penalty=2.0)
+    assert generate(logits, [context], tokenizer, args) == [[7, 8, 7, 7]]  # 3 > 2; 1.5 < 2; 1.5 > 1; 1.5 > 1
+
+
+@pytest.mark.parametrize("num_beams", [0, 2])
+def test_ngrams_of_the_models_own_earlier_turns_are_blocked(model, tokenizer, num_beams):
+    logits = LogitsModel(model, {7: 3.0, 8: 2.0, 9: 1.0})
+    args = options(max_length=4, top_p=0.0, block_history_ngram=2, num_beams=num_beams)
+    heard = ([], [[7, 7], [9], [7, 7]])  # 7 7 is the partner's
+    said = ([], [[5], [7, 7], [5]])
+    apart = ([], [[5], [7, 9, 7], [5], [7, 9, 7], [5]])  # 7 7 only across two turns
+    long_ago = Context([], [[5]], earlier=[[8, 7, 7]])
+    got = generate(logits, [heard, said, apart, long_ago], tokenizer, args)
+    assert got[0] == got[2] == [7, 7, 7, 7]
+    assert (7, 7) not in itertools.pairwise(got[1]) and got[1] == [7, 8, 7, 8]
+    assert not {(7, 7), (8, 7)} & set(itertools.pairwise(got[3]))
+
+
+def test_ranking_equals_the_scores_of_one_sequence_a_reply(model, tokenizer):
+    torch.manual_seed(0)
+    args = options(no_sample=False, num_samples=5, temperature=2.0)
+    torch.manual_seed(1)
+    drawn = candidate_replies(model, CONTEXTS, tokenizer, args)
+    args.rank = True
+    torch.manual_seed(1)
+    ranked = candidate_replies(model, CONTEXTS, tokenizer, args)
+    scores = score_replies(model, CONTEXTS, drawn, tokenizer)
+    for context, replies, row, best_first in zip(CONTEXTS, drawn, scores, ranked):
+        for reply, score in zip(replies, row):
+            assert score == pytest.approx(one_sequence_score(model, context, reply, tokenizer), abs=1e-4)
+        assert best_first == [reply for _, reply in sorted(zip(row, replies), key=lambda pair: -pair[0])]
+    assert ranked != drawn
+
+
+def one_sequence_score(model, context, reply, tokenizer) -> float:
+    row = build_input_from_segments(*context, reply, tokenizer)
+    ids, types = (torch.tensor([row[name]]) for name in ("input_ids", "token_type_ids"))
+    with torch.inference_mode():
+        hidden = model.hidden_states(ids, types, torch.arange(ids.size(1))[None])
+        return float(model.choice_scores(hidden[0, row["mc_token_ids"]]))
+
+
+def test_scores_of_different_numbers_of_replies(model, tokenizer):
+    replies = [[[7], [8, 9]], [[7]], [[]], [[9]]]
+    assert [len(row) for row in score_replies(model, CONTEXTS, replies, tokenizer)] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_beams": 2, "num_samples": 2}, "^--num_beams and --num_samples: "),
+        ({"num_samples": 2}, "^--num_samples 2: with --no_sample"),
+        ({"rank": True}, "^--rank: there is one reply only"),
+        ({"rank": True, "num_beams": 1}, "^--rank: there is one reply only"),
+        ({"max_length": 126}, "^--max_length 126: more than the model's 128 positions hold$"),
+    ],
+)
+def test_flags_that_exclude_each_other(model, tokenizer, changed, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, CONTEXTS, tokenizer, options(**changed))
+
+
+def test_contexts_longer_than_the_model(model, tokenizer):
+    """The original's embedding lookup failed with an IndexError."""
+    long = ([[7] * 30] * 3, [[8] * 200, [9] * 50, [10] * 300])
+    args = options(max_length=20, min_length=20)
+    cut = fit_context(model, Context(*long), args)
+    assert [len(turn) for turn in cut.history] < [len(turn) for turn in long[1]]
+    assert generate(model, [long, CONTEXTS[0]], tokenizer, args) == [
+        generate(model, [context], tokenizer, args)[0] for context in (cut, CONTEXTS[0])
+    ]
+
+
+def test_rows_that_have_ended_say_so(model, tokenizer):
+    args = options(max_length=12, min_length=0)
+    want = generate(model, CONTEXTS, tokenizer, args)
+    steps = list(decode(model, CONTEXTS, tokenizer, args))
+    assert [[token for token in row if token is not None] for row in zip(*steps)] == want
+    assert len(steps) == max(map(len, want))
