@@ -8,11 +8,11 @@ DEMO_TRAIN := --model_checkpoint example/model --n_epochs 3 --lr 1e-3
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test test-parlai lint
 .NOTPARALLEL:  # two targets would install into .venv at once
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-5s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/requirements.stamp  ## train on the example, evaluate, chat
 	@mkdir -p build/demo
@@ -24,6 +24,10 @@ demo: .venv/requirements.stamp  ## train on the example, evaluate, chat
 
 test: .venv/requirements-dev.stamp  ## run the tests
 	$(PY) -m pytest
+
+test-parlai: .venv-parlai/installed.stamp .venv-convai2/installed.stamp  ## run the tests that need ParlAI, new and old
+	.venv-parlai/bin/python -m pytest tests/test_parlai.py
+	.venv-convai2/bin/python -m pytest tests/test_parlai.py
 
 lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Dockerfile
 	.venv/bin/ruff check
@@ -38,3 +42,12 @@ lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Do
 	@touch $@
 
 .venv/requirements-dev.stamp: requirements.txt
+
+# The two ParlAIs exclude each other. The command that installs one stands in its requirements file and is run from there.
+.venv-%/installed.stamp: requirements-%.txt requirements.txt requirements-dev.txt
+	@echo 'Installing $< into .venv-$*: about a minute, more with a slow network'
+	@$(PYTHON) -m venv .venv-$*
+	@export PATH="$(CURDIR)/.venv-$*/bin:$$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 && set -e && \
+	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && pip install -c requirements-dev.txt pytest
+	@pwd > "$$(echo .venv-$*/lib/python*/site-packages)/convai.pth"  # `parlai` does not look for agents where it is run
+	@touch $@

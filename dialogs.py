@@ -18,10 +18,13 @@ which UTF-8 cannot carry, become U+FFFD.
 
 import contextlib
 import gzip
+import io
 import json
 import logging
 import lzma
+import mmap
 import os
+import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -44,6 +47,9 @@ BOM = b"\xef\xbb\xbf"
 SURROGATE = re.compile("[\ud800-\udfff]")
 PARLAI_LINE = re.compile(r"([0-9]{1,9}) (.*)", re.DOTALL)
 OWN_PERSONA, PARTNER_PERSONA = "your persona:", "partner's persona:"
+PARLAI_PERSONA = re.compile(rb"^[0-9]{1,9} your persona:.*(?:\n[0-9]{1,9} your persona:.*)*", re.MULTILINE)
+JSON_TEXT = rb'"(?:[^"\\]|\\.)*"'
+JSON_PERSONA = re.compile(rb'"personality"\s*:\s*(\[\s*' + JSON_TEXT + rb"(?:\s*,\s*" + JSON_TEXT + rb")*\s*\])")
 DATASET_NAME = re.compile(r"(train|valid)(?:ation)?(?![a-z]).*\.(?:txt|jsonl?)(?:\.gz|\.xz)?")
 JSON_NAME = re.compile(r"[^.].*\.json(?:\.gz|\.xz)?")
 Records = Iterable[tuple[str, object]]  # unchecked dialogs with their places: " (line 3)", or "" in PersonaChat JSON
@@ -96,6 +102,32 @@ def read_dialogs(files: list[Path]) -> dict[str, list[dict]]:
     for dialogs in splits.values():
         _add_distractors(dialogs)
     return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def draw_persona(files: list[Path]) -> list[str]:
+    """The persona of a dialog drawn by Python's `random`, out of those that have one.
+
+    The files are searched for personas as they stand: 130,000 dialogs need not be parsed, nor fit into memory.
+
+    Raises:
+        UserError: a file that cannot be read, or no dialog with a persona.
+    """
+    found = []
+    for path in files:
+        with _one_line_errors(path), _open(path) as file:
+            text = file.read() if not isinstance(file, io.BufferedReader) else _map(file)
+            found += [match for kind in (JSON_PERSONA, PARLAI_PERSONA) for match in kind.finditer(text)]
+    if not found:
+        raise UserError(f"{', '.join(map(str, files))}: no dialog with a persona")
+    match = random.choice(found)
+    if match.re is JSON_PERSONA:
+        return json.loads(match[1])
+    return [line.partition(b":")[2].decode(errors="replace").strip() for line in match[0].splitlines()]
+
+
+def _map(file: BinaryIO) -> mmap.mmap | bytes:
+    """A file's content, brought into memory as it is looked at; an empty file has no such map."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
 
 
 def write_parlai(dialogs: list[dict], path: Path) -> None:

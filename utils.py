@@ -1,6 +1,7 @@
 """Where data and checkpoints come from: datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +20,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as dump_arrays
 from tqdm import tqdm
-from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GPT2Config,
+    OpenAIGPTConfig,
+    OpenAIGPTTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import has_file
 
-from cli import UserError
-from dialogs import dataset_files, read_dialogs
+from cli import UserError, first_line
+from dialogs import SPLITS, dataset_files, read_dialogs
 from download import extract, fetch, is_url
 
 logger = logging.getLogger(__name__)
@@ -83,6 +92,22 @@ def has_weights(checkpoint: str) -> bool:
     return not os.path.isdir(checkpoint) or any(os.path.isfile(os.path.join(checkpoint, name)) for name in WEIGHTS)
 
 
+def load_config(checkpoint: str | Path) -> PretrainedConfig:
+    """A checkpoint's configuration. Those of 2019 do not name their family; GPT's alone has `afn`.
+
+    Raises:
+        UserError: no configuration there that transformers knows.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    try:
+        values, _ = PretrainedConfig.get_config_dict(folder)
+        if "model_type" not in values and "n_embd" in values:
+            return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
+        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+
+
 def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; its `init_kwargs["gpt_tokenization"]` says how GPT's text is split into words.
 
@@ -96,15 +121,18 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     folder = resolve_checkpoint(checkpoint)
     if not os.path.isdir(folder) and not _can_be_had(folder):
         raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
+    config = load_config(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
         raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
-    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size() <= 1:
+    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= 1:
         files = "tokenizer.json, or vocab.json and merges.txt"
         raise UserError(f"--model_checkpoint {checkpoint}: no tokenizer there ({files})")
+    fine_tuned = knows_dialog_tokens(tokenizer)
+    if fine_tuned:  # from files of 2019 the speakers come as words, which a text could contain
+        tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
     if isinstance(tokenizer, OpenAIGPTTokenizer):
-        fine_tuned = knows_dialog_tokens(tokenizer)
         recorded = tokenizer.init_kwargs.get("gpt_tokenization") or ("basic" if fine_tuned else "spacy")
         tokenizer.init_kwargs["gpt_tokenization"] = gpt_tokenization or recorded
     elif gpt_tokenization:
@@ -129,8 +157,7 @@ def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
     """One line for what transformers could not load."""
     if os.path.isdir(checkpoint):
-        reason = str(error).strip() or type(error).__name__
-        return f"--model_checkpoint {checkpoint}: no usable {what} there ({reason.splitlines()[0]})"
+        return f"--model_checkpoint {checkpoint}: no usable {what} there ({first_line(error)})"
     return (
         f"--model_checkpoint {checkpoint}: neither a folder nor a model that can be had from the hub here;"
         " give a local folder, or the embedded example: --model_checkpoint example/model"
@@ -166,12 +193,12 @@ class TokenizedDataset:
     Attributes:
         texts: the distinct sentences.
         tokens: their token ids, in the same order.
-        splits: names of the splits, of "train" and "valid".
+        splits: names of the splits, "train" before "valid".
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self._arrays = arrays
-        self.splits = [name.removesuffix(".history") for name in arrays if name.endswith(".history")]
+        self.splits = [split for split in SPLITS if f"{split}.history" in arrays]  # a cache file keeps no order
         self.tokens: list[list[int]] = list(self._lists("tokens"))
 
     @property
@@ -266,10 +293,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 def _tokenize_with_spacy(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """GPT's own pre-processing: text mended by ftfy, split by spaCy's English tokenizer, lower-cased, then BPE."""
     import ftfy  # optional for GPT-2, and a second of start-up
-    import spacy
     from tokenizers import Tokenizer
 
-    words_of = spacy.blank("en").tokenizer
+    words_of = _spacy_words()
     words_to_ids = Tokenizer(tokenizer.backend_tokenizer.model)  # the BPE alone: words are split already
     return [
         encoding.ids
@@ -281,6 +307,14 @@ def _tokenize_with_spacy(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -
     ]
 
 
+@functools.cache
+def _spacy_words() -> Callable[[str], Iterable]:
+    """spaCy's English tokenizer, which takes 0.2 s to make."""
+    import spacy
+
+    return spacy.blank("en").tokenizer
+
+
 _DASHES_AND_SIGNS = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
 _PUNCTUATION_RUN = re.compile(r"([-~!\";?+,)(\\/*\[\]}{|_])\1*")
 
@@ -288,8 +322,9 @@ _PUNCTUATION_RUN = re.compile(r"([-~!\";?+,)(\\/*\[\]}{|_])\1*")
 def _standardize(text: str) -> str:
     """Text as GPT's pre-training spaced it before spaCy: one sign for variants, space around runs of punctuation."""
     text = _PUNCTUATION_RUN.sub(r" \g<0> ", text.translate(_DASHES_AND_SIGNS))
+    text = re.sub(r"[^\S\n]+", " ", text)
     text = re.sub(r"\s*\n\s*", " \n ", text)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
+    return re.sub(r"\S{100}", r"\g<0> ", text).strip()  # the time that spaCy takes grows with a word's length squared
 
 
 def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:

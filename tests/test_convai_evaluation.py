@@ -1,0 +1,381 @@
+"""The evaluation as a script, its agent's state, and what it hands to ParlAI. What needs ParlAI is in test_parlai."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import stat
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+import convai_evaluation
+import evaluation
+from cli import UserError
+from convai_evaluation import TransformerAgent, install_command, make_data_folder, parse_args, recorder, run
+from dialogs import read_dialogs, write_parlai
+from metrics import distinct_n, f1, hit, write_word_counts
+from utils import load_dataset
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--device", "cpu", "--no_sample", "--max_length", "6"]
+
+
+@pytest.fixture
+def dataset(example_json, tmp_path) -> Path:
+    """A dataset of 4 dialogs to count words in and 2 to evaluate."""
+    path = tmp_path / "dialogs.json"
+    path.write_text(json.dumps({"train": example_json["train"][:4], "valid": example_json["valid"][:2]}))
+    return path
+
+
+@pytest.fixture
+def evaluate(checkpoint, dataset, tmp_path):
+    """Run the script; returns its report, the one it wrote, and the details."""
+
+    def evaluate(*argv, path: Path = dataset) -> tuple[dict, dict, list[dict]]:
+        report, details = tmp_path / "report.json", tmp_path / "details.jsonl"
+        returned = run(["--model_checkpoint", str(checkpoint), "--dataset_path", str(path), "--dataset_cache", "",
+                        "--report", str(report), "--details", str(details), *FLAGS, *map(str, argv)])
+        return returned, json.loads(report.read_text()), [json.loads(line) for line in details.open()]
+
+    return evaluate
+
+
+@pytest.fixture
+def parlai_data(dataset, tmp_path) -> Path:
+    """A data folder as ParlAI leaves it, of the same dataset."""
+    folder = tmp_path / "data"
+    (folder / "ConvAI2").mkdir(parents=True)
+    for split, dialogs in read_dialogs([dataset]).items():
+        write_parlai(dialogs, folder / "ConvAI2" / f"{split}_self_original.txt")
+    (folder / "ConvAI2" / ".built").write_text("today\nv5.0")
+    return folder
+
+
+# The script
+
+
+def test_figures_are_those_of_the_details(evaluate, dataset, capsys):
+    report, written, details = evaluate("--eval_type", "all")
+    utterances = [utterance for dialog in read_dialogs([dataset])["valid"] for utterance in dialog["utterances"]]
+    labels = [utterance["candidates"][-1] for utterance in utterances]
+    assert report == written
+    assert [row["index"] for row in details] == list(range(len(utterances)))
+    hits = [hit(row["ranking"], x["candidates"], label) for row, x, label in zip(details, utterances, labels)]
+    assert report["hits@1"] == sum(hits) / len(hits)
+    assert [row["f1"] for row in details] == [f1(row["reply"], [label]) for row, label in zip(details, labels)]
+    assert report["f1"] == sum(row["f1"] for row in details) / len(details)
+    words = [p for row in details for _, p in row["words"]]
+    scored = [p for p in words if p is not None]
+    assert report["ppl"] == pytest.approx(math.exp(-math.fsum(map(math.log, scored)) / len(scored)))
+    assert (report["scored_words"], report["unknown_words"]) == (len(scored), len(words) - len(scored))
+    assert 0 < report["unknown_words"] < report["scored_words"]  # the gold replies of valid are not in the dictionary
+    losses, tokens = zip(*(row["token_nll"] for row in details))
+    assert report["token_ppl"] == pytest.approx(math.exp(sum(losses) / sum(tokens)))
+    assert report["distinct-2"] == distinct_n([row["reply"].split() for row in details], 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        f"FINAL Hits@1: {report['hits@1']:.4g}", f"FINAL PPL: {report['ppl']:.4g}", f"FINAL F1: {report['f1']:.4g}",
+        f"Token PPL: {report['token_ppl']:.4g}",
+    ]  # fmt: skip
+
+
+def test_the_batch_changes_nothing(evaluate):
+    (*_, one), (*_, all_at_once) = (evaluate("--eval_type", "all", "--batchsize", size) for size in (1, 100))
+    for row, other in zip(one, all_at_once, strict=True):
+        assert (row["ranking"], row["reply"], row["f1"]) == (other["ranking"], other["reply"], other["f1"])
+        assert [word for word, _ in row["words"]] == [word for word, _ in other["words"]]
+        assert [p for _, p in row["words"]] == [p and pytest.approx(p, rel=1e-5) for _, p in other["words"]]
+
+
+def test_no_forward_has_more_examples_than_asked(evaluate, monkeypatch):
+    """Memory is that of one batch, however many examples there are."""
+    sizes = []
+    rank = evaluation.rank_candidates
+    monkeypatch.setattr(evaluation, "rank_candidates", lambda *args: sizes.append(len(args[-1])) or rank(*args))
+    _, report, _ = evaluate("--batchsize", 4)
+    assert max(sizes) == 4 and sum(sizes) == report["examples"]
+
+
+@pytest.mark.parametrize(
+    ("eval_type", "keys"),
+    [("hits@1", {"hits@1"}), ("ppl", {"ppl", "token_ppl", "scored_words", "unknown_words"}),
+     ("f1", {"f1", "distinct-1", "distinct-2"})],
+)  # fmt: skip
+def test_only_what_is_asked_for_is_measured(evaluate, eval_type, keys):
+    report, _, _ = evaluate("--eval_type", eval_type)
+    assert set(report) == {"examples"} | keys
+
+
+def test_empty_replies_count_as_wrong(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", lambda model, contexts, *_: [[] for _ in contexts])
+    report, _, details = evaluate("--eval_type", "f1")
+    assert {row["reply"] for row in details} == {""}
+    assert (report["f1"], report["distinct-1"], report["distinct-2"]) == (0, 0, 0)
+
+
+def test_one_candidate_is_a_hit_and_its_twin_too(evaluate, dataset):
+    """A hit compares texts: of two that read the same, either will do."""
+    utterances = [{"candidates": ["Yes, I do!", "yes i do ."], "history": ["do you ?"]}]
+    dataset.write_text(json.dumps({"valid": [{"personality": [], "utterances": utterances}]}))
+    assert evaluate()[0]["hits@1"] == 1
+    del utterances[0]["candidates"][0]
+    dataset.write_text(json.dumps({"valid": [{"personality": [], "utterances": utterances}]}))
+    report, _, details = evaluate()
+    assert report["hits@1"] == 1 and details[0]["ranking"] == [0]
+
+
+def test_a_dictionary_without_the_words_gives_no_perplexity(evaluate, tmp_path):
+    write_word_counts(tmp_path / "dict", {"xyzzy": 1})
+    report, _, details = evaluate("--eval_type", "ppl", "--dict_file", tmp_path / "dict")
+    assert math.isnan(report["ppl"]) and report["scored_words"] == 0
+    assert all(p is None for row in details for _, p in row["words"])
+
+
+def test_parlais_data_folder_serves_without_parlai(evaluate, parlai_data):
+    (_, from_json, rows), (_, from_folder, same_rows) = evaluate("--eval_type", "all"), evaluate(
+        "--eval_type", "all", "--datapath", parlai_data)  # fmt: skip
+    assert (from_json, rows) == (from_folder, same_rows)
+    (parlai_data / "models" / "convai2").mkdir(parents=True)
+    write_word_counts(parlai_data / "models" / "convai2" / "dict_self", {"i": 5, ".": 9})
+    _, from_dictionary, _ = evaluate("--eval_type", "all", "--datapath", parlai_data)
+    assert from_dictionary["scored_words"] < from_json["scored_words"]
+    assert from_dictionary["f1"] == from_json["f1"]
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_gpt2s_original_words_differ(evaluate):
+    spaced, original = (evaluate("--eval_type", "ppl", "--gpt2_ppl", way)[0] for way in ("spaced", "original"))
+    assert spaced["ppl"] != original["ppl"] and spaced["token_ppl"] == original["token_ppl"]
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+def test_input_that_cannot_be_used(evaluate, dataset, tmp_path):
+    (tmp_path / "dict").write_text("word 1\n")
+    for argv, message in (
+        (["--dict_file", "nowhere"], "--dict_file nowhere: No such file or directory"),
+        (["--dict_file", tmp_path / "dict"], f"--dict_file {tmp_path}/dict: line 1 is not a word, a tab and its count"),
+        (["--datapath", tmp_path / "none"], f"{tmp_path}/none/ConvAI2: no such file or folder"),
+        (["--report", tmp_path / "none" / "report"], f"--report {tmp_path}/none/report: No such file or directory"),
+    ):
+        with pytest.raises(UserError) as error:
+            evaluate("--eval_type", "ppl", *argv)
+        assert str(error.value) == message
+    dataset.write_text(json.dumps({"train": json.loads(dataset.read_text())["train"]}))
+    with pytest.raises(UserError, match="no valid split to evaluate on"):
+        evaluate()
+
+
+# What ParlAI is given
+
+
+@pytest.fixture
+def arguments(checkpoint, dataset, tmp_path):
+    return lambda *argv: parse_args(["--dataset_path", str(dataset), "--model_checkpoint", str(checkpoint),
+                                     "--dataset_cache", str(tmp_path / "cache.bin"), *map(str, argv)])  # fmt: skip
+
+
+def test_parlai_gets_a_copy_of_the_validation_split(arguments, dataset, tokenizer, tmp_path):
+    data = tmp_path / "temporary"
+    data.mkdir()
+    make_data_folder(data, arguments("--backend", "convai2"), load_dataset(tokenizer, dataset, ""))
+    files = {path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()}
+    names = ("valid_self_original.txt", "valid_self_original_no_cands.txt", ".built")
+    assert files == {*(f"ConvAI2/{name}" for name in names), "models/convai2/dict_self"}
+    assert (data / "ConvAI2" / ".built").read_text().split("\n")[1] == "v5.0"
+    valid = read_dialogs([data / "ConvAI2" / names[0]])["valid"]
+    assert valid == read_dialogs([dataset])["valid"]
+
+
+def snapshot(folder: Path) -> dict:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parlai_never_sees_the_users_own_folder(arguments, parlai_data, tokenizer, tmp_path):
+    """ParlAI deletes a folder whose mark it does not like. It gets a link, which cannot be deleted through."""
+    args = arguments("--backend", "parlai", "--datapath", parlai_data)
+    convai_evaluation.use_datapath_(args)
+    data = tmp_path / "temporary"
+    data.mkdir()
+    before = snapshot(parlai_data)
+    make_data_folder(data, args, load_dataset(tokenizer, args.dataset_path, ""))
+    assert (data / "ConvAI2").is_symlink()
+    assert snapshot(parlai_data) == before
+
+
+@pytest.mark.parametrize("mark", [None, "", "today", "today\nv4.0", "v5.0\n"])
+def test_a_folder_that_parlai_would_delete_is_refused(arguments, parlai_data, tokenizer, tmp_path, mark):
+    built = parlai_data / "ConvAI2" / ".built"
+    built.unlink() if mark is None else built.write_text(mark)
+    args = arguments("--backend", "parlai", "--datapath", parlai_data)
+    convai_evaluation.use_datapath_(args)
+    with pytest.raises(UserError) as error:
+        make_data_folder(tmp_path, args, load_dataset(tokenizer, args.dataset_path, ""))
+    assert str(error.value).startswith(f"{built}: its second line is not v5.0")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_parlai_would_miss_is_named(arguments, parlai_data, tokenizer, tmp_path):
+    args = arguments("--backend", "convai2", "--datapath", parlai_data)
+    convai_evaluation.use_datapath_(args)
+    with pytest.raises(UserError, match=r"original_no_cands\.txt: not there; --dataset_path .* does without"):
+        make_data_folder(tmp_path, args, load_dataset(tokenizer, args.dataset_path, ""))
+
+
+@pytest.mark.parametrize("backend", ["parlai", "convai2"])
+@pytest.mark.parametrize("installed", [None, "0.9"])
+def test_a_backend_that_is_not_installed(arguments, monkeypatch, backend, installed):
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UserError) as error:
+        convai_evaluation.evaluate_in_parlai(arguments("--backend", backend))
+    assert str(error.value).endswith(install_command(backend))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["parlai", "convai2"])
+def test_the_install_command_is_that_of_the_requirements(backend):
+    """`make test-parlai` runs it from there."""
+    lines = (ROOT / f"requirements-{backend}.txt").read_text().splitlines()
+    assert [line.lstrip("# ") for line in lines if line.startswith("#   ")] == [install_command(backend)]
+
+
+def test_the_temporary_folder_is_private_and_removed(arguments, monkeypatch, tmp_path):
+    found = {}
+
+    def look(opt: dict, measures: tuple) -> dict:
+        folder = Path(opt["datapath"])
+        found.update(folder=folder, mode=stat.S_IMODE(folder.stat().st_mode))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convai_evaluation, "check_installed", lambda backend: None)
+    monkeypatch.setattr(convai_evaluation, "run_parlai", look)
+    with pytest.raises(KeyboardInterrupt):
+        convai_evaluation.evaluate_in_parlai(arguments("--backend", "parlai"))
+    assert found["mode"] == 0o700
+    assert not found["folder"].exists()
+
+
+def test_results_find_their_rows_whatever_the_order():
+    def dialog(said: str) -> dict:
+        first = {"history": [said], "candidates": ["no .", "yes ."]}
+        second = {"history": [said, "yes .", "and ?"], "candidates": ["x", "yes ."]}
+        return {"personality": ["i like tea ."], "utterances": [first, second]}
+
+    dialogs = [dialog("hi !"), dialog("ho !"), dialog("hi !")]
+    details = [{} for _ in range(6)]
+    record = recorder(details, dialogs)
+    for place, (k, i) in enumerate([(2, 0), (1, 0), (0, 0), (2, 1), (1, 1), (0, 1)]):
+        utterance = dialogs[k]["utterances"][i]
+        heard = Namespace(persona=["i like tea . "], history=utterance["history"], label="yes .")
+        record(heard, {"reply": f"{place}"})
+    assert [row["reply"] for row in details] == ["0", "3", "1", "4", "2", "5"]
+    assert all(row["f1"] == 0 for row in details)
+    with pytest.raises(UserError, match=r"has a reply more than here: 'yes \.'"):
+        record(heard, {})
+
+
+# The agent, as far as it works without ParlAI
+
+
+@pytest.fixture
+def make_agent(checkpoint):
+    def make_agent(**opt) -> TransformerAgent:
+        return TransformerAgent({"model_checkpoint": str(checkpoint), "device": "cpu", "no_sample": True, **opt})
+
+    return make_agent
+
+
+MESSAGE = {"text": "your persona: i like tea .\nyour persona: i am old .\nhi !", "episode_done": False,
+           "eval_labels": ("hello .",), "label_candidates": ["no .", "hello .", "tea ."]}  # fmt: skip
+NEXT = {"text": "and then ?", "episode_done": True, "eval_labels": ("tea .",), "label_candidates": ["no .", "tea ."]}
+PADDING = {"batch_padding": True, "episode_done": True}
+
+
+def test_a_name_that_is_not_there():
+    """The agent is had through the module's `__getattr__`, which must not swallow what it does not know."""
+    with pytest.raises(AttributeError, match="has no attribute 'Transformer'"):
+        convai_evaluation.Transformer  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+def test_the_gold_reply_joins_the_history_and_an_episodes_end_clears_it(make_agent):
+    agent = make_agent()
+    first = agent.observe(MESSAGE)["dialog"]
+    assert agent.act()["text_candidates"][0] in MESSAGE["label_candidates"]
+    second = agent.observe(NEXT)["dialog"]
+    third = agent.observe(NEXT)["dialog"]
+    assert first == (["i like tea .", "i am old ."], ["hi !"], ["no .", "hello .", "tea ."], "hello .")
+    assert second == (first.persona, ["hi !", "hello .", "and then ?"], ["no .", "tea ."], "tea .")
+    assert third == ([], ["and then ?"], ["no .", "tea ."], "tea .")
+    agent.reset()
+    assert agent.observe({"text": "hi !"})["dialog"] == ([], ["hi !"], [], None)
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+def test_in_a_chat_the_agents_own_reply_joins_the_history(make_agent):
+    agent = make_agent(max_length=4)
+    agent.observe({"text": "your persona: i like tea .", "episode_done": False})  # as ParlAI's interactive world does
+    agent.observe({"text": "hi !\nhow are you ?", "label_candidates": None, "episode_done": False})
+    said = agent.act()["text"]
+    assert said
+    dialog = agent.observe({"text": "and you ?", "episode_done": False})["dialog"]
+    assert dialog == (["i like tea ."], ["hi !", "how are you ?", said, "and you ?"], [], None)
+    assert agent.observe({"episode_done": True}) and agent.act() == {"id": "TransformerAgent"}
+
+
+@pytest.mark.parametrize("eval_type", ["hits@1", "f1"])
+def test_copies_in_a_batch_answer_as_one_agent_alone(make_agent, eval_type):
+    """ParlAI calls `batch_act` on an agent that has heard nothing of the dialogs."""
+    root = make_agent(eval_type=eval_type, max_length=4)
+    copies = [TransformerAgent(root.opt, root.share()) for _ in range(3)]
+    observed = [agent.observe(message) for agent, message in zip(copies, (MESSAGE, PADDING, NEXT))]
+    acts = root.batch_act(observed)
+    assert acts[1] == {"id": "TransformerAgent"}
+    for message, act in ((MESSAGE, acts[0]), (NEXT, acts[2])):
+        alone = make_agent(eval_type=eval_type, max_length=4)
+        alone.observe(message)
+        assert alone.act() == act
+    assert copies[0].evaluator is root.evaluator
+    observed = [agent.observe(NEXT) for agent in copies]
+    assert [len(observation["dialog"].history) for observation in observed] == [3, 1, 1]
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+def test_a_label_that_is_no_candidate_is_a_miss(make_agent):
+    agent = make_agent()
+    agent.observe({**MESSAGE, "eval_labels": ("something else .",)})
+    assert sorted(agent.act()["text_candidates"]) == sorted(MESSAGE["label_candidates"])
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+def test_the_agents_dictionary(make_agent, parlai_data, tmp_path):
+    """Without --dict_file it has the words of the data in ParlAI's folder, as the archived scripts count them."""
+    counted = make_agent(eval_type="ppl", datapath=str(parlai_data))
+    counted.observe(MESSAGE)
+    probabilities = counted.next_word_probability(["hello"])
+    assert sum(probabilities.values()) == pytest.approx(1)
+    assert {"__unk__", "persona", "i"} < set(probabilities)
+    write_word_counts(tmp_path / "dict", {"hello": 2, ".": 1})
+    given = make_agent(eval_type="ppl", datapath=str(parlai_data), dict_file=str(tmp_path / "dict"))
+    given.observe(MESSAGE)
+    assert set(given.next_word_probability([])) == {"hello", "."}
+    with pytest.raises(UserError, match="--eval_type hits@1: probabilities of words need ppl or all"):
+        make_agent().next_word_probability([])
+
+
+def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
+    parser.add_argument("-m", "--model")
+    assert TransformerAgent.add_cmdline_args(parser, partial_opt=None) is parser
+    args = parser.parse_args(["--model", "convai_evaluation:TransformerAgent", "--temperature", "0.9"])
+    assert (args.model, args.model_checkpoint, args.temperature) == ("convai_evaluation:TransformerAgent", "", 0.9)
+    defaults = vars(parser.parse_args([]))
+    del defaults["model"]
+    assert defaults.items() <= vars(parse_args([])).items()
