@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    Cache,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
 from cli import UserError
@@ -170,6 +171,31 @@ def top_filtering(
     return logits.masked_fill_(logits < threshold, filter_value)
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for the tokens to come: transformers' own copies all keys and values at each token."""
+
+    ROOM = 32  # tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = {}
+        self.keys, self.values = self._extended("keys", key_states), self._extended("values", value_states)
+        return self.keys, self.values
+
+    def _extended(self, name: str, new: Tensor) -> Tensor:
+        kept, room = getattr(self, name), self.rooms.get(name)
+        start = kept.size(-2) if kept.numel() else 0
+        end = start + new.size(-2)
+        if room is None or kept.data_ptr() != room.data_ptr() or end > room.size(-2):  # other rows were chosen, or full
+            room = new.new_empty(*new.shape[:-2], end + self.ROOM, new.size(-1))
+            if start:
+                room[..., :start, :] = kept
+            self.rooms[name] = room
+        room[..., start:end, :] = new
+        return room[..., :end, :]
+
+
 class CachedRows:
     """Sequences encoded once, which then go on a token at a time, each step at the cost of one position.
 
@@ -194,7 +220,7 @@ class CachedRows:
         # a padding column attends to itself alone, so that no softmax is empty
         itself = column[:columns, None] == column[:columns]
         mask = (causal & self.attended[:, None, None, :columns]) | itself if self.ragged else None
-        self.cache = DynamicCache()
+        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
         hidden = model.hidden_states(ids, types, positions, mask, self.cache)[:, -1]
         self.logits = model.lm_logits(hidden).float()
         self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token

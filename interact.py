@@ -1,13 +1,20 @@
-"""Chat in the terminal with a fine-tuned model that has a persona.
+"""Chat in the terminal with a fine-tuned model that has a persona. `/help` there lists the commands.
 
     python interact.py --model_checkpoint runs/Nov21_20-57-01_host_model   # a run of train.py
     python interact.py                                                      # the model of 2019, downloaded
+    python interact.py --model_checkpoint runs/... --personality "i like dogs ." "i live in ohio ."
+    python interact.py --model_checkpoint runs/... --num_samples 8 --rank   # the best of eight replies
+    printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
 """
 
+import contextlib
+import json
 import logging
-import random
+import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
 
 from cli import (
     ArgumentParser,
@@ -20,20 +27,37 @@ from cli import (
     set_seed,
     set_up_logging,
 )
-from decoding import sample_sequence, top_filtering
-from model import load_finetuned
-from utils import load_dataset, tokenize
-
-__all__ = ["run", "sample_sequence", "top_filtering"]  # the original's public names, wherever they are defined now
 
 logger = logging.getLogger(__name__)
+
+PROMPT = ">>> "
+COLOURS = {"reply": "\x1b[36m", "note": "\x1b[2m", "persona": "\x1b[33m"}
+GIVE_PERSONA = 'give a persona instead: --personality "i like dogs ." "i live in ohio ."'
+
+
+def __getattr__(name: str):
+    """The original's public names that live in `decoding` now: loaded, with torch, when they are asked for."""
+    if name in ("sample_sequence", "top_filtering"):
+        import decoding
+
+        return getattr(decoding, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser("Chat with a fine-tuned model that has a persona.")
+    # persona
+    parser.add_argument("--personality", nargs="+", metavar="SENTENCE",
+                        help="the model's persona (unset = one drawn from the dataset)")
+    parser.add_argument("--personality_file", metavar="FILE", help="the same, a sentence a line")
     add_data_flags(parser)
+    # model and decoding
     add_model_flags(parser, default="")
+    parser.add_argument("--force", action="store_true", help="chat with a model that was not fine-tuned on dialogs too")
     add_decoding_flags(parser)
+    # session
+    parser.add_argument("--transcript", metavar="FILE",
+                        help="file to which each turn is added as it is said, a JSON object a line")
     add_seed_flag(parser)
     return parser.parse_args(argv)
 
@@ -45,42 +69,175 @@ def run(argv: list[str] | None = None) -> None:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
+    # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
+    from chat import Chat
+
     set_up_logging(logging.WARNING)
     set_seed(args.seed)
-    model, tokenizer = load_finetuned(args.model_checkpoint, args.gpt_tokenization, args.device)
-    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache)
-    personas = [persona for persona in dataset.personalities() if persona]
-    if not personas:
-        raise UserError(f"{args.dataset_path}: no dialog with a persona")
-    persona = random.choice(personas)
-    print("Persona:", *(decode_text(tokenizer, sentence) for sentence in persona))
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # whatever bytes a pipe brings, whatever a terminal can show
+    show = make_printer()
 
-    history = []
-    while (text := read_line()) is not None:
-        if not text.strip():
-            print("(say something, or leave with Ctrl-D)")
-            continue
-        history.append(tokenize(tokenizer, [text])[0])
-        reply = sample_sequence(persona, history, tokenizer, model, args)
-        history = [*history, reply][-(2 * args.max_history + 1) :]
-        print(decode_text(tokenizer, reply))
+    def tell(text: str) -> None:
+        show(f"{text}\n", "note")
+
+    def draw() -> list[str]:
+        return draw_persona(args, tell)
+
+    persona = given_persona(args)
+    persona = draw() if persona is None else persona
+    model, tokenizer = load(args)
+    with open_transcript(args.transcript) as transcript:
+        chat = Chat(model, tokenizer, args, persona, draw, tell, transcript)
+        show(f"{chat.introduction()}\n", "persona")
+        talk(chat, make_reader(), show)
 
 
-def read_line() -> str | None:
-    """A line that the user types, or of a pipe, then echoed so that the output reads as a dialog; None at the end."""
+def load(args: Namespace):
+    """Model and tokenizer of `--model_checkpoint`."""
+    from model import add_special_tokens_, default_device, load_finetuned, load_model
+    from utils import knows_dialog_tokens, load_tokenizer
+
+    if not args.force or not args.model_checkpoint:
+        return load_finetuned(args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start)
+    tokenizer = load_tokenizer(args.model_checkpoint, args.gpt_tokenization)
+    model = load_model(args.model_checkpoint, args.device or default_device())
+    if not knows_dialog_tokens(tokenizer):
+        logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", args.model_checkpoint)
+        add_special_tokens_(model, tokenizer)
+    return model, tokenizer
+
+
+# ---- persona ----
+
+def given_persona(args: Namespace) -> list[str] | None:
+    """The persona that the flags give, if they do."""
+    if args.personality and args.personality_file:
+        raise UserError("--personality and --personality_file: give one of the two")
+    if not args.personality_file:
+        return args.personality
     try:
-        text = input(">>> ")
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+        return Path(args.personality_file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        raise UserError(f"--personality_file {args.personality_file}: {reason}") from error
+
+
+def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
+    """A persona out of the dataset: `--dataset_path`, else the one that the model was trained on, else PersonaChat."""
+    import dialogs
+    from utils import locate_dataset
+
+    path = args.dataset_path or recorded_dataset(args.model_checkpoint)
+    if path and not args.dataset_path:
+        tell(f"(a persona from {path}, on which the model was trained)")
+    try:
+        return dialogs.draw_persona(locate_dataset(path))
+    except UserError as error:
+        raise UserError(f"{error}; or {GIVE_PERSONA}") from error
+
+
+def recorded_dataset(checkpoint: str) -> str:
+    """The dataset that a run folder was trained on, as far as it is still there; "" = PersonaChat."""
+    try:
+        recorded = json.loads(Path(checkpoint, "training_args.json").read_text())["dataset_path"]
+        return recorded if os.path.exists(recorded) else ""
+    except (OSError, ValueError, KeyError, TypeError):  # no run folder of this project
+        return ""
+
+
+# ---- terminal ----
+
+def talk(chat, read: Callable[[], str], show: Callable[..., None]) -> None:
+    """Answer line after line until the end of the input, `/quit`, or Ctrl-C twice."""
+    from chat import answer
+
+    interrupted = False
+    while True:
+        try:
+            line = read()
+            interrupted = False
+            answered = answer(chat, line)
+            if isinstance(answered, str):
+                show(f"{answered}\n", "note")
+                continue
+            with contextlib.closing(answered) as pieces:
+                for piece in pieces:
+                    show(piece, "reply")
+            show("\n")
+        except EOFError:
+            return show("\n")
+        except KeyboardInterrupt:
+            if interrupted:
+                return show("\n")
+            interrupted = True
+            show("\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n", "note")
+        except UserError as error:
+            show(f"{error}\n", "note")
+
+
+def make_printer() -> Callable[..., None]:
+    """A function that shows text, at once, in a colour of `COLOURS` if stdout is a terminal that has any."""
+    coloured = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+
+    def show(text: str, kind: str = "") -> None:
+        print(f"{COLOURS[kind]}{text}\x1b[0m" if coloured and kind else text, end="", flush=True)
+
+    return show
+
+
+def make_reader() -> Callable[[], str]:
+    """A function that reads a line: with editing and a history on a terminal, plainly from anything else.
+
+    It raises EOFError at the end of the input and KeyboardInterrupt at Ctrl-C.
+    """
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return make_editor() if terminal else read_plainly
+
+
+def read_plainly() -> str:
+    line = input(PROMPT)
     if not sys.stdin.isatty():
-        print(text)
-    return text
+        print(line)  # so that the output reads as a dialog
+    return line
 
 
-def decode_text(tokenizer, ids: list[int]) -> str:
-    """Text as people write it, without spaces before punctuation and within contractions."""
-    return tokenizer.clean_up_tokenization(tokenizer.decode(ids, skip_special_tokens=True))
+def make_editor() -> Callable[[], str]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+
+    from chat import COMMANDS
+
+    completer = WordCompleter([*COMMANDS], sentence=True)
+    session = PromptSession(history=open_history(), completer=completer, complete_while_typing=False)
+    return lambda: session.prompt(PROMPT)
+
+
+def open_history():
+    """The lines typed in earlier chats, and where those of this one go: a file of the user's own, if there can be."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    from download import cache_folder
+
+    try:
+        path = cache_folder() / "chat_history"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+    except (OSError, UserError) as error:
+        logger.warning("no history of what is typed is kept: %s", error)
+        return InMemoryHistory()
+    return FileHistory(path)
+
+
+def open_transcript(path: str | None):
+    """`--transcript`, open for more lines, or nothing, as a context manager."""
+    if not path:
+        return contextlib.nullcontext()
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--transcript {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,554 @@
+"""The chat: its turns and commands as functions, through a pipe, and on a terminal."""
+
+import gzip
+import importlib
+import io
+import json
+import os
+import pty
+import random
+import re
+import select
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+import interact
+from chat import COMMANDS, Chat, answer, readable
+from cli import ArgumentParser, UserError, add_decoding_flags
+from decoding import sample_sequence, score_replies
+from dialogs import draw_persona, read_dialogs, write_parlai
+from model import load_model, save_model
+from utils import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer, tokenize
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "example" / "personachat.json"
+PERSONA = ["i like dogs .", "i live in ohio ."]
+
+
+def options(*flags: str) -> Namespace:
+    parser = ArgumentParser("")
+    add_decoding_flags(parser)
+    return Namespace(**vars(parser.parse_args(flags)), max_history=2)
+
+
+@pytest.fixture
+def chat(model, tokenizer):
+    told = []
+    flags = options("--max_length", "6", "--min_length", "6", "--no_sample")
+    made = Chat(model, tokenizer, flags, PERSONA, lambda: ["i was drawn ."], told.append, io.StringIO())
+    made.told = told
+    return made
+
+
+def say(chat: Chat, line: str) -> str:
+    return "".join(answer(chat, line))
+
+
+def transcript(chat: Chat) -> list[dict]:
+    return [json.loads(line) for line in chat.transcript.getvalue().splitlines()]
+
+
+# ---- turns ----
+
+
+def test_replies_are_those_of_sample_sequence(chat, model, tokenizer):
+    history = []
+    for text in ("hello , how are you ?", "what do you do ?", "do you like dogs ?", "why ?"):
+        history += tokenize(tokenizer, [text])
+        reply = sample_sequence(tokenize(tokenizer, PERSONA), history[-5:], tokenizer, model, chat.args)
+        history.append(reply)
+        assert say(chat, text) == chat.text_of(reply)
+    assert chat.context(chat.exchanges, [7]).earlier == history[1:4:2]
+
+
+def test_a_reply_is_streamed_word_by_word(chat, tokenizer):
+    sentences = [text for persona in json.loads(EXAMPLE.read_text())["valid"] for text in persona["personality"]]
+    sentences += ["i do n't know , he 's here , i 'll go !", "' hi ' he said ' ok ' . . .", "it ' s", "don't you?", "a"]
+    for text, ids in zip(sentences, tokenize(tokenizer, sentences)):
+        reply = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("chat.decode", lambda *args, ids=ids: ([token] for token in ids))
+            pieces = list(chat.stream(None, reply))
+        assert reply == ids
+        assert "".join(pieces) == chat.text_of(ids), text
+        assert len([piece for piece in pieces if piece.strip()]) >= len(chat.text_of(ids).split()) / 2
+
+
+def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
+    whole = say(chat, "hello")
+    say(chat, "/undo")
+    lm_logits, calls = model.lm_logits, iter(range(99))
+
+    def stopped_at_the_third(hidden):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return lm_logits(hidden)
+
+    monkeypatch.setattr(model, "lm_logits", stopped_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, "hello")
+    assert len(chat.exchanges[0].reply) == 3
+    assert whole.startswith(chat.text_of(chat.exchanges[0].reply)[:4])
+    assert transcript(chat)[-1]["stopped"]
+    monkeypatch.undo()
+    (words,) = tokenize(chat.tokenizer, ["i like dogs and cats"])
+    monkeypatch.setattr("chat.decode", lambda *args: ([token] for token in words))
+    with closing(answer(chat, "go on")) as pieces:
+        next(pieces)
+    assert 0 < len(chat.exchanges[1].reply) < len(words)
+    assert say(chat, "and on") == "i like dogs and cats"
+
+
+def test_a_reply_stopped_before_its_first_token_leaves_nothing(chat, model, monkeypatch):
+    monkeypatch.setattr("chat.candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    chat.args.num_beams = 2
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, "hello")
+    assert chat.exchanges == []
+
+
+@pytest.mark.parametrize("text", ["<eos>", "<speaker1> hi <pad>", "hello<bos>", "</s> <speaker2>"])
+def test_control_tokens_that_are_typed_stay_text(chat, tokenizer, text):
+    say(chat, f'/persona "{text}"')
+    say(chat, text)
+    special = set(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+    context = chat.context(chat.exchanges, [7])
+    assert context.persona and context.history[0]
+    assert not special & {token for row in [*context.persona, context.history[0]] for token in row}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "   ", "\t", "\x00\x01\x1b[31m\x07", "\ud800\udfff", "é 你好 😀 ﷽", "\u200b", "/", "/ /", "//\x00"]
+)
+def test_strange_lines(chat, text):
+    """An empty line ended the original."""
+    try:
+        say(chat, text)
+    except UserError as error:
+        assert text.startswith("/") and "no such command" in str(error) and str(error).isprintable()
+    for name in ("/history", "/candidates", "/undo"):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", say(chat, name))
+    assert say(chat, "hello")
+
+
+def test_a_long_line_and_a_long_persona_drop_the_oldest_and_say_so_once(chat):
+    say(chat, "/persona " + "\n".join(["i like dogs and cats ."] * 200))
+    for text in ("cats and dogs " * 8000, "x" * 100_000, "hello"):
+        assert say(chat, text)
+    assert [line for line in chat.told if "the oldest is left out" in line] == [
+        "(more than the model's 128 positions: the oldest is left out now)"
+    ]
+
+
+@pytest.mark.parametrize("text", ["'" * 10_000, "(" * 10_000, f"a{' ' * 100_000}b", "é\n" * 10_000])
+def test_long_lines_in_gpts_own_tokenization(base_checkpoints, text):
+    """spaCy's time grows with the square of a word's length, a pattern's with that of white space: it took minutes."""
+    tokenizer = load_tokenizer(base_checkpoints["gpt"], "spacy")
+    assert tokenize(tokenizer, [text])[0]
+
+
+def test_a_model_with_nothing_to_say(chat, model, tokenizer, monkeypatch):
+    logits = torch.zeros(1, model.pretrained.config.vocab_size)
+    logits[0, tokenizer.eos_token_id] = 100.0
+    monkeypatch.setattr(model, "lm_logits", lambda hidden: logits)
+    assert say(chat, "hello").strip() == "" and chat.told == ["(the model ends its reply at once)"]
+    assert len(chat.exchanges) == 1
+
+
+# ---- commands ----
+
+
+def test_help_lists_every_command(chat):
+    lines = say(chat, "/help").splitlines()
+    assert [line.split()[0].rstrip(":") for line in lines] == list(COMMANDS)
+    assert all(len(line) > 15 for line in lines)
+
+
+@pytest.mark.parametrize(("typed", "near"), [("/hlep", "/help"), ("/presona x", "/persona"), ("/Undo", "/undo")])
+def test_an_unknown_command_suggests_the_nearest(chat, typed, near):
+    with pytest.raises(UserError, match=rf"^{typed.split()[0]}: no such command \(nearest: {near}\); "):
+        say(chat, typed)
+
+
+@pytest.mark.parametrize(
+    ("rest", "persona"),
+    [
+        ('"i like cats ." "i \'m old ."', ["i like cats .", "i 'm old ."]),
+        ("i like cats .\n\n i am old . \n", ["i like cats .", "i am old ."]),
+        ("i don't like cats .", ["i don't like cats ."]),
+        ('""', []),
+    ],
+)
+def test_another_persona_begins_again(chat, rest, persona):
+    say(chat, "hello")
+    shown = say(chat, f"/persona {rest}")
+    assert [text.strip() for text in chat.persona] == persona and chat.exchanges == []
+    assert shown == say(chat, "/persona") == f"Persona: {' '.join(chat.persona) or '(none)'}"
+    assert say(chat, "hello")
+
+
+def test_a_persona_with_an_open_quote(chat):
+    with pytest.raises(UserError, match=r"^/persona: no closing quotation$"):
+        say(chat, '/persona "i like')
+    assert chat.persona == PERSONA
+
+
+def test_random_reset_undo_retry_history(chat):
+    first = say(chat, "hello")
+    second = say(chat, "do you like dogs ?")
+    assert say(chat, "/history") == f">>> hello\n{first}\n>>> do you like dogs ?\n{second}"
+    assert say(chat, "/retry") == second and len(chat.exchanges) == 2
+    assert say(chat, "/undo") == "(taken back: do you like dogs ?)"
+    assert say(chat, "/history") == f">>> hello\n{first}"
+    assert say(chat, "do you like dogs ?") == second
+    say(chat, "/reset")
+    assert chat.exchanges == [] and chat.persona == PERSONA and say(chat, "hello") == first
+    assert say(chat, "/random") == "Persona: i was drawn ." and chat.exchanges == []
+    for name in ("/undo", "/retry", "/history", "/candidates"):
+        assert say(chat, name) == "(nothing was said yet)"
+
+
+def test_settings(chat):
+    assert say(chat, "/set temperature 0.9") == "temperature = 0.9" and chat.args.temperature == 0.9
+    assert say(chat, "/set temperature") == "temperature = 0.9"
+    assert say(chat, "/set no_sample off") == "no_sample = False" and chat.args.no_sample is False
+    say(chat, "/set max_history 0")
+    say(chat, "hello")
+    assert len(chat.context(chat.exchanges, [7]).history) == 1
+    assert "max_history = 0" in say(chat, "/set").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("temprature 1", r"^/set temprature: no such setting \(nearest: temperature\)"),
+        ("temperature 0", "^/set temperature: expected a number of at least 1e-06, got '0'$"),
+        ("temperature -h", "^/set temperature: expected a number"),
+        ("rank yes", "^/set rank: expected on or off, got 'yes'$"),
+        ("num_samples 3", "^--num_samples 3: with --no_sample"),
+        ("help 1", "^/set help: no such setting"),
+        ("device cuda", "^/set device: no such setting"),
+    ],
+)
+def test_wrong_settings_change_nothing(chat, rest, message):
+    before = vars(chat.args).copy()
+    with pytest.raises(UserError, match=message):
+        say(chat, f"/set {rest}")
+    assert vars(chat.args) == before
+
+
+def test_candidates_are_scored_by_the_choice_head(chat, model, tokenizer):
+    for line in ("/set no_sample off", "/set temperature 2", "/set num_samples 4", "/set rank on"):
+        say(chat, line)
+    reply = say(chat, "hello")
+    *before, last = chat.exchanges
+    (scores,) = score_replies(model, [chat.context(before, last.heard)], [last.candidates], tokenizer)
+    assert scores == sorted(scores, reverse=True) and len(scores) == 4
+    lines = say(chat, "/candidates").splitlines()
+    assert lines == [f"{' ' if i else '*'} {score:8.3f}  {chat.text_of(ids)}"
+                     for i, (score, ids) in enumerate(zip(scores, last.candidates))]  # fmt: skip
+    assert lines[0].endswith(reply)
+    say(chat, "/set rank off")
+    say(chat, "/retry")
+    lines = say(chat, "/candidates").splitlines()
+    scores = [float(line[1:].split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    stars = [line for line in lines if line.startswith("*")]
+    assert len(stars) == 1 and stars[0].endswith(chat.text_of(chat.exchanges[-1].candidates[0]))
+
+
+def test_a_saved_dialog_is_a_dataset(chat, tokenizer, tmp_path):
+    replies = [say(chat, text) for text in ("hello there !", "and you ?")]
+    path = tmp_path / "talk.jsonl"
+    say(chat, f"/save {path}")
+    (dialog,) = read_dialogs([path])["train"]
+    assert dialog["personality"] == PERSONA
+    assert [turn["history"] for turn in dialog["utterances"]] == [
+        ["hello there !"], ["hello there !", replies[0], "and you ?"]
+    ]  # fmt: skip
+    assert [turn["candidates"][-1] for turn in dialog["utterances"]] == replies
+    assert get_dataset(tokenizer, str(path), "")["train"][0]["personality"] == tokenize(tokenizer, PERSONA)
+    with pytest.raises(UserError, match=f"^/save {path}: is there already"):
+        say(chat, f"/save {path}")
+
+
+def test_what_cannot_be_saved(chat, tmp_path):
+    for line, message in (("/save", "a file's name"), (f"/save {tmp_path / 'x'}", "nothing was said")):
+        with pytest.raises(UserError, match=f"^/save: .*{message}"):
+            say(chat, line)
+    say(chat, "hello")
+    with pytest.raises(UserError, match=r"No such file or directory$"):
+        say(chat, f"/save {tmp_path / 'no' / 'x'}")
+
+
+def test_the_transcript_has_each_turn(chat):
+    reply = say(chat, "hello\x1b")
+    say(chat, "/undo")
+    lines = transcript(chat)
+    assert all(line.pop("time") for line in lines)
+    assert lines == [
+        {"persona": PERSONA},
+        {"speaker": "user", "text": "hello\x1b"},
+        {"speaker": "model", "text": reply},
+        {"command": "/undo"},
+    ]
+
+
+def test_quit(chat):
+    with pytest.raises(EOFError):
+        say(chat, "/quit")
+
+
+def test_readable():
+    assert readable("a\x1b[31m\nb\x9b\ud800 é😀") == "a [31m b ? é😀"
+
+
+# ---- personas ----
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "txt", "json.gz"])
+def test_a_persona_is_drawn_from_any_format(tmp_path, suffix):
+    personas = [["i like [brackets] .", 'i say "hi" .'], [], ["i am é ."], ["x ."]]
+    dialogs = [{"personality": persona, "utterances": [{"history": ['the "personality": ["no"]'], "reply": "hi"}]}
+               for persona in personas]  # fmt: skip
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "txt":
+        utterances = [{"history": ["a"], "candidates": ["b"]}] * 2
+        write_parlai([{**dialog, "utterances": utterances} for dialog in dialogs], path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(dialog) + "\n" for dialog in dialogs))
+    else:
+        with (gzip.open if suffix.endswith("gz") else open)(path, "wt") as file:
+            json.dump({"train": dialogs[:2], "valid": dialogs[2:]}, file)
+    drawn = {tuple(draw_persona([path])) for _ in range(60)}
+    assert drawn == {tuple(persona) for persona in personas if persona}
+
+
+def test_drawing_reads_nothing_else(monkeypatch):
+    """The original tokenised the whole dataset to draw one persona."""
+    for name in ("dialogs.read_dialogs", "utils.tokenize", "json.load"):
+        monkeypatch.setattr(name, None)
+    personas = [dialog["personality"] for split in json.loads(EXAMPLE.read_text()).values() for dialog in split]
+    assert draw_persona([EXAMPLE]) in personas
+
+
+def test_no_persona_to_draw(tmp_path):
+    (tmp_path / "train.txt").write_text("1 hello\thi\n")
+    (tmp_path / "empty.json").touch()
+    for name in ("train.txt", "empty.json"):
+        with pytest.raises(UserError, match=f"{name}: no dialog with a persona; or give a persona .*--personality"):
+            interact.draw_persona(Namespace(dataset_path=str(tmp_path / name), model_checkpoint=""), print)
+
+
+def test_a_run_folder_tells_its_dataset(tmp_path):
+    told = []
+    args = Namespace(dataset_path="", model_checkpoint=str(tmp_path))
+    (tmp_path / "training_args.json").write_text(json.dumps({"dataset_path": str(EXAMPLE)}))
+    assert interact.draw_persona(args, told.append)
+    assert told == [f"(a persona from {EXAMPLE}, on which the model was trained)"]
+    for content in ('{"dataset_path": "/no/such"}', "[]", "{", '{"dataset_path": null}', "{}"):
+        (tmp_path / "training_args.json").write_text(content)
+        assert interact.recorded_dataset(str(tmp_path)) == ""
+
+
+def test_no_download_names_the_way_out(monkeypatch):
+    def fail(url):
+        raise UserError(f"cannot download {url}")
+
+    monkeypatch.setattr("utils.fetch", fail)
+    with pytest.raises(UserError, match=r"^cannot download https.*; or give a persona instead: --personality "):
+        interact.draw_persona(Namespace(dataset_path="", model_checkpoint=""), print)
+
+
+def test_persona_flags(tmp_path):
+    file = tmp_path / "persona.txt"
+    file.write_bytes("\ufeffi like dogs .\n\ni am é .\n".encode())
+    given = lambda *flags: interact.given_persona(interact.parse_args(flags))  # noqa: E731
+    assert given() is None
+    assert given("--personality", "a", "b c") == ["a", "b c"]
+    assert given("--personality_file", str(file)) == ["i like dogs .", "", "i am é ."]
+    file.write_bytes(b"\xff\xfe")
+    for flags, message in (
+        (["--personality_file", str(file)], "no UTF-8 text$"),
+        (["--personality_file", str(tmp_path)], "Is a directory$"),
+        (["--personality", "a", "--personality_file", str(file)], "give one of the two$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            given(*flags)
+
+
+# ---- the script ----
+
+
+def chat_through_a_pipe(monkeypatch, capsys, lines: list[str], *flags: str) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    interact.run(["--device", "cpu", "--max_length", "4", "--no_sample", *map(str, flags)])
+    return capsys.readouterr().out
+
+
+def test_run_through_a_pipe(monkeypatch, capsys, checkpoint, tmp_path):
+    flags = ["--model", checkpoint, "--transcript", tmp_path / "t.jsonl", "--personality", "i like <eos> dogs .", " "]
+    out = chat_through_a_pipe(monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo"], *flags)
+    lines = out.splitlines()
+    assert lines[:2] == ["Persona: i like <eos> dogs .", ">>> hello"]
+    assert lines[3:] == [
+        ">>> ", "(say something, or leave with Ctrl-D)", "",
+        ">>> /xyzzy", "/xyzzy: no such command; /help lists them",
+        ">>> /undo", "(taken back: hello)",
+        ">>> ",
+    ]  # fmt: skip
+    assert "\x1b" not in out
+    recorded = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert [line.get("speaker") or line.get("command") for line in recorded] == [None, "user", "model", "/undo"]
+
+
+def test_seeds(monkeypatch, capsys, checkpoint):
+    """The original's chat had the same persona each time."""
+    chosen = {}
+    for seed in (0, 5):
+        random.seed(1)
+        flags = ["--model", checkpoint, "--dataset_path", EXAMPLE, "--seed", seed]
+        chosen[seed] = [chat_through_a_pipe(monkeypatch, capsys, [], *flags) for _ in range(4)]
+    assert len(set(chosen[0])) > 1 and len(set(chosen[5])) == 1
+
+
+def test_a_model_that_knows_no_dialogs(monkeypatch, capsys, base_checkpoints, checkpoints, family, tmp_path):
+    tokenizer = load_tokenizer(base_checkpoints[family], "basic" if family == "gpt" else None)
+    tokenizer.save_pretrained(tmp_path)
+    save_model(load_model(base_checkpoints[family], from_scratch=True), tmp_path)
+    flags = ["--model", tmp_path, "--personality", "x"]
+    with pytest.raises(UserError, match="not fine-tuned on dialogs"):
+        chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags)
+    assert ">>> hello\n" in chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags, "--force")
+    model, tokenizer = interact.load(interact.parse_args([*map(str, flags), "--force", "--device", "cpu"]))
+    assert knows_dialog_tokens(tokenizer) and model.pretrained.config.vocab_size == len(tokenizer)
+
+
+def test_a_transcript_that_cannot_be_written(monkeypatch, capsys, checkpoint, tmp_path):
+    flags = ["--model", checkpoint, "--personality", "x", "--transcript", tmp_path]
+    with pytest.raises(UserError, match=f"^--transcript {tmp_path}: Is a directory$"):
+        chat_through_a_pipe(monkeypatch, capsys, [], *flags)
+
+
+def test_public_names():
+    module = importlib.import_module("interact")
+    assert module.sample_sequence is sample_sequence and module.top_filtering and module.run
+    with pytest.raises(AttributeError):
+        module.nothing  # noqa: B018
+
+
+def test_help_loads_no_torch():
+    """Torch and transformers take seconds to load, and `--help` waited for them."""
+    code = "import sys, interact\ntry: interact.parse_args(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n") and "--block_history_ngram" in done.stdout
+
+
+def test_bytes_that_are_no_text_through_a_real_pipe(checkpoints):
+    command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt2"], "--personality", "x"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, input="hé\n".encode() + b"\xff\n", capture_output=True, env=environment)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert done.stdout.count(b">>> ") == 3 and done.stdout.isascii()
+
+
+# ---- the terminal ----
+
+
+@pytest.fixture
+def editor(monkeypatch, tmp_path):
+    """Types keys at the prompt and returns what the chat reads; a function that begins another session makes one."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "cache"))
+
+    def type_into_new_session(*keys: str) -> list[str]:
+        with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+            read = interact.make_editor()
+            lines = []
+            for typed in keys:
+                pipe.send_text(typed)
+                lines.append(read())
+            return lines
+
+    return type_into_new_session
+
+
+def test_editing_and_a_history_kept_between_runs(editor, tmp_path):
+    left, backspace, up = "\x1b[D", "\x7f", "\x1b[A"
+    assert editor(f"hellx{backspace}o 你{left}!\r", f"{up}?\r") == ["hello !你", "hello !你?"]
+    assert editor(f"{up}\r", f"{up}{up}{up}!\r") == ["hello !你?", "hello !你!"]
+    assert (tmp_path / "cache" / "chat_history").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_paste_of_several_lines_is_one_text(editor):
+    assert editor("\x1b[200~i like dogs .\ni am old .\n\x1b[201~\r") == ["i like dogs .\ni am old .\n"]
+
+
+@pytest.mark.parametrize(("key", "error"), [("abc\x03", KeyboardInterrupt), ("\x04", EOFError)])
+def test_control_keys(editor, key, error):
+    with pytest.raises(error):
+        editor(key)
+
+
+def test_no_place_for_the_history(editor, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "file"))
+    assert editor("hello\r") == ["hello"]
+
+
+def test_ctrl_c_stops_a_reply_and_a_second_one_leaves(monkeypatch):
+    shown, events = [], iter(["hi", "again", KeyboardInterrupt, "never read"])
+
+    def read():
+        event = next(events)
+        if event is KeyboardInterrupt:
+            raise event
+        return event
+
+    def stopped_after_a_word(chat, line):
+        yield line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chat.answer", stopped_after_a_word)
+    interact.talk(None, read, lambda text, kind="": shown.append(text))
+    hint = "\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n"
+    assert shown == ["hi", hint, "again", hint, "\n"]
+    assert next(events) == "never read"
+
+
+def read_until(terminal: int, pattern: str, seconds: float = 60) -> str:
+    shown, end = "", time.monotonic() + seconds
+    while not re.search(pattern, shown, re.DOTALL):
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, f"no {pattern!r} in {shown!r}"
+        shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
+    ours, theirs = pty.openpty()
+    environment = os.environ | {
+        "TERM": term, "TRANSFERTRANSFO_CACHE": str(tmp_path), "NO_COLOR": "", "PROMPT_TOOLKIT_NO_CPR": "1"
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt"], "--personality", "i like dogs ."]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    begun = read_until(ours, ">>>")
+    assert "Persona: i like dogs ." in begun
+    assert ("\x1b[33m" in begun) == (term == "xterm")
+    os.write(ours, b"/set no_sample on\r")
+    read_until(ours, "no_sample = True.*>>>")
+    os.write(ours, b"\x04")
+    assert process.wait(60) == 0
+    os.close(ours)
