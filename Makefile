@@ -4,7 +4,8 @@ PY := .venv/bin/python
 
 # A small model on a small dataset: one to two minutes on two cores.
 DEMO_DATA := --dataset_path example/personachat.json --dataset_cache build/demo/dataset_cache.bin
-DEMO_TRAIN := --model_checkpoint example/model --n_epochs 3 --lr 1e-3
+DEMO_TRAIN := --model_checkpoint example/model --n_epochs 6 --lr 7e-4 --num_candidates 4 \
+	--train_batch_size 8 --gradient_accumulation_steps 1 --valid_batch_size 8
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help

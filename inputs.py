@@ -237,9 +237,13 @@ class Batch(NamedTuple):
         return causal & ((key == 0) | (key == query))  # padding attends to padding, so that no softmax is empty
 
 
-def pack(rows: Sequence[Row], pad: int) -> Batch:
-    """Lay rows out as a batch, padded on the right with the token id `pad`."""
-    size = (len(rows), max(len(row.context) + sum(map(len, row.replies)) for row in rows))
+def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
+    """Lay rows out as a batch, padded on the right with the token id `pad` to a multiple of so many tokens.
+
+    A compiled model is compiled for each row length, so a large multiple makes few of them.
+    """
+    longest = max(len(row.context) + sum(map(len, row.replies)) for row in rows)
+    size = (len(rows), -(-longest // multiple) * multiple)
     input_ids, segments = np.full(size, pad), np.full(size, -1)
     token_types, positions = np.full(size, pad), np.zeros(size, dtype=np.int64)
     last = np.full((len(rows), max(len(row.replies) for row in rows)), -1)
