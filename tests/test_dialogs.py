@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from cli import UserError
-from dialogs import MAX_TURNS, NUM_DISTRACTORS, dataset_files, read_dialogs, write_parlai
+from dialogs import MAX_TURNS, dataset_files, read_dialogs, write_parlai
+from distractors import NUM_DISTRACTORS
 from example_entry import EXAMPLE_ENTRY
 
 
