@@ -239,7 +239,7 @@ def load_model(
             logger.info("%s holds no weights: training from scratch", checkpoint)
             pretrained = family(config)
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
-        raise UserError(cannot_load(checkpoint, "model", error)) from error
+        raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
     return DoubleHeads(pretrained).to(device).eval()
 
 

@@ -49,15 +49,20 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def flags(model: Path, dataset: Path, batch_size: int) -> list:
+    return ["--dataset_path", dataset, "--dataset_cache", dataset.with_suffix(".cache"), "--model", model,
+            "--gradient_accumulation_steps", 2, "--n_epochs", 2, "--lr", 1e-3, "--eval_before_start",
+            "--train_batch_size", batch_size, "--valid_batch_size", batch_size]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(without_dropout, dataset, tmp_path_factory) -> Path:
+    return run_train([], tmp_path_factory.mktemp("one"), flags(without_dropout, dataset, 6))
+
+
 @pytest.mark.parametrize("launcher", [LAUNCH, TORCHRUN], ids=["torch.distributed.launch", "torchrun"])
-def test_two_processes_equal_one_with_twice_the_batch(launcher, without_dropout, dataset, tmp_path):
-    flags = ["--dataset_path", dataset, "--dataset_cache", tmp_path / "cache.bin", "--model", without_dropout,
-             "--gradient_accumulation_steps", 2, "--n_epochs", 2, "--lr", 1e-3, "--eval_before_start"]  # fmt: skip
-    folders = []
-    for name, launch, batch_size in (("one", [], 6), ("two", launcher, 3)):
-        (tmp_path / name).mkdir()
-        sizes = ["--train_batch_size", batch_size, "--valid_batch_size", batch_size]
-        folders.append(run_train(launch, tmp_path / name, flags + sizes))
+def test_two_processes_equal_one_with_twice_the_batch(launcher, one_process, without_dropout, dataset, tmp_path):
+    folders = [one_process, run_train(launcher, tmp_path, flags(without_dropout, dataset, 3))]
     one, two = map(read_metrics, folders)
     assert len(one) == len(two) == 10 + 3  # 10 forwards an epoch, 2 of them a step; 3 validations
     for a, b in zip(one, two):
