@@ -392,3 +392,14 @@ def test_shuffled_batches_do_not_come_by_length():
     size = np.array(lengths(256))
     longest = [size[batch].max() for batch in batches(BucketSampler(size, 4, True))]
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.4
+
+
+def test_a_row_length_rounded_up_changes_the_padding_alone(tokenizer):
+    rows = [make_row(Example([[5, 6]], [[7]], [[8, 9], [10]]), tokenizer)]
+    plain, rounded = pack(rows, tokenizer.pad_token_id), pack(rows, tokenizer.pad_token_id, multiple=64)
+    length = plain.input_ids.size(1)
+    assert length < 64 and rounded.input_ids.size(1) == 64
+    assert pack(rows, tokenizer.pad_token_id, multiple=length).input_ids.size(1) == length
+    assert torch.equal(rounded.input_ids[:, :length], plain.input_ids)
+    assert (rounded.segment_ids[:, length:] == -1).all()
+    assert torch.equal(rounded.lm_positions, plain.lm_positions)
