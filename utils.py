@@ -431,7 +431,7 @@ def move_into_place(temporary: str | Path, path: Path) -> None:
 def make_logdir(model_name: str) -> str:
     """Make a new run folder, as `runs/Nov21_20-57-01_host_model`; a start in the same second gets another one."""
     started = datetime.now().strftime("%b%d_%H-%M-%S")
-    name = f"{started}_{socket.gethostname()}_{Path(model_name).name}"
+    name = f"{started}_{socket.gethostname()}_{os.path.basename(os.path.abspath(model_name))}"
     for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
         folder = Path("runs", name + suffix)
         try:

@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import Namespace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_one_candidate_and_a_hundred(model, tokenizer, plain, example_json):
     ]
     ordered = [scores[i] for i in hundred]
     assert sorted(hundred) == list(range(100))
-    assert all(better > worse - 1e-5 for better, worse in zip(ordered, ordered[1:]))  # rounding may order near ties
+    assert all(better > worse - 1e-5 for better, worse in pairwise(ordered))  # rounding may order near ties
 
 
 # Probabilities
