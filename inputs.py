@@ -25,7 +25,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from cli import UserError
-from utils import SPECIAL_TOKENS
+from utils import SPECIAL_TOKENS, paused_collector
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class Example(NamedTuple):
         return context_length(self.persona, self.history) + sum(len(reply) + 1 for reply in self.candidates)
 
 
+@paused_collector()
 def make_examples(
     dialogs: list[dict],
     max_history: int,
@@ -230,8 +231,10 @@ class Batch(NamedTuple):
     def pin_memory(self) -> "Batch":
         return Batch(*(tensor.pin_memory() for tensor in self))
 
-    def attention_mask(self) -> Tensor:
-        """(B, 1, T, T), True where a query (row) attends to a key (column)."""
+    def attention_mask(self) -> Tensor | None:
+        """(B, 1, T, T), True where a query (row) attends to a key (column); None = causal, which is faster."""
+        if self.last_positions.size(1) == 1:
+            return None  # one reply after its context; no token attends to the padding, which is on the right
         query, key = self.segment_ids[:, None, :, None], self.segment_ids[:, None, None, :]
         causal = torch.ones(key.size(-1), key.size(-1), dtype=torch.bool, device=key.device).tril()
         return causal & ((key == 0) | (key == query))  # padding attends to padding, so that no softmax is empty

@@ -1,5 +1,6 @@
 """Datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -597,3 +598,13 @@ def test_attr_dict():
     assert attributes == {"a": 1, "b": 2, "c": 3, "d": 4}
     with pytest.raises(AttributeError):
         _ = attributes.e
+
+
+def test_the_garbage_collector_is_as_before_in_the_end():
+    assert gc.isenabled()
+    with pytest.raises(KeyError), utils.paused_collector():
+        with utils.paused_collector():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()

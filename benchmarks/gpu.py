@@ -1,0 +1,227 @@
+"""What one GPU has to show, as JSON lines: correctness in each precision, training's speed, the evaluation's, memory.
+
+    python benchmarks/gpu.py --dataset_path personachat.json.xz --tokenizer openai-gpt
+    python benchmarks/gpu.py --dry-run                              # all of it on a CPU with tiny sizes
+"""
+
+import contextlib
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.bench_training import PackedTraining, PaddedTraining, make_batches  # noqa: E402
+from benchmarks.measure import Difference, check_close, figure, json_line  # noqa: E402
+from benchmarks.setting import FULL, GPT, QUICK, SMALL, Setting  # noqa: E402
+from cli import ArgumentParser, number, run_script  # noqa: E402
+from convai_evaluation import run as evaluate  # noqa: E402
+from inputs import Example  # noqa: E402
+from model import save_model  # noqa: E402
+
+TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits
+DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "O1": torch.float16}
+PAPER = 131_438 * 2  # examples of one epoch of the paper's recipe: two personality permutations
+PAPER_BATCH = 64  # examples of its optimizer step: 8 GPUs * 2 * 4 accumulated
+
+
+class Plan(NamedTuple):
+    """Sizes and durations, in seconds."""
+
+    batches: tuple[int, ...]
+    reference_batch: int
+    steady: float  # of each measurement of speed
+    epoch: float  # of the steady run that the epoch's time is extrapolated from
+    matmul: int
+    evaluation_batch: int
+
+
+REAL = Plan((32, 128, 512), 32, steady=5, epoch=65, matmul=8192, evaluation_batch=128)
+DRY = Plan((2, 4), 2, steady=0.1, epoch=0.2, matmul=256, evaluation_batch=8)
+
+
+class Bench:
+    def __init__(self, setting: Setting, plan: Plan, deadline: float):
+        self.setting, self.plan, self.deadline = setting, plan, deadline
+        self.cuda = setting.device == "cuda"
+        self.levels = ("", "bf16", "O1") if self.cuda else ("", "bf16")  # float16 needs a GPU
+        self.examples = setting.examples()
+        self.peaks = {}  # precision -> FLOP/s of a large matrix product
+
+    # ------------------------------------------------------------------------------------------------------ the parts
+
+    def matmul(self) -> Iterator[dict]:
+        """The card's own rate in each precision, which utilisation is measured against."""
+        size = self.plan.matmul
+        for name, dtype, tf32 in (("", torch.float32, False), ("tf32", torch.float32, True),
+                                  ("bf16", torch.bfloat16, False)):  # fmt: skip
+            a, b = (torch.randn(size, size, device=self.setting.device, dtype=dtype) for _ in range(2))
+            with matmul_precision(tf32):
+                count, seconds = self.for_seconds(lambda a=a, b=b: a @ b, min(2.0, self.plan.steady))
+            self.peaks[name] = 2 * size**3 * count / seconds
+            yield figure(f"matmul, {name or 'float32'}", self.peaks[name] / 1e12, unit="TFLOP/s")
+
+    def correctness(self) -> Iterator[dict]:
+        """Packed rows against one sequence a candidate, both under the same autocast, without dropout."""
+        batch = make_batches(self.examples, 4, 1)[0]
+        packed, padded = PackedTraining(self.setting), PaddedTraining(self.setting, 0)
+        packed.model.eval()
+        padded.model.eval()
+        for level in self.levels:
+            with torch.no_grad(), self.autocast(level):
+                ours, other = packed.losses(batch), padded.losses(batch)
+            for name, a, b in zip(("lm", "choice"), ours.tolist(), other.tolist()):
+                check_close(f"{name} loss, {level or 'float32'}", a, b, TOLERANCE[level])
+            yield figure(f"correctness, {level or 'float32'}: largest difference of a loss",
+                         (ours - other).abs().max().item(), f"<= {10 * TOLERANCE[level]}", "nats")  # fmt: skip
+
+    def training(self) -> Iterator[dict]:
+        """Examples a second and utilisation, by precision and batch size; then compiled; then the reference."""
+        sizes = self.plan.batches
+        runs = [("", False, sizes[0]), ("", True, sizes[0]), *(("bf16", False, size) for size in sizes)]
+        speeds = {}
+        for level, tf32, size in runs:
+            speeds[level, tf32, size] = yield from self.speed(level, tf32, size)
+        for level, tf32 in (("", False), ("", True), ("bf16", False)):
+            theirs = yield from self.reference_speed(level, tf32)
+            yield figure(f"training, {precision_name(level, tf32)}", speeds[level, tf32, sizes[0]] / theirs, ">= 10")
+        yield from self.speed("bf16", False, sizes[1], compiled=True)
+
+    def reference_speed(self, level: str, tf32: bool) -> Iterator[dict]:
+        size = self.plan.reference_batch
+        padded = PaddedTraining(self.setting, self.setting.sizes.longest)
+        padded.model.train()
+        stream = itertools.cycle(make_batches(self.examples, size, 4))
+        with self.autocast(level), matmul_precision(tf32):
+            count, seconds = self.for_seconds(lambda: padded.step(next(stream)), self.plan.steady)
+        yield figure(f"reference, {precision_name(level, tf32)}, batch {size}", size * count / seconds,
+                     unit="examples/s")  # fmt: skip
+        return size * count / seconds
+
+    def speed(self, level: str, tf32: bool, size: int, compiled: bool = False, seconds: float = 0) -> Iterator[dict]:
+        """Steps of the project's own trainer on batches of all lengths, packing included."""
+        setting = self.setting
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        packed = PackedTraining(setting, level, torch.compile(setting.model) if compiled else None)
+        packed.multiple = 64 if compiled else 8
+        setting.model.train()
+        batches = make_batches(self.examples, size, 16)
+        stream = itertools.cycle(batches)
+        with matmul_precision(tf32):
+            for _ in range(16 if compiled else 2):  # every row length once, to be compiled for
+                packed.step(next(stream))
+            count, took = self.for_seconds(lambda: packed.step(next(stream)), seconds or self.plan.steady)
+        name = precision_name(level, tf32) + ", compiled" * compiled
+        per_batch = sum(map(self.flops, batches)) / len(batches)
+        speed = size * count / took
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
+        utilisation = per_batch * count / took / self.peaks["tf32" if tf32 else level]
+        yield figure(f"training, {name}, batch {size}", speed, unit="examples/s", steps=count, seconds=took,
+                     peak_gb=memory)  # fmt: skip
+        goal = ">= 0.4" if level == "bf16" and size == self.plan.batches[-1] else ""
+        yield figure(f"training, {name}, batch {size}: utilisation", utilisation, goal)
+        return speed
+
+    def epoch(self) -> Iterator[dict]:
+        """One epoch of the paper's recipe, extrapolated from a steady run, in bf16 and steps of the paper's size."""
+        size = PAPER_BATCH if self.cuda else self.plan.batches[-1]
+        rows = list(self.speed("bf16", False, size, seconds=self.plan.epoch))
+        rate = rows[0]["examples/s"]
+        yield figure("one epoch of the paper's recipe, bf16, extrapolated", PAPER / rate / 60, "<= 3", "min",
+                     measured_s=rows[0]["seconds"], measured_examples=rows[0]["steps"] * size)  # fmt: skip
+
+    def evaluation(self) -> Iterator[dict]:
+        """hits@1, word ppl and F1 of the whole valid split by the script itself, from the files to the figures."""
+        folder = self.setting.folder / "run"
+        folder.mkdir()
+        save_model(self.setting.model, folder)
+        self.setting.tokenizer.save_pretrained(folder)
+        argv = ["--eval_type", "all", "--no_sample", "--model_checkpoint", str(folder), "--batchsize",
+                str(self.plan.evaluation_batch), "--dataset_path", self.setting.path, "--dataset_cache",
+                str(self.setting.folder / "cache.bin"), "--device", self.setting.device]  # fmt: skip
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):
+            report = evaluate(argv)
+        yield figure("the three figures of the valid split", (time.perf_counter() - start) / 60, "<= 2", "min",
+                     examples=report["examples"])  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------------- tools
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def autocast(self, level: str) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.setting.device, DTYPES[level]) if level else contextlib.nullcontext()
+
+    def for_seconds(self, function, seconds: float) -> tuple[int, float]:
+        """Number of calls in about so many seconds, and the exact time; two calls before it are warm-up."""
+        for _ in range(2):
+            function()
+        self.synchronize()
+        start, count = time.perf_counter(), 0
+        while (took := time.perf_counter() - start) < seconds:
+            for _ in range(8 if self.cuda else 1):
+                function()
+                count += 1
+            self.synchronize()
+        return count, took
+
+    def flops(self, batch: list[Example]) -> float:
+        """Of a step on real tokens: 6 a weight of a matrix and token, the head at the labels; attention left out."""
+        backbone = self.setting.model.pretrained.transformer
+        weights = sum(p.numel() for p in backbone.h.parameters() if p.dim() == 2)
+        labels = sum(len(example.candidates[-1]) + 1 for example in batch)
+        return 6 * (weights * sum(example.row_length for example in batch)
+                    + backbone.tokens_embed.weight.numel() * labels)  # fmt: skip
+
+
+def precision_name(level: str, tf32: bool) -> str:
+    return "tf32" if tf32 else level or "float32"
+
+
+@contextlib.contextmanager
+def matmul_precision(tf32: bool) -> Iterator[None]:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = ArgumentParser("What one GPU has to show.")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
+    parser.add_argument("--dataset_path", default=str(ROOT / "example" / "personachat.json"), help="as for train.py")
+    parser.add_argument("--tokenizer", default=str(ROOT / "example" / "model"),
+                        help="folder of a GPT tokenizer and its config.json")
+    parser.add_argument("--budget", type=number(float, 0), default=520, help="seconds after which no part is begun")
+    args = parser.parse_args(argv)
+    figures, start = [], time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        sizes = QUICK._replace(shape=SMALL, longest=64) if args.dry_run else FULL._replace(shape=GPT)
+        setting = Setting(args.dataset_path, args.tokenizer, Path(folder), sizes, "cpu" if args.dry_run else "cuda")
+        bench = Bench(setting, DRY if args.dry_run else REAL, start + args.budget)
+        name = "CPU" if args.dry_run else torch.cuda.get_device_name()
+        print(json_line({"device": name, "torch": torch.__version__, "dataset": args.dataset_path}))
+        for part in (bench.matmul, bench.correctness, bench.evaluation, bench.epoch, bench.training):
+            if time.perf_counter() > bench.deadline:
+                print(json_line({"benchmark": part.__name__, "skipped": "no time left"}))
+                continue
+            try:
+                for row in part():
+                    figures.append(row)
+                    print(json_line(row), flush=True)
+            except (Difference, torch.OutOfMemoryError) as error:  # the other parts still have something to say
+                print(json_line({"benchmark": part.__name__, "failed": str(error)}), flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    run_script(main)

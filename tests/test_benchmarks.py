@@ -1,0 +1,141 @@
+"""The benchmarks run end to end, with tiny sizes; both sides give the same answers; a side that does not is caught."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_data, bench_evaluation, gpu, reference, run
+from benchmarks.measure import Difference, Seconds, check_close, figure, in_child, in_turn, ratio
+from benchmarks.setting import QUICK, Setting, Shape
+
+ROOT = Path(__file__).parent.parent
+losses = reference.losses
+TINY = QUICK._replace(shape=Shape(1, 16, 2, 2048), small=Shape(1, 16, 2, 2048), turns=2, longest=0)
+
+
+@pytest.fixture
+def setting(tmp_path, example_json) -> Setting:
+    path = tmp_path / "dialogs.json"
+    path.write_text(json.dumps({split: dialogs[:3] for split, dialogs in example_json.items()}))
+    return Setting(str(path), str(ROOT / "example" / "model"), tmp_path, TINY)
+
+
+IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling")]
+
+
+@pytest.mark.parametrize("name", IN_ONE_PROCESS)
+def test_sides_agree(name, setting):
+    for row in run.BENCHMARKS[name](setting):
+        value = next(value for key, value in row.items() if key not in ("benchmark", "goal", "met"))
+        assert value > 0
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [
+    (bench_data.ours_cold, bench_data.reference_cold), (bench_data.ours_warm, bench_data.reference_warm),
+])  # fmt: skip
+def test_sides_agree_on_the_data(ours, theirs, setting, tmp_path):
+    for side, name in ((bench_data.ours_cold, "ours"), (bench_data.reference_cold, "theirs")):
+        side(setting.path, setting.tokenizer_path, str(tmp_path / name))
+    results = [
+        side(setting.path, setting.tokenizer_path, str(tmp_path / name))()
+        for side, name in ((ours, "ours"), (theirs, "theirs"))
+    ]
+    assert results[0] == results[1]
+
+
+def test_repeated_dataset_is_the_dialogs_again(setting, tmp_path):
+    dataset = json.loads(Path(setting.path).read_text())
+    with open(tmp_path / "repeated.json", "w") as file:
+        bench_data.write_repeated(dataset, 3, file)
+    repeated = json.loads((tmp_path / "repeated.json").read_text())
+    assert repeated == {split: dialogs * 3 for split, dialogs in dataset.items()}
+
+
+@pytest.mark.parametrize(("name", "function", "wrong"), [
+    ("hits@1", "rank_candidates", lambda *_: list(range(20))),
+    ("f1", "greedy_reply", lambda *_: [7] * 20),
+    ("chat", "greedy_reply", lambda *_: [7] * 20),
+    ("ppl", "next_token_logits", lambda *_: torch.zeros(2048)),
+    ("training", "losses", lambda plain, batch: losses(plain, batch | {"lm_labels": batch["lm_labels"].roll(1, -1)})),
+])  # fmt: skip
+def test_a_side_that_differs_is_caught(name, function, wrong, setting, monkeypatch):
+    monkeypatch.setattr(reference, function, wrong)
+    with pytest.raises(Difference, match="the sides differ"):
+        list(run.BENCHMARKS[name](setting))
+
+
+def test_replies_do_not_end_by_themselves(setting):
+    """A random model that gives `<speaker1>` at once made a benchmark of replies without a token."""
+    lm = reference.lm_head(reference.double_heads(setting.model))
+    reply = reference.greedy_reply(
+        lm, setting.tokenizer, bench_evaluation.example_of(setting.turns[0]), bench_evaluation.DECODING
+    )
+    assert len(reply) == bench_evaluation.DECODING.max_length
+
+
+def test_first_input_is_warm_up_and_every_answer_is_compared():
+    calls, compared = [], []
+    sides = [lambda x: calls.append(("ours", x)) or x, lambda x: calls.append(("theirs", x)) or -x]
+    times = in_turn(sides, [1, 2, 3], lambda *results: compared.append(results))
+    assert calls == [(side, x) for x in (1, 2, 3) for side in ("ours", "theirs")]
+    assert compared == [(1, -1), (2, -2), (3, -3)]
+    assert [len(side) for side in times] == [2, 2]
+
+
+def test_ratio_is_that_of_the_medians():
+    ours = [Seconds(wall, 2.0) for wall in (1.0, 2.0, 9.0)]
+    row = ratio("x", ours, [Seconds(wall, 8.0) for wall in (20.0, 10.0, 30.0)])
+    assert (row["ratio"], row["ours_s"], row["reference_s"]) == (10.0, 2.0, 20.0)
+    assert (row["lowest"], row["highest"], row["cpu_ratio"]) == (30 / 9, 20.0, 4.0)
+
+
+def test_goals():
+    assert figure("x", 9.0, ">= 10")["met"] is False and figure("x", 9.0, "<= 10")["met"] is True
+    assert figure("x", 9.0)["met"] is None
+    check_close("x", 100.0, 100.1, 2e-3)
+    for other in (101.0, float("nan")):
+        with pytest.raises(Difference):
+            check_close("x", 100.0, other, 2e-3)
+
+
+def test_peak_memory_is_the_childs_own():
+    """getrusage of a child begins with what its parent had, which made every side's peak that of the largest."""
+    kept = bytearray(900_000_000)
+    kept[::4096] = b"x" * len(kept[::4096])  # memory that was never written to is no memory yet
+    _, peak, result = in_child(allocate, 300)
+    assert result == 300 and 300 < peak < 900
+
+
+def allocate(megabytes: int):
+    content = bytearray(megabytes * 1_000_000)
+    content[::4096] = b"x" * len(content[::4096])
+    return lambda: len(content) // 1_000_000
+
+
+def test_unknown_name_is_one_line():
+    with pytest.raises(run.UserError, match="trainin: no such benchmark; known: data"):
+        run.main(["trainin"])
+
+
+def test_quick_run_prints_a_json_line_for_each_figure(capsys):
+    figures = run.main(["--quick", "--threads", "1", "ppl-small", "candidates"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark"')]
+    assert [line["benchmark"] for line in lines] == [row["benchmark"] for row in figures]
+    assert lines[0]["benchmark"] == "word ppl, small model" and lines[0]["goal"] == ">= 50" and lines[0]["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_data_in_processes_of_their_own(setting):
+    names = [row["benchmark"] for row in run.BENCHMARKS["data"](setting)]
+    assert names[0] == "data, cold" and "data, warm: peak memory" in names
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_gpu_benchmarks(monkeypatch):
+    monkeypatch.setattr(gpu.torch, "compile", lambda model: model)  # takes a minute
+    names = {row["benchmark"] for row in gpu.main(["--dry-run"])}
+    assert {"correctness, float32: largest difference of a loss", "correctness, bf16: largest difference of a loss",
+            "training, bf16", "the three figures of the valid split",
+            "one epoch of the paper's recipe, bf16, extrapolated"} <= names  # fmt: skip
