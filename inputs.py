@@ -231,10 +231,12 @@ class Batch(NamedTuple):
     def pin_memory(self) -> "Batch":
         return Batch(*(tensor.pin_memory() for tensor in self))
 
-    def attention_mask(self) -> Tensor | None:
-        """(B, 1, T, T), True where a query (row) attends to a key (column); None = causal, which is faster."""
-        if self.last_positions.size(1) == 1:
-            return None  # one reply after its context; no token attends to the padding, which is on the right
+    def attention_mask(self) -> Tensor:
+        """(B, 1, T, T), True where a query (row) attends to a key (column).
+
+        Never None, not even where it is causal: transformers then takes a gap in the positions, as `history_start`
+        leaves one, for the beginning of another sequence.
+        """
         query, key = self.segment_ids[:, None, :, None], self.segment_ids[:, None, None, :]
         causal = torch.ones(key.size(-1), key.size(-1), dtype=torch.bool, device=key.device).tril()
         return causal & ((key == 0) | (key == query))  # padding attends to padding, so that no softmax is empty

@@ -302,18 +302,6 @@ def test_attention_mask_by_its_definition(tokenizer):
         assert mask.any(-1).all(), "a softmax over nothing is not a number"
 
 
-def test_one_reply_a_row_needs_no_mask(tokenizer):
-    """Causal attention, which is what no mask stands for, is then what each token may attend to."""
-    rows = [make_row(Example([], [[5] * n], [[6] * n]), tokenizer) for n in (2, 7)]
-    batch = pack(rows, tokenizer.pad_token_id)
-    assert batch.attention_mask() is None
-    segments = batch.segment_ids
-    for row in range(2):
-        end = int((segments[row] >= 0).sum())
-        assert (segments[row, :end] >= 0).all() and set(segments[row, :end].tolist()) == {0, 1}
-    assert pack([rows[0]._replace(replies=[[6], [7]])], tokenizer.pad_token_id).attention_mask() is not None
-
-
 def test_pack_of_replies_that_are_empty():
     """Right after the speaker's token nothing is predicted yet, and what the choice head reads is that token."""
     rows = [Row([1, 2, 3], [4, 4, 5], [0, 1, 2], [[]], 0), Row([1, 2], [4, 5], [0, 1], [[7, 8], []], 0)]
