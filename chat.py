@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cli import ArgumentParser, UserError, add_decoding_flags, add_model_flags
 from decoding import Context, candidate_replies, decode, fit_context, score_replies, with_defaults
+from files import write_atomically
 from model import DoubleHeads
-from utils import tokenize, write_atomically
+from tokenization import tokenize
 
 
 class Exchange(NamedTuple):

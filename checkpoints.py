@@ -14,7 +14,7 @@ import torch.distributed
 from ignite.engine import Engine
 
 from cli import UserError, first_line
-from utils import open_atomically, write_atomically
+from files import open_atomically, write_atomically
 
 logger = logging.getLogger(__name__)
 

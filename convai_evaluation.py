@@ -25,10 +25,11 @@ from tqdm import tqdm
 from cli import ArgumentParser, UserError, add_data_flags, number, run_script, set_seed, set_up_logging
 from dialogs import read_dialogs, write_parlai
 from evaluation import Evaluator, add_evaluation_flags, by_length, make_turns, read_dictionary
+from files import write_atomically
 from inputs import check_personas
 from metrics import count_words, distinct_n, f1, hit, split_words, write_word_counts
 from model import load_finetuned
-from utils import TokenizedDataset, download_pretrained_model, load_dataset, load_tokenizer, write_atomically
+from utils import TokenizedDataset, download_pretrained_model, load_dataset, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from decoding import generate
 from inputs import Example, Row, context_length, fit, make_row, pack
 from metrics import WordProbabilities, rank, read_word_counts, split_words
 from model import DoubleHeads
-from utils import tokenize
+from tokenization import tokenize
 
 
 def add_evaluation_flags(parser: ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from transformers.models.openai.modeling_openai import MLP, OpenAIGPTModel
 from transformers.pytorch_utils import Conv1D
 
 from cli import UserError, default_device
+from files import move_into_place
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
@@ -34,7 +35,6 @@ from utils import (
     knows_dialog_tokens,
     load_config,
     load_tokenizer,
-    move_into_place,
     resolve_checkpoint,
 )
 

@@ -16,7 +16,7 @@ from dialogs import OWN_PERSONA, PARTNER_PERSONA, dataset_files, read_dialogs
 from evaluation import Evaluator, Turn, add_evaluation_flags, read_dictionary
 from metrics import count_words
 from model import load_finetuned
-from utils import tokenize
+from tokenization import tokenize
 
 try:
     from parlai.core.agents import Agent

@@ -55,6 +55,7 @@ from cli import (
     set_seed,
     set_up_logging,
 )
+from files import write_atomically
 from handlers import StepEvents, attach_checkpoints, attach_figures, attach_validation
 from inputs import (
     MODEL_INPUTS,
@@ -78,7 +79,7 @@ from model import (
     save_model,
 )
 from precision import LEVELS, Precision, make_precision
-from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_dataset, load_tokenizer, make_logdir, write_atomically
+from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_dataset, load_tokenizer, make_logdir
 
 __all__ = [  # the original's public names, wherever they are defined now
     "ATTR_TO_SPECIAL_TOKEN", "MODEL_INPUTS", "PADDED_INPUTS", "SPECIAL_TOKENS", "add_special_tokens_",
@@ -328,6 +329,26 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     return evaluator
 
 
+def prepare_model(
+    args: Namespace, checkpoint: str | Path, device: torch.device
+) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
+    """The model that is to be trained and its tokenizer, with the dialog tokens; `args` then say what they record."""
+    tokenizer = load_tokenizer(checkpoint, args.gpt_tokenization)
+    args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
+    model = load_model(checkpoint, device, from_scratch=True)
+    add_special_tokens_(model, tokenizer)
+    if args.history_start is not None:
+        model.history_start = args.history_start
+    args.history_start = model.history_start
+    if args.freeze_embeddings:
+        freeze_embeddings_(model, tokenizer)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing_(model)
+    parameters = sum(map(torch.numel, model.parameters()))
+    logger.info("Model: %s, %d parameters", model.pretrained.config.model_type, parameters)
+    return model, tokenizer
+
+
 def open_run_folder(
     args: Namespace, run: Path | None, trainer: Engine, model: DoubleHeads, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
@@ -353,20 +374,7 @@ def train(argv: list[str] | None = None) -> str:
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.WARNING)
     set_seed(args.seed)
 
-    checkpoint = run or args.model_checkpoint
-    tokenizer = load_tokenizer(checkpoint, args.gpt_tokenization)
-    args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
-    model = load_model(checkpoint, device, from_scratch=True)
-    add_special_tokens_(model, tokenizer)
-    if args.history_start is not None:
-        model.history_start = args.history_start
-    args.history_start = model.history_start
-    if args.freeze_embeddings:
-        freeze_embeddings_(model, tokenizer)
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing_(model)
-    parameters = sum(map(torch.numel, model.parameters()))
-    logger.info("Model: %s, %d parameters", model.pretrained.config.model_type, parameters)
+    model, tokenizer = prepare_model(args, run or args.model_checkpoint, device)
     train_loader, valid_loader, sampler, _ = get_data_loaders(args, tokenizer, model.n_positions, model.history_start)
     if not args.log_every:
         steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps

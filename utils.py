@@ -1,26 +1,21 @@
 """Where data and checkpoints come from: datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
 
 import contextlib
-import functools
 import gc
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
 import socket
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as dump_arrays
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -35,6 +30,8 @@ from transformers.utils import has_file
 from cli import UserError, first_line
 from dialogs import SPLITS, dataset_files, read_dialogs
 from download import extract, fetch, is_url
+from files import write_atomically
+from tokenization import fingerprint, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -292,71 +289,9 @@ def _tokenized_arrays(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> 
     return arrays
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens: one written in the text, as `<eos>`, stays text."""
-    if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
-        return _tokenize_with_spacy(tokenizer, texts)
-    backend = tokenizer.backend_tokenizer
-    before, backend.encode_special_tokens = backend.encode_special_tokens, True
-    try:
-        return [
-            encoding.ids
-            for chunk in _chunks(texts)
-            for encoding in backend.encode_batch_fast(chunk, add_special_tokens=False)
-        ]
-    finally:
-        backend.encode_special_tokens = before
-
-
-def _tokenize_with_spacy(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """GPT's own pre-processing: text mended by ftfy, split by spaCy's English tokenizer, lower-cased, then BPE."""
-    import ftfy  # optional for GPT-2, and a second of start-up
-    from tokenizers import Tokenizer
-
-    words_of = _spacy_words()
-    words_to_ids = Tokenizer(tokenizer.backend_tokenizer.model)  # the BPE alone: words are split already
-    return [
-        encoding.ids
-        for chunk in _chunks(texts)
-        for encoding in words_to_ids.encode_batch_fast(
-            [[word.text.lower() for word in words_of(_standardize(ftfy.fix_text(text)))] for text in chunk],
-            is_pretokenized=True,
-        )
-    ]
-
-
-@functools.cache
-def _spacy_words() -> Callable[[str], Iterable]:
-    """spaCy's English tokenizer, which takes 0.2 s to make."""
-    import spacy
-
-    return spacy.blank("en").tokenizer
-
-
-_DASHES_AND_SIGNS = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
-_PUNCTUATION_RUN = re.compile(r"([-~!\";?+,)(\\/*\[\]}{|_])\1*")
-
-
-def _standardize(text: str) -> str:
-    """Text as GPT's pre-training spaced it before spaCy: one sign for variants, space around runs of punctuation."""
-    text = _PUNCTUATION_RUN.sub(r" \g<0> ", text.translate(_DASHES_AND_SIGNS))
-    text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r"\s*\n\s*", " \n ", text)
-    return re.sub(r"\S{100}", r"\g<0> ", text).strip()  # the time that spaCy takes grows with a word's length squared
-
-
-def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:
-    """Slices of `texts` under a progress bar: the tokenizer's own records of a slice are large, 2 kB a text."""
-    few = len(texts) <= size
-    with tqdm(total=len(texts), desc="Tokenising", unit=" sentences", disable=few or None) as bar:
-        for start in range(0, len(texts), size):
-            yield texts[start : start + size]
-            bar.update(size)
-
-
 def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> Path:
     """The cache's own file: one per dataset content, tokenizer content and format."""
-    key = hashlib.blake2b(f"{CACHE_FORMAT} {_tokenization(tokenizer)}".encode(), digest_size=8)
+    key = hashlib.blake2b(f"{CACHE_FORMAT} {fingerprint(tokenizer)}".encode(), digest_size=8)
     for file in files:
         key.update(file.name.encode() + b"\0")  # a file's name says which split it is
         try:
@@ -368,18 +303,6 @@ def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path]
     if not path.name:
         raise UserError(f"--dataset_cache {stem}: not the name of a file")
     return path.with_name(f"{path.stem}_{key.hexdigest()}{path.suffix}")
-
-
-def _tokenization(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides how a text is tokenised. Added tokens are no part of it: texts never become them."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = [state["normalizer"], state["pre_tokenizer"], state["model"]]
-    if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
-        import ftfy
-        import spacy
-
-        parts += ["spacy", spacy.__version__, ftfy.__version__]
-    return json.dumps(parts)
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
@@ -410,37 +333,6 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
         write_atomically(path, hashlib.blake2b(payload).digest() + payload)
     except OSError as error:
         logger.warning("--dataset_cache %s: not written (%s): the next start tokenises again", path, error.strerror)
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that at any instant it is either whole or as it was before.
-
-    Raises:
-        OSError: nothing was written.
-    """
-    with open_atomically(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-@contextlib.contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, which takes its place at `path` when the block ends well, and else is gone."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-        move_into_place(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def move_into_place(temporary: str | Path, path: Path) -> None:
-    """Rename a finished temporary file, which is private, to a file that others may read as any other new one."""
-    umask = os.umask(0)  # the only way to read it
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders

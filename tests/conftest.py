@@ -107,3 +107,18 @@ def tokenizer(checkpoint):
 @pytest.fixture
 def model(checkpoint):
     return load_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def gpt(checkpoints):
+    return load_tokenizer(checkpoints["gpt"])
+
+
+@pytest.fixture(scope="session")
+def spacy_gpt(base_checkpoints):
+    return load_tokenizer(base_checkpoints["gpt"])
+
+
+@pytest.fixture(scope="session")
+def gpt2(checkpoints):
+    return load_tokenizer(checkpoints["gpt2"])

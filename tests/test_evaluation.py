@@ -15,7 +15,8 @@ from transformers import OpenAIGPTTokenizer
 from evaluation import Evaluator, LabelScorer, Turn, by_length, make_turns, rank_candidates
 from inputs import build_input_from_segments, context_length
 from metrics import SMOOTHING, count_words, split_words
-from utils import SPECIAL_TOKENS, load_dataset, tokenize
+from tokenization import tokenize
+from utils import SPECIAL_TOKENS, load_dataset
 
 GREEDY = {"no_sample": True, "max_length": 8, "min_length": 1, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
 CLASSES = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}

@@ -25,7 +25,8 @@ from cli import ArgumentParser, UserError, add_decoding_flags
 from decoding import sample_sequence, score_replies
 from dialogs import draw_persona, read_dialogs, write_parlai
 from model import load_model, save_model
-from utils import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer, tokenize
+from tokenization import tokenize
+from utils import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "example" / "personachat.json"
@@ -333,7 +334,7 @@ def test_a_persona_is_drawn_from_any_format(tmp_path, suffix):
 
 def test_drawing_reads_nothing_else(monkeypatch):
     """The original tokenised the whole dataset to draw one persona."""
-    for name in ("dialogs.read_dialogs", "utils.tokenize", "json.load"):
+    for name in ("dialogs.read_dialogs", "tokenization.tokenize", "json.load"):
         monkeypatch.setattr(name, None)
     personas = [dialog["personality"] for split in json.loads(EXAMPLE.read_text()).values() for dialog in split]
     assert draw_persona([EXAMPLE]) in personas

@@ -17,24 +17,28 @@ MAY_IMPORT = {
     "cli": set(),
     "example_entry": set(),
     "metrics": set(),
+    "files": set(),
+    "tokenization": set(),
     "download": {"cli"},
     "distractors": set(),
     "dialogs": {"cli", "distractors"},
-    "utils": {"cli", "dialogs", "download"},
+    "utils": {"cli", "dialogs", "download", "files", "tokenization"},
     "inputs": {"cli", "utils"},
-    "model": {"cli", "utils"},
+    "model": {"cli", "files", "utils"},
     "decoding": {"cli", "inputs", "model", "utils"},
-    "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "utils"},
-    "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "utils"},
+    "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
+    "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "tokenization", "utils"},
     "precision": {"cli"},
-    "checkpoints": {"cli", "utils"},
+    "checkpoints": {"cli", "files"},
     "handlers": {"checkpoints", "cli", "precision"},
-    "train": {"checkpoints", "cli", "handlers", "inputs", "model", "precision", "utils"},
-    "chat": {"cli", "decoding", "inputs", "model", "utils"},
+    "train": {"checkpoints", "cli", "files", "handlers", "inputs", "model", "precision", "utils"},
+    "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
-    "convai_evaluation": {"cli", "dialogs", "evaluation", "inputs", "metrics", "model", "parlai_agent", "utils"},
+    "convai_evaluation": {
+        "cli", "dialogs", "evaluation", "files", "inputs", "metrics", "model", "parlai_agent", "utils",
+    },
 }
-AROUND = ("tests", "benchmarks", "example")  # folders whose code may use the development requirements
+AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand: the two ParlAIs, which cannot share an environment.
 OPTIONAL = {"apex", "parlai", "projects"}
 # Pinned although no module imports it: ignite's TensorBoard handler does.

@@ -22,8 +22,9 @@ import convai_evaluation
 from cli import UserError
 from inputs import build_input_from_segments
 from model import add_special_tokens_, load_finetuned, load_model
+from tokenization import tokenize
 from train import train
-from utils import SPECIAL_TOKENS, get_dataset, load_tokenizer, tokenize
+from utils import SPECIAL_TOKENS, get_dataset, load_tokenizer
 
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 LANGUAGE_MODELS = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}

@@ -1,0 +1,39 @@
+"""Files that at any instant are either whole or as they were before."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that at any instant it is either whole or as it was before.
+
+    Raises:
+        OSError: nothing was written.
+    """
+    with open_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write to, which takes its place at `path` when the block ends well, and else is gone."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+        move_into_place(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def move_into_place(temporary: str | Path, path: Path) -> None:
+    """Rename a finished temporary file, which is private, to a file that others may read as any other new one."""
+    umask = os.umask(0)  # the only way to read it
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    os.replace(temporary, path)
