@@ -1,4 +1,6 @@
-"""Train the example model's tokenizer on the example's texts: `python example/make_tokenizer.py [FOLDER]`.
+"""Train the example model's tokenizer on the training texts of a dataset.
+
+    python example/make_tokenizer.py DATASET [FOLDER]
 
 The same texts give the same files. FOLDER is where they go, example/model unless given.
 """
@@ -14,14 +16,19 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import OpenAIGPTTokenizer
 
 EXAMPLE = Path(__file__).parent
-VOCAB_SIZE = 2000
+sys.path.insert(0, str(EXAMPLE.parent))
+
+from dialogs import read_dialogs  # noqa: E402
+from utils import locate_dataset  # noqa: E402
+
+VOCAB_SIZE = 8000
 CHARACTERS = sorted(set((string.ascii_letters + string.digits + string.punctuation).lower()))
 
 
-def read_texts(dataset: dict) -> list[str]:
-    """Each distinct sentence of the dataset, sorted."""
+def read_texts(dialogs: list[dict]) -> list[str]:
+    """Each distinct sentence of the dialogs, sorted."""
     texts = set()
-    for dialog in dataset["train"] + dataset["valid"]:
+    for dialog in dialogs:
         texts.update(dialog["personality"])
         for turn in dialog["utterances"]:
             texts.update(turn["candidates"] + turn["history"])
@@ -52,5 +59,6 @@ def train_tokenizer(texts: list[str]) -> OpenAIGPTTokenizer:
 
 
 if __name__ == "__main__":
-    dataset = json.loads((EXAMPLE / "personachat.json").read_text(encoding="utf-8"))
-    train_tokenizer(read_texts(dataset)).save_pretrained(sys.argv[1] if len(sys.argv) > 1 else EXAMPLE / "model")
+    dataset, *folder = sys.argv[1:]
+    texts = read_texts(read_dialogs(locate_dataset(dataset))["train"])
+    train_tokenizer(texts).save_pretrained(folder[0] if folder else EXAMPLE / "model")
