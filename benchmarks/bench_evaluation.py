@@ -13,12 +13,21 @@ from metrics import count_words, split_words
 
 
 def time_turns(
-    benchmark: str, setting: Setting, measured: str, ours: Callable, theirs: Callable, same: Callable, goal: str
+    benchmark: str,
+    setting: Setting,
+    measured: str,
+    size: int,
+    ours: Callable,
+    theirs: Callable,
+    same: Callable,
+    goal: str,
 ) -> dict:
-    """Time `ours(turns)` and `theirs(turn)` for each of them, on batches of the evaluation; `same` compares answers."""
-    size, count = setting.sizes.turns, setting.sizes.repetitions
+    """Time `ours(turns)` and `theirs(turn)` for each of `size` turns, in batches as the evaluation makes them.
+
+    `same` compares the answers of both for a turn.
+    """
     full = [batch for batch in by_length(setting.turns, size, measured) if len(batch) == size]
-    batches = [[setting.turns[i] for i in batch] for batch in spread(full, count)]
+    batches = [[setting.turns[i] for i in batch] for batch in spread(full, setting.sizes.repetitions)]
 
     def check(answers: list, expected: list) -> None:
         for answer, other in zip(answers, expected, strict=True):
@@ -39,7 +48,7 @@ def hits(setting: Setting) -> Iterator[dict]:
     evaluator = Evaluator(model, tokenizer, Namespace(eval_type="hits@1"), dict)
     plain = reference.double_heads(model)
     yield time_turns(
-        "hits@1, 20 candidates", setting, "hits@1", evaluator,
+        "hits@1, 20 candidates", setting, "hits@1", setting.sizes.turns // 2, evaluator,
         lambda turn: reference.rank_candidates(plain, tokenizer, example_of(turn)),
         lambda ours, theirs: check_equal("hits@1, ranking", ours["ranking"], theirs),
         ">= 6",
@@ -63,7 +72,7 @@ def word_ppl(setting: Setting, shape: Shape | None = None, name: str = "GPT's si
                 check_close(f"word ppl, {word}", p / other, 1.0, 1e-4)
 
     yield time_turns(
-        f"word ppl, {name}", setting, "ppl", evaluator,
+        f"word ppl, {name}", setting, "ppl", setting.sizes.turns, evaluator,
         lambda turn: scorer.probabilities(lm, tokenizer, example_of(turn), split_words(turn.label)),
         same, goal,
     )  # fmt: skip
@@ -88,7 +97,7 @@ def f1(setting: Setting, gold_lengths: bool = False) -> Iterator[dict]:
 
     yield time_turns(
         "F1, greedy, " + ("as long as the gold replies" if gold_lengths else f"{longest} tokens a reply"),
-        setting, "f1", ours,
+        setting, "f1", setting.sizes.turns, ours,
         lambda turn: reference.greedy_reply(lm, tokenizer, example_of(turn), up_to(length_of(turn))),
         lambda ours, theirs: check_equal("F1, reply", ours, theirs),
         ">= 15",
