@@ -23,7 +23,7 @@ METRICS = "metrics.jsonl"
 # What may differ between a run and its resumption; all else decides what is computed.
 CHANGEABLE = {
     "resume", "n_epochs", "valid_batch_size", "eval_before_start", "log_every", "save_every", "n_saved", "patience",
-    "device", "local_rank", "dataset_cache", "export",
+    "device", "local_rank", "dataset_cache", "export", "compile",
 }  # fmt: skip
 NOT_RESUMED = {"resume", "local_rank", "device", "world_size"}  # of them a resumption takes its own
 

@@ -88,6 +88,8 @@ __all__ = [  # the original's public names, wherever they are defined now
 
 logger = logging.getLogger(__name__)
 
+COMPILED_MULTIPLE = 64  # tokens; a model is compiled anew for each row length
+
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     """The arguments, and the run folder to resume, whose arguments then stand in for flags that are not given."""
@@ -118,6 +120,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
                         help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
     parser.add_argument("--gradient_checkpointing", action="store_true",
                         help="compute each layer twice, for a fraction of the memory")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for GPUs")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
                         help="set by torch.distributed.launch (-1 = one process)")
     # run
@@ -192,7 +195,8 @@ def get_data_loaders(
         dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations,
         history_start,
     )  # fmt: skip
-    collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start)
+    multiple = COMPILED_MULTIPLE if args.compile else 1
+    collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
     train_loader = make_loader(train, collate, args.train_batch_size, shuffle=True, seed=args.seed)
     log_examples("train", train, train_loader)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
@@ -224,11 +228,11 @@ def make_loader(
 
 
 def pack_examples(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, history_start: int
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, history_start: int, multiple: int
 ) -> Batch | None:
     """A batch of examples; None for none, this process's share of a last batch."""
     rows = [make_row(example, tokenizer, history_start) for example in examples]
-    return pack(rows, tokenizer.pad_token_id) if rows else None
+    return pack(rows, tokenizer.pad_token_id, multiple) if rows else None
 
 
 def log_examples(split: str, examples: list[Example], loader: DataLoader) -> None:
@@ -344,6 +348,8 @@ def prepare_model(
         freeze_embeddings_(model, tokenizer)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
+    if args.compile:
+        model.pretrained.base_model.compile()  # the heads' rows change in number from batch to batch
     parameters = sum(map(torch.numel, model.parameters()))
     logger.info("Model: %s, %d parameters", model.pretrained.config.model_type, parameters)
     return model, tokenizer

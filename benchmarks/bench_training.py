@@ -24,8 +24,8 @@ class PackedTraining:
 
     multiple = 1
 
-    def __init__(self, setting: Setting, level: str = "", model: torch.nn.Module | None = None):
-        self.model, self.tokenizer = setting.model if model is None else model, setting.tokenizer
+    def __init__(self, setting: Setting, level: str = ""):
+        self.model, self.tokenizer = setting.model, setting.tokenizer
         self.device = torch.device(setting.device)
         args = training_args()
         make_optimizer = lambda parameters: AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)  # noqa: E731

@@ -25,6 +25,7 @@ from cli import ArgumentParser, number, run_script  # noqa: E402
 from convai_evaluation import run as evaluate  # noqa: E402
 from inputs import Example  # noqa: E402
 from model import save_model  # noqa: E402
+from train import COMPILED_MULTIPLE  # noqa: E402
 
 TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "O1": torch.float16}
@@ -110,8 +111,10 @@ class Bench:
         setting = self.setting
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        packed = PackedTraining(setting, level, torch.compile(setting.model) if compiled else None)
-        packed.multiple = 64 if compiled else 8
+        packed = PackedTraining(setting, level)
+        packed.multiple = COMPILED_MULTIPLE if compiled else 8
+        if compiled:
+            setting.model.pretrained.base_model.compile()
         setting.model.train()
         batches = make_batches(self.examples, size, 16)
         stream = itertools.cycle(batches)

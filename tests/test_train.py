@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import re
+import shutil
 import signal
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -552,3 +554,24 @@ def test_a_checkpoint_of_2019_trains_on(checkpoints, family, tmp_path):
     run = run_training(tmp_path, old, "--n_epochs", 1)
     assert "training from scratch" not in run.log
     assert load_model(run.folder).pretrained.config.vocab_size == load_model(old).pretrained.config.vocab_size
+
+
+def test_a_compiled_model_trains_as_it_does(base_checkpoints, tmp_path, monkeypatch):
+    """Without a C++ compiler: traced and differentiated ahead of time as for one, then run by torch."""
+    checkpoint = tmp_path / "without-dropout"  # whose random numbers fall elsewhere in longer rows
+    shutil.copytree(base_checkpoints["gpt"], checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    runs = [run_training(tmp_path / str(flags), checkpoint, *flags, "--n_epochs", 1, "--train_batch_size", 3,
+                         "--gradient_accumulation_steps", 1) for flags in ([], ["--compile"])]  # fmt: skip
+    plain, compiled = ([[line[key] for key in ("lm_loss", "mc_loss")] for line in run.steps] for run in runs)
+    assert np.allclose(compiled, plain, rtol=1e-4) and len(plain) == 4
+    assert 1 <= len(graphs) <= 3, "one for training, one for validation, one for a batch of another size"
