@@ -290,8 +290,12 @@ def distributed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum"),
         cross_entropy(choice_scores.float(), batch.choice_labels, reduction="sum"),
     ])  # fmt: skip
-    counts = torch.tensor([len(batch.lm_labels), len(batch.choice_labels)], device=sums.device, dtype=sums.dtype)
-    return sums * idist.get_world_size() / idist.all_reduce(counts)
+    return sums * idist.get_world_size() / idist.all_reduce(count_labels(batch, sums))
+
+
+def count_labels(batch: Batch, like: torch.Tensor) -> torch.Tensor:
+    """(2,): number of the labels of each head, made on the device: a copy to it would wait for it."""
+    return torch.stack([torch.full_like(like[0], len(labels)) for labels in (batch.lm_labels, batch.choice_labels)])
 
 
 def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
@@ -313,8 +317,8 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
             lm_logits, choice_scores = model(batch)
         nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
         hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
-        counts = torch.tensor([len(batch.lm_labels), len(batch.choice_labels)], device=device)
-        sums.add_(torch.stack([nll, counts[0], hits, counts[1]]))
+        tokens, examples = count_labels(batch, sums)
+        sums.add_(torch.stack([nll, tokens, hits, examples]))
 
     evaluator = Engine(step)
 
