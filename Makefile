@@ -9,7 +9,7 @@ DEMO_TRAIN := --model_checkpoint example/model --n_epochs 6 --lr 7e-4 --num_cand
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-parlai bench lint figures
+.PHONY: help demo test test-parlai bench lint figures test-oldest
 .NOTPARALLEL:  # two targets would install into .venv at once
 
 help:  ## list the targets
@@ -29,6 +29,9 @@ test: .venv/requirements-dev.stamp  ## run the tests
 test-parlai: .venv-parlai/installed.stamp .venv-convai2/installed.stamp  ## run the tests that need ParlAI, new and old
 	.venv-parlai/bin/python -m pytest tests/test_parlai.py
 	.venv-convai2/bin/python -m pytest tests/test_parlai.py
+
+test-oldest: .venv-oldest/installed.stamp  ## run the tests on the oldest transformers and ignite that work
+	.venv-oldest/bin/python -m pytest
 
 bench: .venv/requirements.stamp  ## measure every speed claim against the plain recipe: 15 minutes; BENCH=--quick: 2
 	$(PY) benchmarks/run.py $(BENCH)

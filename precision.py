@@ -10,6 +10,7 @@
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -48,6 +49,10 @@ def make_precision(
         else:
             logger.info("--fp16 %s: by apex's amp", level)
             return ApexPrecision(level, model, make_optimizer, amp)
+    if level == "bf16" and device.type == "cpu":
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            # else torch and its oneDNN keep kernels of 1024 shapes each, and rows of all lengths have as many: 8 GB
+            os.environ.setdefault(cache, "64")
     return NativePrecision(level, model, make_optimizer, device)
 
 

@@ -4,6 +4,7 @@ float16 is for GPUs; its arithmetic is tested here on a CPU, below the check tha
 """
 
 import contextlib
+import os
 import sys
 import types
 from functools import partial
@@ -148,3 +149,15 @@ def test_apex_is_called_as_documented(monkeypatch):
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(model)))
 
 
+
+
+@pytest.mark.parametrize(("level", "user", "expected"), [("bf16", None, "64"), ("bf16", "9", "9"), ("", None, None)])
+def test_bfloat16_on_a_cpu_keeps_few_kernels(monkeypatch, level, user, expected):
+    """Rows of all lengths filled torch's and oneDNN's caches: a small model took 9 GB after two thousand steps."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.setenv(name, user or "")  # so that it is as before in the end
+        if user is None:
+            monkeypatch.delenv(name)
+    make_precision(level, torch.nn.Linear(2, 2), torch.optim.SGD, torch.device("cpu"))
+    assert [os.environ.get(name) for name in names] == [expected] * 2

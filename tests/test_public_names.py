@@ -72,7 +72,7 @@ def test_constants_are_what_they_were():
 
 IMPORT_AND_TELL = """
 import json, logging, os, random, sys, threading
-import numpy, torch
+import httpx, numpy, torch  # httpx, which some releases of transformers load, draws a number where rich is installed
 def state():
     return {
         "files": sorted(os.listdir()),
