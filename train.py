@@ -285,7 +285,7 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
     It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
     the language-model and the choice loss, of this process.
     """
-    accumulated = torch.zeros(3, device=device)
+    accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
     coefficients = torch.tensor([args.lm_coef, args.mc_coef], device=device)
 
     def step(engine: Engine, batch: Batch) -> None:
@@ -301,14 +301,14 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
                 losses = distributed_losses(model, batch.to(device))
             loss = losses @ coefficients
             precision.backward(loss / micro_steps)
-        accumulated.add_(torch.cat([loss[None], losses]).detach())
+        accumulated.append(torch.cat([loss[None], losses]).detach())
         if not full:
             return
         state.optimizer_step += 1
         set_adam_eps_(precision.optimizer, state.optimizer_step)
         precision.step(args.max_norm)
-        state.losses = accumulated / ((state.iteration - 1) % micro_steps + 1)
-        accumulated.zero_()
+        state.losses = torch.stack(accumulated).mean(0)
+        accumulated.clear()
         engine.fire_event(StepEvents.OPTIMIZER_STEP)
 
     trainer = Engine(step)
