@@ -168,7 +168,16 @@ def setup_distributed(args: Namespace) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", args.local_rank)
         torch.cuda.set_device(device)
-    idist.initialize("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:  # machines count by themselves
+        idist.initialize(backend)
+    else:  # the launcher's store still has the addresses of the processes that it restarts
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.PrefixStore(f"attempt {attempt}", store),
+            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        )  # fmt: skip
     return device
 
 
