@@ -22,7 +22,7 @@ def setting(tmp_path, example_json) -> Setting:
     return Setting(str(path), str(ROOT / "example" / "model"), tmp_path, TINY)
 
 
-IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling")]
+IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling", "distributed")]
 
 
 @pytest.mark.parametrize("name", IN_ONE_PROCESS)
