@@ -331,18 +331,22 @@ def distributed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
     Each is a sum divided by what all processes count, not a mean of means: k processes are one with a k-fold batch.
     """
+    counts = count_labels(batch)
+    # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
+    reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
     lm_logits, choice_scores = model(batch)
     sums = torch.stack([
         cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum"),
         cross_entropy(choice_scores.float(), batch.choice_labels, reduction="sum"),
     ])  # fmt: skip
-    return sums * idist.get_world_size() / idist.all_reduce(count_labels(batch, sums))
+    if reduction:
+        reduction.wait()
+    return sums * idist.get_world_size() / counts
 
 
-def count_labels(batch: Batch, like: torch.Tensor) -> torch.Tensor:
-    """(2,): number of the labels of each head, made on the device: a copy to it would wait for it."""
-    counts = [(labels != IGNORED).sum() for labels in (batch.lm_labels, batch.choice_labels)]
-    return torch.stack(counts).to(like.dtype)
+def count_labels(batch: Batch) -> torch.Tensor:
+    """(2,), int64: number of the labels of each head, made on the device: a copy to it would wait for it."""
+    return torch.stack([(labels != IGNORED).sum() for labels in (batch.lm_labels, batch.choice_labels)])
 
 
 def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
@@ -364,7 +368,7 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
             lm_logits, choice_scores = model(batch)
         nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
         hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
-        tokens, examples = count_labels(batch, sums)
+        tokens, examples = count_labels(batch)
         sums.add_(torch.stack([nll, tokens, hits, examples]))
 
     evaluator = Engine(step)
