@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed
-from ignite.engine import Engine
+from ignite.engine import Engine, State
 
 from cli import UserError, first_line
 from files import open_atomically, write_atomically
@@ -91,8 +91,9 @@ def save_checkpoint(folder: Path | None, trainer: Engine, to_save: Mapping, n_sa
     try:
         with open_atomically(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
-        logger.error("%s: not written (%s); older checkpoints stay", path, first_line(error))
+    except (OSError, RuntimeError) as error:  # torch's writer answers an OSError with a RuntimeError that hides it
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        logger.error("%s: not written (%s); older checkpoints stay", path, first_line(cause))
         return
     for old in list_checkpoints(folder)[:-n_saved]:  # only now, so that at any instant there is a whole one
         old.unlink()
@@ -154,26 +155,33 @@ def read_arguments(folder: Path) -> dict:
 
 
 def changed_arguments(saved: Mapping, args: Namespace) -> list[str]:
-    """The arguments that differ from those of a run and may not, each as `flag is X there, Y here`; None is unset."""
+    """The arguments that differ from those of a run and may not, each as `--flag is X there, Y here`; None is unset."""
     here = vars(args)
     return [
-        f"{name} is {saved[name]!r} there, {here[name]!r} here"
+        f"{'the number of processes' if name == 'world_size' else f'--{name}'} is {saved[name]!r} there,"
+        f" {here[name]!r} here"
         for name in sorted(saved.keys() & here.keys() - CHANGEABLE)
         if saved[name] != here[name] and here[name] is not None
     ]
 
 
-def cut_metrics(folder: Path, step: int) -> None:
-    """Drop the lines of `metrics.jsonl` that a killed run wrote after the checkpoint which it resumes from."""
+def cut_metrics(folder: Path, state: State) -> None:
+    """Drop the lines of `metrics.jsonl` that a killed run wrote after the checkpoint which it resumes from.
+
+    Args:
+        state: the trainer's, as the checkpoint has it.
+    """
     path = folder / METRICS
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    write_atomically(path, "".join(itertools.takewhile(lambda line: _is_before(line, step), lines)))
+    write_atomically(path, "".join(itertools.takewhile(lambda line: _is_before(line, state), lines)))
 
 
-def _is_before(line: str, step: int) -> bool:
+def _is_before(line: str, state: State) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        figures = json.loads(line)
     except ValueError:  # the last line, if it was not written whole
         return False
+    # an epoch's validation may follow its last step after forwards that await the next one
+    return figures["step"] <= state.optimizer_step and ("split" not in figures or figures["epoch"] <= state.epoch)

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+TEMPORARY = ".tmp"  # ends the name of what is being written
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -21,14 +24,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write to, which takes its place at `path` when the block ends well, and else is gone."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=TEMPORARY)
     try:
         with open(descriptor, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down may keep the new name without the content
         move_into_place(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed was about to write in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def move_into_place(temporary: str | Path, path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import signal
+import socket
+import struct
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,7 +13,8 @@ from pathlib import Path
 import ignite.distributed as idist
 from ignite.engine import Engine, EventEnum, Events
 from ignite.handlers import ProgressBar
-from ignite.handlers.tensorboard_logger import OutputHandler, TensorboardLogger
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import masked_crc32c
 from torch.utils.data import DataLoader
 
 from checkpoints import METRICS, Best
@@ -19,6 +22,58 @@ from cli import UserError
 from precision import MAX_BAD_STEPS, Precision
 
 logger = logging.getLogger(__name__)
+
+
+class FigureWriter:
+    """Writes figures to a run folder's `metrics.jsonl` and, the same, to TensorBoard's event file.
+
+    Nothing waits in memory, so that a run which is killed has all its lines; tensorboardX's own writer keeps events for
+    two minutes, in a thread whose death of a full disk brings the run to a standstill. The event file is made anew
+    from `metrics.jsonl` when a run begins or goes on.
+    """
+
+    def __init__(self, folder: Path):
+        self.metrics = folder / METRICS
+        self.events = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._append_event(event_pb2.Event(file_version="brain.Event:2"))
+        if self.metrics.exists():
+            for line in self.metrics.read_text().splitlines():
+                self._show(json.loads(line))
+
+    def write(self, figures: dict) -> None:
+        """Write a line: `step`, `epoch`, numbers by name, and `split` if they are of a validation.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._append(self.metrics, json.dumps(figures).encode() + b"\n")
+        self._show(figures)
+
+    def _show(self, figures: dict) -> None:
+        group = "validation" if "split" in figures else "training"
+        values = [
+            summary_pb2.Summary.Value(tag=f"{group}/{name}", simple_value=value)
+            for name, value in figures.items() if name not in ("step", "epoch", "split")
+        ]  # fmt: skip
+        self._append_event(event_pb2.Event(step=figures["step"], summary=summary_pb2.Summary(value=values)))
+
+    def _append_event(self, event: event_pb2.Event) -> None:
+        """Add a record of TensorFlow's format: length, its checksum, content, its checksum."""
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+        self._append(self.events, length + checksums[0] + content + checksums[1])
+
+    def _append(self, path: Path, content: bytes) -> None:
+        try:
+            with open(path, "ab") as file:
+                file.write(content)
+        except OSError as error:
+            message = f"{path}: not written ({error.strerror}); go on from the last checkpoint with --resume"
+            raise UserError(message) from error
 
 
 class StepEvents(EventEnum):
@@ -86,11 +141,10 @@ def attach_figures(
 
     if folder is None:
         return
+    writer = FigureWriter(folder)
 
     def write(figures: dict) -> None:
-        place = {"step": trainer.state.optimizer_step, "epoch": trainer.state.epoch}
-        with open(folder / METRICS, "a") as file:
-            file.write(json.dumps(place | figures) + "\n")
+        writer.write({"step": trainer.state.optimizer_step, "epoch": trainer.state.epoch} | figures)
 
     trainer.add_event_handler(logged, lambda engine: write(engine.state.metrics))
     evaluator.add_event_handler(Events.COMPLETED, lambda engine: write({"split": "valid"} | engine.state.metrics))
@@ -98,11 +152,6 @@ def attach_figures(
     bar = ProgressBar(persist=True, disable=None)  # None = only on a terminal
     shown = ("loss", "lr")
     bar.attach(trainer, output_transform=lambda _: {k: v for k, v in trainer.state.metrics.items() if k in shown})
-    board = TensorboardLogger(log_dir=str(folder), purge_step=trainer.state.optimizer_step + 1)
-    step = lambda *_: trainer.state.optimizer_step  # noqa: E731
-    board.attach(trainer, OutputHandler("training", "all", global_step_transform=step), logged)
-    board.attach(evaluator, OutputHandler("validation", "all", global_step_transform=step), Events.COMPLETED)
-    trainer.add_event_handler(Events.COMPLETED, board.close)
 
 
 def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespace) -> list[int]:

@@ -196,7 +196,7 @@ class Row(NamedTuple):
     token_types: list[int]  # of the context; the replies continue its last one
     positions: list[int]  # likewise
     replies: list[list[int]]  # token ids, with <eos> where the reply is complete
-    lm_reply: int  # index of the reply whose tokens are to be predicted
+    lm_reply: int  # index of the reply whose tokens are to be predicted; IGNORED = the row has no labels
 
 
 def make_row(
@@ -299,22 +299,12 @@ class BucketSampler(Sampler[list[int]]):
         self.epoch = epoch
         self.start = start
 
-    def state_dict(self) -> dict:
-        """What tells one dataset from another; the place in it is the trainer's to know."""
-        return {"examples": len(self.lengths), "tokens": int(self.lengths.sum())}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state != self.state_dict():
-            raise UserError(f"--dataset_path: the run was on another dataset ({state}, here {self.state_dict()})")
-
     def __len__(self) -> int:
         return -(-len(self.lengths) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._global_batches()[self.start :]:
-            share = batch[self.rank :: self.world_size]
-            # A last batch with fewer examples than ranks: all ranks must take part in a training step, so one is shared
-            yield share.tolist() if len(share) or not self.shuffle else batch[:1].tolist()
+            yield batch[self.rank :: self.world_size].tolist()  # none of a last batch with fewer examples than ranks
 
     def _global_batches(self) -> list[np.ndarray]:
         size = self.batch_size * self.world_size

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -24,8 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.openai.modeling_openai import MLP, OpenAIGPTModel
 from transformers.pytorch_utils import Conv1D
 
-from cli import UserError, default_device
-from files import move_into_place
+from cli import UserError, default_device, first_line
+from files import TEMPORARY, move_into_place
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
@@ -268,11 +269,18 @@ def load_finetuned(
 
 
 def save_model(model: DoubleHeads, folder: Path) -> None:
-    """Write `model.safetensors` and `config.json`, as transformers does, each whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".model") as temporary:
-        model.pretrained.save_pretrained(temporary)
-        for file in Path(temporary).iterdir():
-            move_into_place(file, folder / file.name)
+    """Write `model.safetensors` and `config.json`, as transformers does, each whole or not at all.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
+            model.pretrained.save_pretrained(temporary)
+            for file in Path(temporary).iterdir():
+                move_into_place(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'}: not written ({first_line(error)})") from error
 
 
 def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -50,14 +50,16 @@ from cli import (
     add_model_flags,
     add_seed_flag,
     default_device,
+    first_line,
     number,
     run_script,
     set_seed,
     set_up_logging,
 )
-from files import write_atomically
+from files import remove_leftovers, write_atomically
 from handlers import StepEvents, attach_checkpoints, attach_figures, attach_validation
 from inputs import (
+    IGNORED,
     MODEL_INPUTS,
     PADDED_INPUTS,
     Batch,
@@ -79,7 +81,7 @@ from model import (
     save_model,
 )
 from precision import LEVELS, Precision, make_precision
-from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_dataset, load_tokenizer, make_logdir
+from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, load_dataset, load_tokenizer, make_logdir
 
 __all__ = [  # the original's public names, wherever they are defined now
     "ATTR_TO_SPECIAL_TOKEN", "MODEL_INPUTS", "PADDED_INPUTS", "SPECIAL_TOKENS", "add_special_tokens_",
@@ -148,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
         parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
         args = parser.parse_args(argv)
         if changed := changed_arguments(saved, args):
-            raise UserError(f"--resume {run}: {', '.join(changed)}; leave it out, or start a new run")
+            raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
     return args, run
 
 
@@ -166,8 +168,40 @@ def setup_distributed(args: Namespace) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", args.local_rank)
         torch.cuda.set_device(device)
-    idist.initialize("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:  # machines count by themselves
+        idist.initialize(backend)
+    else:  # the launcher's store still has the addresses of the processes that it restarts
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.PrefixStore(f"attempt {attempt}", store),
+            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        )  # fmt: skip
     return device
+
+
+def check_same_run(run: Path | None) -> None:
+    """Check that all processes are about to resume the same run.
+
+    Raises:
+        UserError: this one sees another run than the first process, or none.
+    """
+    first = idist.broadcast(str(run), src=0)
+    if first != str(run):
+        raise UserError(f"--resume: {first} for the first process, {run} here: all nodes must see the same run folders")
+
+
+@contextlib.contextmanager
+def one_line_for_a_lost_process() -> Iterator[None]:
+    """Turn what communication raises when another process of the run has died into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo's errors have no class
+            message = "another process of this run is gone; --resume goes on from the last checkpoint"
+            raise UserError(f"{message} ({first_line(error)[:200]})") from error
+        raise
 
 
 def get_data_loaders(
@@ -181,8 +215,12 @@ def get_data_loaders(
         UserError: no dataset, no training split, or token ids that the tokenizer does not have.
     """
     with idist.one_rank_first(local=True):  # one process a machine tokenises, the others find its cache
-        dataset = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+        content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache)
     name = args.dataset_path or "PersonaChat"
+    if getattr(args, "dataset_digest", content.digest) != content.digest:
+        raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
+    args.dataset_digest = content.digest
+    dataset = {split: content.dialogs(split, content.tokens) for split in content.splits}
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
     if "valid" not in dataset and args.valid_share:
@@ -197,7 +235,9 @@ def get_data_loaders(
     )  # fmt: skip
     multiple = COMPILED_MULTIPLE if args.compile else 1
     collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
-    train_loader = make_loader(train, collate, args.train_batch_size, shuffle=True, seed=args.seed)
+    # every process takes part in a training step, so where a share is empty one works on what does not count
+    train_collate = partial(collate, filler=train[0])
+    train_loader = make_loader(train, train_collate, args.train_batch_size, shuffle=True, seed=args.seed)
     log_examples("train", train, train_loader)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
     if "valid" not in dataset:
@@ -228,10 +268,16 @@ def make_loader(
 
 
 def pack_examples(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, history_start: int, multiple: int
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    history_start: int,
+    multiple: int,
+    filler: Example | None = None,
 ) -> Batch | None:
-    """A batch of examples; None for none, this process's share of a last batch."""
+    """A batch of examples; of none, as a process's share of a last batch may be, `filler` without labels, or None."""
     rows = [make_row(example, tokenizer, history_start) for example in examples]
+    if not rows and filler:
+        rows = [make_row(filler, tokenizer, history_start)._replace(lm_reply=IGNORED)]
     return pack(rows, tokenizer.pad_token_id, multiple) if rows else None
 
 
@@ -248,7 +294,7 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
     It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
     the language-model and the choice loss, of this process.
     """
-    accumulated = torch.zeros(3, device=device)
+    accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
     coefficients = torch.tensor([args.lm_coef, args.mc_coef], device=device)
 
     def step(engine: Engine, batch: Batch) -> None:
@@ -264,14 +310,14 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
                 losses = distributed_losses(model, batch.to(device))
             loss = losses @ coefficients
             precision.backward(loss / micro_steps)
-        accumulated.add_(torch.cat([loss[None], losses]).detach())
+        accumulated.append(torch.cat([loss[None], losses]).detach())
         if not full:
             return
         state.optimizer_step += 1
         set_adam_eps_(precision.optimizer, state.optimizer_step)
         precision.step(args.max_norm)
-        state.losses = accumulated / ((state.iteration - 1) % micro_steps + 1)
-        accumulated.zero_()
+        state.losses = torch.stack(accumulated).mean(0)
+        accumulated.clear()
         engine.fire_event(StepEvents.OPTIMIZER_STEP)
 
     trainer = Engine(step)
@@ -285,17 +331,22 @@ def distributed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
     Each is a sum divided by what all processes count, not a mean of means: k processes are one with a k-fold batch.
     """
+    counts = count_labels(batch)
+    # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
+    reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
     lm_logits, choice_scores = model(batch)
     sums = torch.stack([
         cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum"),
         cross_entropy(choice_scores.float(), batch.choice_labels, reduction="sum"),
     ])  # fmt: skip
-    return sums * idist.get_world_size() / idist.all_reduce(count_labels(batch, sums))
+    if reduction:
+        reduction.wait()
+    return sums * idist.get_world_size() / counts
 
 
-def count_labels(batch: Batch, like: torch.Tensor) -> torch.Tensor:
-    """(2,): number of the labels of each head, made on the device: a copy to it would wait for it."""
-    return torch.stack([torch.full_like(like[0], len(labels)) for labels in (batch.lm_labels, batch.choice_labels)])
+def count_labels(batch: Batch) -> torch.Tensor:
+    """(2,), int64: number of the labels of each head, made on the device: a copy to it would wait for it."""
+    return torch.stack([(labels != IGNORED).sum() for labels in (batch.lm_labels, batch.choice_labels)])
 
 
 def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
@@ -317,7 +368,7 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
             lm_logits, choice_scores = model(batch)
         nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
         hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
-        tokens, examples = count_labels(batch, sums)
+        tokens, examples = count_labels(batch)
         sums.add_(torch.stack([nll, tokens, hits, examples]))
 
     evaluator = Engine(step)
@@ -366,13 +417,19 @@ def open_run_folder(
     folder = run or Path(make_logdir(args.model_checkpoint))
     logger.info("Arguments: %s", json.dumps(vars(args)))
     logger.info("Run folder: %s", folder)
-    cut_metrics(folder, trainer.state.optimizer_step)
-    write_atomically(folder / ARGUMENTS, json.dumps(vars(args), indent=2) + "\n")
-    model.pretrained.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        remove_leftovers(folder)
+        cut_metrics(folder, trainer.state)
+        write_atomically(folder / ARGUMENTS, json.dumps(vars(args), indent=2) + "\n")
+        if not run:  # not written again: a run that is killed meanwhile would have none
+            model.pretrained.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises no OSError, but Exception itself
+        raise UserError(f"{folder}: cannot be written to ({first_line(error)})") from error
     return folder
 
 
+@one_line_for_a_lost_process()
 def train(argv: list[str] | None = None) -> str:
     """Train as the command line says; returns the run folder, which is a checkpoint itself.
 
@@ -381,6 +438,7 @@ def train(argv: list[str] | None = None) -> str:
     """
     args, run = parse_args(argv)
     device = setup_distributed(args)
+    check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.WARNING)
     set_seed(args.seed)
 
@@ -397,15 +455,16 @@ def train(argv: list[str] | None = None) -> str:
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     to_save = {
-        "trainer": trainer, "sampler": sampler, "model": model.pretrained, "optimizer": precision.optimizer,
-        "precision": precision, "best": best, "random": RandomState(),
+        "trainer": trainer, "model": model.pretrained, "optimizer": precision.optimizer, "precision": precision,
+        "best": best, "random": RandomState(),
     }  # fmt: skip
     set_seed(args.seed and args.seed + idist.get_rank())  # each process drops out units of its own
     if run:
         load_checkpoint(run, to_save)
         trainer.state.max_epochs = args.n_epochs
-        if trainer.state.epoch >= args.n_epochs:
-            raise UserError(f"--resume {run}: its {trainer.state.epoch} epochs are done; --n_epochs adds more")
+    done = trainer.state.epoch >= args.n_epochs or 0 < args.patience <= best.since
+    if done and args.resume != "auto":
+        raise UserError(f"--resume {run}: its {trainer.state.epoch} epochs are done; --n_epochs adds more")
     folder = open_run_folder(args, run, trainer, model, tokenizer) if idist.get_rank() == 0 else None
 
     def export():
@@ -426,10 +485,11 @@ def train(argv: list[str] | None = None) -> str:
     stopped = attach_checkpoints(trainer, save, args)
 
     model.train()
-    trainer.run(train_loader, max_epochs=args.n_epochs)
+    if not done:  # else a launcher has restarted a run at its very end
+        trainer.run(train_loader, max_epochs=args.n_epochs)
     idist.finalize()
     if stopped:
-        logger.info("Stopped and saved; go on with: python train.py --resume %s", folder)
+        logger.info("Stopped; go on with: python train.py --resume %s", folder)
         sys.exit(128 + stopped[0])
     logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
     return str(folder)

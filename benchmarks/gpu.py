@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import copy
 import itertools
 import sys
 import tempfile
@@ -42,10 +43,11 @@ class Plan(NamedTuple):
     epoch: float  # of the steady run that the epoch's time is extrapolated from
     matmul: int
     evaluation_batch: int
+    steps: int  # of training in each precision
 
 
-REAL = Plan((32, 128, 512), 32, steady=5, epoch=65, matmul=8192, evaluation_batch=128)
-DRY = Plan((2, 4), 2, steady=0.1, epoch=0.2, matmul=256, evaluation_batch=8)
+REAL = Plan((32, 128, 512), 32, steady=5, epoch=65, matmul=8192, evaluation_batch=128, steps=200)
+DRY = Plan((2, 4), 2, steady=0.1, epoch=0.2, matmul=256, evaluation_batch=8, steps=10)
 
 
 class Bench:
@@ -134,6 +136,24 @@ class Bench:
         goal = ">= 0.4" if level == "bf16" and size == self.plan.batches[-1] else ""
         yield figure(f"training, {name}, batch {size}: utilisation", utilisation, goal)
         return speed
+
+    def learning(self) -> Iterator[dict]:
+        """The same steps in every precision, from the same weights: the mean loss of the last tenth against float32's.
+
+        Without dropout, whose masks would differ. float16's levels need a GPU.
+        """
+        model = self.setting.model.eval()
+        batches = make_batches(self.examples, self.plan.batches[0], 16)
+        last = {}
+        for level in ("", "bf16", "O1", "O2", "O3") if self.cuda else ("", "bf16"):
+            packed, losses = PackedTraining(self.setting, level, copy.deepcopy(model)), []
+            for step, batch in zip(range(self.plan.steps), itertools.cycle(batches)):
+                packed.step(batch)
+                if step >= 0.9 * self.plan.steps:
+                    losses.append(packed.trainer.state.losses[0].item())
+            last[level] = sum(losses) / len(losses)
+            yield figure(f"training, {level or 'O0'}: loss over O0's after {self.plan.steps} steps, less 1",
+                         abs(last[level] / last[""] - 1), "<= 0.02", loss=last[level])  # fmt: skip
 
     def epoch(self) -> Iterator[dict]:
         """One epoch of the paper's recipe, extrapolated from a steady run, in bf16 and steps of the paper's size."""
@@ -226,7 +246,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         bench = Bench(setting, DRY if args.dry_run else REAL, start + args.budget)
         name = "CPU" if args.dry_run else torch.cuda.get_device_name()
         print(json_line({"device": name, "torch": torch.__version__, "dataset": args.dataset_path}))
-        for part in (bench.matmul, bench.correctness, bench.evaluation, bench.epoch, bench.training):
+        for part in (bench.matmul, bench.correctness, bench.learning, bench.evaluation, bench.epoch, bench.training):
             if time.perf_counter() > bench.deadline:
                 print(json_line({"benchmark": part.__name__, "skipped": "no time left"}))
                 continue

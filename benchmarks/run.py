@@ -22,6 +22,7 @@ import transformers  # noqa: E402
 
 from benchmarks.bench_chat import chat  # noqa: E402
 from benchmarks.bench_data import data, scaling  # noqa: E402
+from benchmarks.bench_distributed import distributed  # noqa: E402
 from benchmarks.bench_evaluation import f1, f1_gold_lengths, hits, small_word_ppl, word_ppl  # noqa: E402
 from benchmarks.bench_training import candidates, training  # noqa: E402
 from benchmarks.measure import format_row, json_line  # noqa: E402
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[dict]]] = {
     "scaling": scaling,
     "training": training,
     "candidates": candidates,
+    "distributed": distributed,
     "hits@1": hits,
     "ppl": word_ppl,
     "ppl-small": small_word_ppl,

@@ -1,88 +1,201 @@
 """Kill a training run again and again, resume it each time, and compare it with one that was left alone.
 
-    python tests/crash.py --kills 20        # 20 runs, each killed at a random instant and resumed
-    python tests/crash.py --kills 3 --short # what the tests do
+    python tests/crash.py --kills 20        # each run in a process of its own
+    python tests/crash.py --kills 3 --short # shorter runs, in forks of one process: what the tests do
 
-A run is killed with -9 at a seeded random moment of its life: while training, validating or saving. It must end with
-the same weights, to the bit, and the same figures at every step as the run that nobody killed.
+A run is killed with -9 at a seeded random instant of its life: in turn while it trains, validates and saves. It must
+end with the same weights, to the bit, and the same figures at every step as the run that nobody killed, also on
+TensorBoard, and leave no temporary file.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from ignite.engine import Events  # noqa: E402
+from tensorboardX.proto import event_pb2  # noqa: E402
+
+import train  # noqa: E402
+
+PHASES = ("training", "validating", "saving")
 TIMES = ("examples_per_second", "ms_per_step")  # figures that differ from run to run
 
 
-def start(cwd: Path, flags: list[str]) -> subprocess.Popen:
+class Kill(NamedTuple):
+    """An instant: so many seconds after a phase has begun, which it has done `count` times before."""
+
+    phase: str
+    count: int
+    seconds: float
+
+
+class Phases:
+    """Times the phases of a training run in this process, and ends the process at an instant."""
+
+    def __init__(self, kill: Kill | None):
+        self.kill = kill
+        self.seconds = {phase: [] for phase in PHASES}
+        self.begun = {}
+
+    def begin(self, phase: str) -> None:
+        if phase in self.begun:
+            return  # a step's second batch
+        self.begun[phase] = time.perf_counter()
+        if self._is_chosen(phase):
+            threading.Timer(self.kill.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def end(self, phase: str) -> None:
+        if self._is_chosen(phase):
+            time.sleep(60)  # this run has been faster than the one that was timed: it ends here
+        self.seconds[phase].append(time.perf_counter() - self.begun.pop(phase))
+
+    def _is_chosen(self, phase: str) -> bool:
+        return self.kill is not None and self.kill[:2] == (phase, len(self.seconds[phase]))
+
+    def watch(self) -> None:
+        """Have the trainer, the evaluator and both kinds of saving report here."""
+        for maker, phase, begin, end in (
+            ("create_trainer", "training", Events.GET_BATCH_STARTED, train.StepEvents.OPTIMIZER_STEP),
+            ("create_evaluator", "validating", Events.STARTED, Events.COMPLETED),
+        ):
+            setattr(train, maker, self._watched_engine(getattr(train, maker), phase, begin, end))
+        for name in ("save_model", "save_checkpoint"):
+            setattr(train, name, self._watched(getattr(train, name)))
+
+    def _watched_engine(self, make, phase, begin, end):
+        def made(*args):
+            engine = make(*args)
+            engine.add_event_handler(begin, lambda _: self.begin(phase))
+            engine.add_event_handler(end, lambda _: self.end(phase))
+            return engine
+
+        return made
+
+    def _watched(self, save):
+        def watched(*args):
+            self.begin("saving")
+            save(*args)
+            self.end("saving")
+
+        return watched
+
+
+def run(cwd: Path, flags: list[str], kill: Kill | None, report=None) -> None:
+    """Train in `cwd`; what a child process does. `report` is sent the seconds that each phase took."""
+    torch.set_num_threads(1)
     cwd.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = open(cwd / "log", "a")  # noqa: SIM115
-    command = [sys.executable, str(ROOT / "train.py"), "--resume", "auto", *flags]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    phases = Phases(kill)
+    phases.watch()
+    with open(cwd / "log", "a") as log, contextlib.chdir(cwd):
+        os.dup2(log.fileno(), 2)
+        train.train(["--resume", "auto", *flags])
+    if report:
+        report.send(phases.seconds)
 
 
-def started(cwd: Path) -> bool:
-    return any((folder / "metrics.jsonl").exists() for folder in (cwd / "runs").glob("*"))
+def start(context, *args) -> int:
+    """The exit status of a `run` in a process."""
+    process = context.Process(target=run, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
-def result(cwd: Path) -> tuple[bytes, list[dict]]:
-    """Weights and figures of the one run that went to its end."""
-    folders = [folder for folder in (cwd / "runs").iterdir() if (folder / "model.safetensors").exists()]
-    assert len(folders) == 1, f"{cwd}: {len(folders)} run folders with a model"
-    leftovers = [file.name for file in folders[0].iterdir() if ".tmp" in file.name or file.name.startswith(".model")]
-    if leftovers:
-        print(f"  left behind by kills: {leftovers}")
-    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
-    figures = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-    return (folders[0] / "model.safetensors").read_bytes(), figures
+class Result(NamedTuple):
+    """What a run has to show at its end."""
+
+    weights: bytes
+    lines: list[dict]
+    events: list[tuple]
+
+
+def result(cwd: Path) -> Result:
+    """Of the one run that went to its end."""
+    (folder,) = [folder for folder in (cwd / "runs").iterdir() if (folder / "model.safetensors").exists()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    events = [event for event in read_events(folder) if not event[1].endswith(TIMES)]
+    return Result((folder / "model.safetensors").read_bytes(), lines, events)
+
+
+def read_events(folder: Path) -> list[tuple[int, str, float]]:
+    """Step, tag and value of all that a run folder has for TensorBoard; records of length, checksum, content, again."""
+    found = []
+    for path in folder.glob("events.out.tfevents.*"):
+        content = path.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            content = content[16 + length :]
+    return found
+
+
+def leftovers(cwd: Path) -> list[str]:
+    return [path.name for path in (cwd / "runs").glob("*/*.tmp*")]
+
+
+def prepare(top: Path, short: bool) -> list[str]:
+    """Write dataset and model; the flags of a run. An epoch's last forwards count for the next epoch's first step."""
+    example = json.loads((ROOT / "example" / "personachat.json").read_text())
+    dialogs = {"train": example["train"][: 2 if short else 6], "valid": example["valid"][: 1 if short else 2]}
+    (top / "dialogs.json").write_text(json.dumps(dialogs))
+    model = shutil.copytree(ROOT / "example" / "model", top / "model")
+    if short:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"n_layer": 1, "n_embd": 12}))
+    return ["--dataset_path", str(top / "dialogs.json"), "--dataset_cache", str(top / "cache.bin"), "--device", "cpu",
+            "--model", str(model), "--lr", "1e-3", "--n_epochs", "2" if short else "3", "--train_batch_size", "2",
+            "--gradient_accumulation_steps", "3", "--save_every", "1"]  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--short", action="store_true", help="shorter runs")
+    parser.add_argument("--short", action="store_true", help="shorter runs, in forks of one process")
     args = parser.parse_args()
     generator = random.Random(args.seed)
+    context = multiprocessing.get_context("fork" if args.short else "spawn")
+    failed = 0
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
-        example = json.loads((ROOT / "example" / "personachat.json").read_text())
-        dialogs = {"train": example["train"][: 3 if args.short else 6], "valid": example["valid"][:2]}
-        (top / "dialogs.json").write_text(json.dumps(dialogs))
-        flags = ["--dataset_path", str(top / "dialogs.json"), "--dataset_cache", str(top / "cache.bin"),
-                 "--model", str(ROOT / "example" / "model"), "--lr", "1e-3", "--n_epochs", "3", "--device", "cpu",
-                 "--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--save_every", "1"]  # fmt: skip
-        assert start(top / "alone", flags).wait() == 0, (top / "alone" / "log").read_text()[-2000:]
-        want = result(top / "alone")
-        (metrics,) = (top / "alone" / "runs").glob("*/metrics.jsonl")
-        folder_made = (metrics.parent / "training_args.json").stat().st_mtime
-        life = (metrics.parent / "model.safetensors").stat().st_mtime - folder_made
-        failed = 0
-        for kill in range(args.kills):
-            cwd = top / str(kill)
-            process = start(cwd, flags)
-            while not started(cwd) and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(generator.uniform(0, life))
-            process.kill()
-            process.wait()
-            (metrics,) = (cwd / "runs").glob("*/metrics.jsonl")
-            steps = metrics.read_text().count("\n")
-            assert start(cwd, flags).wait() == 0, (cwd / "log").read_text()[-2000:]
-            ended = len(list((cwd / "runs").iterdir()))
-            same = result(cwd) == want
-            failed += not same
-            verdict = "equal" if same else "DIFFERENT"
-            print(f"kill {kill + 1}: after {steps} lines, {ended} run folders: {verdict}", flush=True)
-    print(f"{args.kills - failed} of {args.kills} resumed runs equal the uninterrupted one")
+        flags = prepare(top, args.short)
+        receiver, sender = context.Pipe(duplex=False)
+        assert start(context, top / "alone", flags, None, sender) == 0, (top / "alone" / "log").read_text()[-2000:]
+        seconds, want = receiver.recv(), result(top / "alone")
+        print("alone:", ", ".join(f"{len(of)} times {phase}, {sum(of):.2f} s" for phase, of in seconds.items()))
+        for number in range(args.kills):
+            cwd, phase = top / str(number), PHASES[number % 3]
+            count = generator.randrange(len(seconds[phase]))
+            kill = Kill(phase, count, generator.uniform(0, seconds[phase][count]))
+            assert start(context, cwd, flags, kill) == -signal.SIGKILL, (cwd / "log").read_text()[-2000:]
+            left = leftovers(cwd)
+            assert start(context, cwd, flags, None) == 0, (cwd / "log").read_text()[-2000:]
+            # a run killed before its first checkpoint is begun anew, in a folder of its own
+            got, anew = result(cwd), len(list((cwd / "runs").iterdir())) > 1
+            wrong = [name for name in Result._fields if getattr(got, name) != getattr(want, name)]
+            wrong += [] if anew else leftovers(cwd)
+            failed += bool(wrong)
+            print(f"kill {number + 1}: {phase} the {count + 1}. time, after {1000 * kill.seconds:.1f} ms"
+                  f"{f', leaving {left}' if left else ''}; {'begun anew' if anew else 'resumed'}:"
+                  f" {f'DIFFERENT {wrong}' if wrong else 'equal'}", flush=True)  # fmt: skip
+    print(f"{args.kills - failed} of {args.kills} runs that were killed ended like the one that was not")
     return bool(failed)
 
 

@@ -41,8 +41,6 @@ MAY_IMPORT = {
 AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand: the two ParlAIs, which cannot share an environment.
 OPTIONAL = {"apex", "parlai", "projects"}
-# Pinned although no module imports it: ignite's TensorBoard handler does.
-INDIRECT = {"tensorboardx"}
 
 
 def imported(path: Path, lazy: bool = True) -> set[str]:
@@ -111,7 +109,7 @@ def test_only_the_trainer_loads_ignite():
 
 def test_requirements_are_what_the_project_imports():
     used = distributions(third_party(ROOT.glob("*.py")))
-    assert used | INDIRECT == set(requirements("requirements.txt"))
+    assert used == set(requirements("requirements.txt"))
 
 
 def test_dev_requirements_hold_what_the_rest_imports():
