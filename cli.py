@@ -69,6 +69,8 @@ def add_data_flags(parser: ArgumentParser) -> None:
                         help='dataset: a file, a folder or a URL ("" = download PersonaChat)')
     parser.add_argument("--dataset_cache", default=DATASET_CACHE,
                         help="stem of the tokenised dataset's file; its name gets a key of the content")
+    parser.add_argument("--skip_bad_dialogs", action="store_true",
+                        help="leave out the dialogs that have a fault, and say how many, instead of ending there")
 
 
 def add_model_flags(parser: ArgumentParser, default: str) -> None:

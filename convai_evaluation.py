@@ -127,7 +127,7 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
 
 
 def load_validation(tokenizer, args: Namespace) -> TokenizedDataset:
-    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     if "valid" not in dataset.splits:
         raise UserError(f"{args.dataset_path}: no valid split to evaluate on")
     return dataset

@@ -133,7 +133,7 @@ def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
     if path and not args.dataset_path:
         tell(f"(a persona from {path}, on which the model was trained)")
     try:
-        return dialogs.draw_persona(locate_dataset(path))
+        return dialogs.draw_persona(locate_dataset(path), args.skip_bad_dialogs)
     except UserError as error:
         raise UserError(f"{error}; or {GIVE_PERSONA}") from error
 

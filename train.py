@@ -178,7 +178,7 @@ def get_data_loaders(
         UserError: no dataset, no training split, or token ids that the tokenizer does not have.
     """
     with idist.one_rank_first(local=True):  # one process a machine tokenises, the others find its cache
-        dataset = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+        dataset = get_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     name = args.dataset_path or "PersonaChat"
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
