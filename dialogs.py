@@ -40,9 +40,10 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "valid")
 MAX_FAULTS = 10  # listed in one message
 CHUNK = 1 << 18  # bytes
-MAX_INFLATED = 2**25  # bytes out of a compressed file, and of more than these ...
+MAX_INFLATED = 2**24  # bytes out of a compressed file, and of more than these ...
 MAX_RATIO = 100  # ... at most so many for each byte of it: PersonaChat's JSON has 4 with gzip, 14 with xz
 MAX_TURNS = 1000  # of a ParlAI dialog. Its histories grow with the square: a file numbered throughout would fill memory
+TOO_LONG = f"a dialog of more than {MAX_TURNS} turns: each dialog must number its lines from 1"
 
 BOM = b"\xef\xbb\xbf"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -54,8 +55,9 @@ JSON_TEXT = rb'"(?:[^"\\]|\\.)*"'
 JSON_PERSONA = re.compile(rb'"personality"\s*:\s*(\[\s*' + JSON_TEXT + rb"(?:\s*,\s*" + JSON_TEXT + rb")*\s*\])")
 DATASET_NAME = re.compile(r"(train|valid)(?:ation)?(?![a-z]).*\.(?:txt|jsonl?)(?:\.gz|\.xz)?")
 JSON_NAME = re.compile(r"[^.].*\.json(?:\.gz|\.xz)?")
-# Unchecked dialogs: the place, " (line 3)" or "" in PersonaChat JSON; the dialog; what of it could not be read at all
-Records = Iterable[tuple[str, object, list[str]]]
+# Unchecked dialogs: the place, " (line 3)" or "" in PersonaChat JSON; the dialog; whether all of it could be read
+Records = Iterable[tuple[str, object, bool]]
+Lines = Iterable[tuple[int, str, str]]  # number, text, and the fault of one that is no text
 KINDS = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 
 
@@ -247,31 +249,43 @@ def _open(path: Path) -> io.BufferedReader:
     return open(path, "rb")
 
 
+class _Faults(list):
+    """The first faults of a file, and the count of all: a file of nothing else would fill memory with them."""
+
+    count = 0
+
+    def append(self, fault: str) -> None:
+        self.count += 1
+        if self.count <= MAX_FAULTS:
+            super().append(fault)
+
+
 def _read_file(path: Path, texts: "_SharedTexts", skip_bad_dialogs: bool) -> dict[str, list[dict]]:
     """The checked dialogs of each split in a file."""
-    splits, bad, empty = {}, [], []
+    faults, splits, skipped, empty = _Faults(), {}, 0, []
     with _open(path) as file:
-        for split, records in _records(path, file, texts).items():
-            splits[split], before = [], len(bad)
-            for number, (place, record, faults) in enumerate(records, 1):
-                dialog = None if faults else _checked_dialog(record, f"{split} dialog {number}{place}", faults)
-                if faults:
-                    bad.append(faults)
-                else:
+        for split, records in _records(path, file, texts, faults).items():
+            splits[split] = []
+            for number, (place, record, is_whole) in enumerate(records, 1):
+                before = faults.count
+                dialog = _checked_dialog(record, f"{split} dialog {number}{place}", faults) if is_whole else None
+                if is_whole and faults.count == before:
                     splits[split].append(dialog)
+                else:
+                    skipped += 1
             if not splits[split]:
-                why = f" left; the first fault: {bad[before][0]}" if skip_bad_dialogs and bad[before:] else ""
-                empty.append(f"{split}: no dialogs{why}")
-    faults = list(itertools.chain(*bad))
-    if skip_bad_dialogs and bad and not empty:
-        logger.warning("%s: %d bad dialogs are left out; the first fault: %s", path, len(bad), faults[0])
-    elif faults := empty if skip_bad_dialogs else faults or empty:
-        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise UserError("\n".join([f"{path}: {fault}" for fault in faults[:MAX_FAULTS]] + more))
+                empty.append(f"{split}: no dialogs")
+    if skip_bad_dialogs and empty and faults:
+        empty = [f"{empty[0]} left; the first fault: {faults[0]}"]
+    elif skip_bad_dialogs and faults:
+        logger.warning("%s: %d bad dialogs are left out; the first fault: %s", path, skipped, faults[0])
+    if lines := empty if skip_bad_dialogs else faults or empty:
+        more = [f"and {faults.count - MAX_FAULTS} more"] if lines is faults and faults.count > MAX_FAULTS else []
+        raise UserError("\n".join([f"{path}: {line}" for line in lines] + more))
     return splits
 
 
-def _records(path: Path, file: BinaryIO, texts: "_SharedTexts") -> dict[str, Records]:
+def _records(path: Path, file: BinaryIO, texts: "_SharedTexts", faults: _Faults) -> dict[str, Records]:
     """The unchecked dialogs of each split in a file of any format."""
     split = "valid" if path.name.startswith("valid") else "train"
     start = file.read(4096).removeprefix(BOM).lstrip()
@@ -279,13 +293,13 @@ def _records(path: Path, file: BinaryIO, texts: "_SharedTexts") -> dict[str, Rec
     if not start:
         raise UserError(f"{path}: the file is empty")
     if re.match(rb"[0-9]{1,9} ", start):
-        return {split: _parlai_dialogs(_lines(file), texts)}
+        return {split: _parlai_dialogs(_lines(file), texts, faults)}
     if start[:1] not in b"{[":
         raise UserError(f"{path}: neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)")
     value = _first_json(path, file, texts)
     if value is JSON_LINES or _is_dialog(value):
         file.seek(0)
-        return {split: _json_lines(_lines(file), texts)}
+        return {split: _json_lines(_lines(file), texts, faults)}
     if not (type(value) is dict and value.keys() & set(SPLITS)):
         without = " without them" if type(value) is dict else ""
         raise UserError(f'{path}: expected an object with "train" or "valid", got {_kind(value)}{without}')
@@ -294,21 +308,20 @@ def _records(path: Path, file: BinaryIO, texts: "_SharedTexts") -> dict[str, Rec
     for split in SPLITS:
         if type(value.get(split, [])) is not list:
             raise UserError(f"{path}: {split}: expected a list of dialogs, got {_kind(value[split])}")
-    return {split: (("", record, []) for record in value[split]) for split in SPLITS if split in value}
+    return {split: (("", record, True) for record in value[split]) for split in SPLITS if split in value}
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, str, list[str]]]:
-    """The lines that are not blank: number, text and fault, if there is one. "\\n" alone ends a line."""
+def _lines(file: BinaryIO) -> Lines:
+    """The lines that are not blank. "\\n" alone ends a line; str.splitlines knows other ends."""
     for number, data in enumerate(file, 1):
-        faults = []
+        fault = ""
         try:
             line = _decode(data, number)
         except ValueError as error:
-            line = data.decode(errors="replace")
-            faults.append(str(error))
+            line, fault = data.decode(errors="replace"), str(error)
         line = line.removesuffix("\n").removesuffix("\r")
         if line.strip():
-            yield number, line, faults
+            yield number, line, fault
 
 
 def _decode(data: bytes, line: int = 1) -> str:
@@ -379,39 +392,42 @@ def _first_json(path: Path, file: BinaryIO, texts: _SharedTexts) -> object:
     raise fault
 
 
-def _json_lines(lines: Iterable[tuple[int, str, list[str]]], texts: _SharedTexts) -> Records:
-    for number, line, faults in lines:
+def _json_lines(lines: Lines, texts: _SharedTexts, faults: _Faults) -> Records:
+    for number, line, fault in lines:
         record = None
         try:
-            record = None if faults else _load_json(line, texts, number)
+            record = None if fault else _load_json(line, texts, number)
         except ValueError as error:
-            faults.append(str(error))
-        yield f" (line {number})", record, faults
+            fault = str(error)
+        if fault:
+            faults.append(fault)
+        yield f" (line {number})", record, not fault
 
 
 # ParlAI text
 
 
-def _parlai_dialogs(lines: Iterable[tuple[int, str, list[str]]], texts: _SharedTexts) -> Records:
-    place, dialog, turns, faults, previous = "", None, [], [], float("inf")
-    for line_number, line, unread in lines:
+def _parlai_dialogs(lines: Lines, texts: _SharedTexts, faults: _Faults) -> Records:
+    place, dialog, turns, is_whole, previous = "", None, [], True, float("inf")
+    for line_number, line, fault in lines:
         match = PARLAI_LINE.fullmatch(line)
         if match and int(match[1]) <= previous:
             if dialog:
-                yield place, dialog, faults
-            place, dialog, turns, faults = f" (line {line_number})", {"personality": [], "utterances": []}, [], []
-        faults += unread
+                yield place, dialog, is_whole
+            place, dialog, turns = f" (line {line_number})", {"personality": [], "utterances": []}, []
+            is_whole = True
         if not match:
-            faults.append(f"line {line_number}: expected a number, a space and a text")
-            continue
-        previous = int(match[1])
-        if len(turns) <= MAX_TURNS:  # else it is known to be too long
+            fault = fault or f"line {line_number}: expected a number, a space and a text"
+        elif len(turns) <= MAX_TURNS:  # else that has been said already
             _read_parlai_line_(match[2], dialog, turns, texts)
             if len(turns) > MAX_TURNS:
-                faults.append(f"line {line_number}: a dialog of more than {MAX_TURNS} turns: each dialog must number"
-                              " its lines from 1")
+                fault = f"line {line_number}: {TOO_LONG}"
+        previous = int(match[1]) if match else previous
+        if fault:
+            faults.append(fault)
+            is_whole = False
     if dialog:
-        yield place, dialog, faults
+        yield place, dialog, is_whole
 
 
 def _read_parlai_line_(line: str, dialog: dict, turns: list[str], texts: _SharedTexts) -> None:
@@ -457,7 +473,7 @@ def _kind(value: object) -> str:
     return KINDS.get(type(value), "a number")
 
 
-def _checked_dialog(record: object, place: str, faults: list[str]) -> dict | None:
+def _checked_dialog(record: object, place: str, faults: _Faults) -> dict | None:
     """The dialog of a record without its unknown fields. What is wrong goes to `faults`."""
     if type(record) is not dict:
         faults.append(f"{place}: expected an object, got {_kind(record)}")
@@ -475,7 +491,7 @@ def _checked_dialog(record: object, place: str, faults: list[str]) -> dict | Non
     return {"personality": personality, "utterances": utterances}
 
 
-def _checked_utterance(record: object, place: str, faults: list[str]) -> dict | None:
+def _checked_utterance(record: object, place: str, faults: _Faults) -> dict | None:
     if type(record) is not dict:
         faults.append(f"{place}: expected an object, got {_kind(record)}")
         return None
@@ -494,7 +510,7 @@ def _checked_utterance(record: object, place: str, faults: list[str]) -> dict | 
     return {"candidates": candidates, "history": history}
 
 
-def _checked_texts(record: dict, field: str, place: str, faults: list[str]) -> list[str] | None:
+def _checked_texts(record: dict, field: str, place: str, faults: _Faults) -> list[str] | None:
     values = record.get(field, [])
     if type(values) is list and set(map(type, values)) <= {str}:
         return values
