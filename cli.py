@@ -43,7 +43,10 @@ def run_script(script: Callable[[], object]) -> None:
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line, whatever library it came from."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same
+        return "not safe to load: a pickle of more than weights, or damaged"
+    return text.splitlines()[0]
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:

@@ -101,7 +101,7 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
         values, _ = PretrainedConfig.get_config_dict(folder)
         if "model_type" not in values and "n_embd" in values:
             return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
     except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
 
@@ -121,7 +121,7 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
     config = load_config(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
         raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
     if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= 1:

@@ -401,7 +401,7 @@ def test_a_hub_model_loads_from_the_cache_or_from_the_hub(checkpoints, monkeypat
     monkeypatch.setattr(utils, "has_file", lambda *_, local_files_only: local_files_only == cached)
     monkeypatch.setattr(utils, "load_config", lambda _: "the configuration")
     loading = {"openai-community/gpt2": tokenizer}
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, config: loading[name])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: loading[name])
     assert load_tokenizer("gpt2") is tokenizer
 
 
