@@ -9,7 +9,7 @@ DEMO_TRAIN := --model_checkpoint example/model --n_epochs 6 --lr 7e-4 --num_cand
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-parlai bench lint
+.PHONY: help demo test test-parlai bench lint audit
 .NOTPARALLEL:  # two targets would install into .venv at once
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ bench: .venv/requirements.stamp  ## measure every speed claim against the plain 
 lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Dockerfile
 	.venv/bin/ruff check
 	.venv/bin/hadolint Dockerfile
+
+audit: .venv/requirements-dev.stamp  ## look what is installed up among known vulnerabilities; a notice where that fails
+	$(PYTHON) .ci/audit.py
 
 .venv/%.stamp: %.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
