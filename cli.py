@@ -28,7 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(script: Callable[[], object]) -> None:
-    """Run a script's entry function; a `UserError` becomes one line on stderr and exit status 2."""
+    """Run a script's entry function; a `UserError`, and what the system refuses, become one line and exit status 2."""
     try:
         script()
     except UserError as error:
@@ -39,6 +39,10 @@ def run_script(script: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, or a file or folder that has gone meanwhile
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def first_line(error: Exception) -> str:

@@ -436,6 +436,14 @@ def test_a_model_that_knows_no_dialogs(monkeypatch, capsys, base_checkpoints, ch
     assert knows_dialog_tokens(tokenizer) and model.pretrained.config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_transcript_on_a_full_disk(checkpoint):
+    """What the disk did not take was written once more at the end, with a traceback."""
+    flags = ["--model", str(checkpoint), "--personality", "x", "--transcript", "/dev/full", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"^--transcript /dev/full: No space left on device$"):
+        interact.run(flags)
+
+
 def test_a_transcript_that_cannot_be_written(monkeypatch, capsys, checkpoint, tmp_path):
     flags = ["--model", checkpoint, "--personality", "x", "--transcript", tmp_path]
     with pytest.raises(UserError, match=f"^--transcript {tmp_path}: Is a directory$"):
