@@ -9,7 +9,7 @@ DEMO_TRAIN := --model_checkpoint example/model --n_epochs 6 --lr 7e-4 --num_cand
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-parlai bench lint figures test-oldest
+.PHONY: help demo test test-oldest test-parlai bench lint audit figures
 .NOTPARALLEL:  # two targets would install into .venv at once
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Do
 	.venv/bin/ruff check
 	.venv/bin/hadolint Dockerfile
 
+audit: .venv/requirements-dev.stamp  ## look what is installed up among known vulnerabilities; a notice where that fails
+	$(PYTHON) .ci/audit.py
+
 figures: .venv/requirements-dev.stamp  ## make the README's pictures; RUN=runs/NAME: those of a run too
 	$(PY) figures/packed_row.py
 	$(if $(RUN),$(PY) figures/chat.py $(RUN) && $(PY) figures/curves.py $(RUN))
@@ -59,6 +62,6 @@ figures: .venv/requirements-dev.stamp  ## make the README's pictures; RUN=runs/N
 	@echo 'Installing $< into .venv-$*: about a minute, more with a slow network'
 	@$(PYTHON) -m venv .venv-$*
 	@export PATH="$(CURDIR)/.venv-$*/bin:$$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 && set -e && \
-	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && pip install -c requirements-dev.txt pytest
+	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && pip install -c requirements-dev.txt pytest hypothesis
 	@pwd > "$$(echo .venv-$*/lib/python*/site-packages)/convai.pth"  # `parlai` does not look for agents where it is run
 	@touch $@

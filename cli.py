@@ -28,7 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(script: Callable[[], object]) -> None:
-    """Run a script's entry function; a `UserError` becomes one line on stderr and exit status 2."""
+    """Run a script's entry function; a `UserError`, and what the system refuses, become one line and exit status 2."""
     try:
         script()
     except UserError as error:
@@ -39,11 +39,18 @@ def run_script(script: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, or a file or folder that has gone meanwhile
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line, whatever library it came from."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same
+        return "not safe to load: a pickle of more than weights, or damaged"
+    return text.splitlines()[0]
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
@@ -69,6 +76,8 @@ def add_data_flags(parser: ArgumentParser) -> None:
                         help='dataset: a file, a folder or a URL ("" = download PersonaChat)')
     parser.add_argument("--dataset_cache", default=DATASET_CACHE,
                         help="stem of the tokenised dataset's file; its name gets a key of the content")
+    parser.add_argument("--skip_bad_dialogs", action="store_true",
+                        help="leave out the dialogs that have a fault, and say how many, instead of ending there")
 
 
 def add_model_flags(parser: ArgumentParser, default: str) -> None:

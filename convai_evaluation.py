@@ -26,7 +26,7 @@ from cli import ArgumentParser, UserError, add_data_flags, number, run_script, s
 from dialogs import read_dialogs, write_parlai
 from evaluation import Evaluator, add_evaluation_flags, by_length, make_turns, read_dictionary
 from files import write_atomically
-from inputs import check_personas
+from inputs import Example, check_personas, fit, tell_of_cut
 from metrics import count_words, distinct_n, f1, hit, split_words, write_word_counts
 from model import load_finetuned
 from utils import TokenizedDataset, download_pretrained_model, load_dataset, load_tokenizer
@@ -107,6 +107,9 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
     turns = make_turns(tokens, texts, args.max_history)
     check_personas([turn.persona for turn in turns], model.history_start, model.n_positions)
+    examples = [Example(turn.persona, turn.history, turn.candidates) for turn in turns]
+    cut = sum(fit(example, model.n_positions, model.history_start) is not example for example in examples)
+    tell_of_cut(cut, len(turns), model.n_positions)
     evaluator = Evaluator(model, tokenizer, args, lambda: word_counts(args, dataset))
     details = [{"index": i} for i in range(len(turns))]
     with tqdm(total=len(turns), desc=args.eval_type, unit=" examples", disable=None) as bar:
@@ -127,7 +130,7 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
 
 
 def load_validation(tokenizer, args: Namespace) -> TokenizedDataset:
-    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     if "valid" not in dataset.splits:
         raise UserError(f"{args.dataset_path}: no valid split to evaluate on")
     return dataset

@@ -19,6 +19,7 @@ which UTF-8 cannot carry, become U+FFFD.
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -27,7 +28,7 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,18 +39,25 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 MAX_FAULTS = 10  # listed in one message
+CHUNK = 1 << 18  # bytes
+MAX_INFLATED = 2**24  # bytes out of a compressed file, and of more than these ...
+MAX_RATIO = 100  # ... at most so many for each byte of it: PersonaChat's JSON has 4 with gzip, 14 with xz
 MAX_TURNS = 1000  # of a ParlAI dialog. Its histories grow with the square: a file numbered throughout would fill memory
+TOO_LONG = f"a dialog of more than {MAX_TURNS} turns: each dialog must number its lines from 1"
 
 BOM = b"\xef\xbb\xbf"
 SURROGATE = re.compile("[\ud800-\udfff]")
 PARLAI_LINE = re.compile(r"([0-9]{1,9}) (.*)", re.DOTALL)
 OWN_PERSONA, PARTNER_PERSONA = "your persona:", "partner's persona:"
 PARLAI_PERSONA = re.compile(rb"^[0-9]{1,9} your persona:.*(?:\n[0-9]{1,9} your persona:.*)*", re.MULTILINE)
+JSON_LINES = object()
 JSON_TEXT = rb'"(?:[^"\\]|\\.)*"'
 JSON_PERSONA = re.compile(rb'"personality"\s*:\s*(\[\s*' + JSON_TEXT + rb"(?:\s*,\s*" + JSON_TEXT + rb")*\s*\])")
 DATASET_NAME = re.compile(r"(train|valid)(?:ation)?(?![a-z]).*\.(?:txt|jsonl?)(?:\.gz|\.xz)?")
 JSON_NAME = re.compile(r"[^.].*\.json(?:\.gz|\.xz)?")
-Records = Iterable[tuple[str, object]]  # unchecked dialogs with their places: " (line 3)", or "" in PersonaChat JSON
+# Unchecked dialogs: the place, " (line 3)" or "" in PersonaChat JSON; the dialog; whether all of it could be read
+Records = Iterable[tuple[str, object, bool]]
+Lines = Iterable[tuple[int, str, str]]  # number, text, and the fault of one that is no text
 KINDS = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 
 
@@ -79,11 +87,14 @@ def dataset_files(path: Path) -> list[Path]:
                     " also with .gz or .xz), there and in ConvAI2, and for a single .json file")
 
 
-def read_dialogs(files: list[Path]) -> dict[str, list[dict]]:
+def read_dialogs(files: list[Path], skip_bad_dialogs: bool = False) -> dict[str, list[dict]]:
     """Read and check a dataset: {"train": [dialog], "valid": [dialog]}, only the splits that are there.
 
     Equal texts are one object, within and across dialogs. Utterances with fewer than two candidates get
     distractors.
+
+    Args:
+        skip_bad_dialogs: leave dialogs with a fault out, and say how many they are.
 
     Raises:
         UserError: a file that cannot be read, or its faults: a line each for the first ten, then their number.
@@ -91,7 +102,7 @@ def read_dialogs(files: list[Path]) -> dict[str, list[dict]]:
     splits, texts = {}, _SharedTexts()
     for path in files:
         with _one_line_errors(path):
-            found = _read_file(Path(path), texts)
+            found = _read_file(Path(path), texts, skip_bad_dialogs)
         for split in found:
             if split in splits:
                 raise UserError(f"{path}: {split}: another file of this dataset gives this split already")
@@ -101,25 +112,38 @@ def read_dialogs(files: list[Path]) -> dict[str, list[dict]]:
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def draw_persona(files: list[Path]) -> list[str]:
+def draw_persona(files: list[Path], skip_bad_dialogs: bool = False) -> list[str]:
     """The persona of a dialog drawn by Python's `random`, out of those that have one.
 
-    The files are searched for personas as they stand: 130,000 dialogs need not be parsed, nor fit into memory.
+    The files are searched for personas as they stand: 130,000 dialogs need not be parsed, nor fit into memory. They are
+    read as `read_dialogs` does where that finds none, or none that is a text, and where bad dialogs are to be skipped.
 
     Raises:
-        UserError: a file that cannot be read, or no dialog with a persona.
+        UserError: as `read_dialogs`, or no dialog with a persona.
     """
-    found = []
-    for path in files:
-        with _one_line_errors(path), _open(path) as file:
-            text = file.read() if not isinstance(file, io.BufferedReader) else _map(file)
-            found += [match for kind in (JSON_PERSONA, PARLAI_PERSONA) for match in kind.finditer(text)]
-    if not found:
-        raise UserError(f"{', '.join(map(str, files))}: no dialog with a persona")
-    match = random.choice(found)
+    found = [] if skip_bad_dialogs else [match for path in files for match in _find_personas(path)]
+    with contextlib.suppress(ValueError):
+        if found:
+            return _persona(random.choice(found))
+    dialogs = itertools.chain(*read_dialogs(files, skip_bad_dialogs).values())
+    if personas := [dialog["personality"] for dialog in dialogs if dialog["personality"]]:
+        return random.choice(personas)
+    raise UserError(f"{', '.join(map(str, files))}: no dialog with a persona")
+
+
+def _find_personas(path: Path) -> list[re.Match]:
+    with _one_line_errors(path), _open(path) as file:
+        text = file.read() if isinstance(file.raw, _Inflated) else _map(file)
+        return [match for kind in (JSON_PERSONA, PARLAI_PERSONA) for match in kind.finditer(text)]
+
+
+def _persona(match: re.Match) -> list[str]:
+    """The sentences of a persona that was found; ValueError where they are none."""
     if match.re is JSON_PERSONA:
-        return json.loads(match[1])
-    return [line.partition(b":")[2].decode(errors="replace").strip() for line in match[0].splitlines()]
+        sentences = json.loads(match[1])
+    else:
+        sentences = [line.partition(b":")[2].decode().strip() for line in match[0].split(b"\n")]
+    return [SURROGATE.sub("\ufffd", sentence) for sentence in sentences]
 
 
 def _map(file: BinaryIO) -> mmap.mmap | bytes:
@@ -184,35 +208,84 @@ def _single_json(files: list[Path]) -> list[Path]:
     return matching if len(matching) == 1 else []
 
 
-def _open(path: Path) -> BinaryIO:
+class _Inflated(io.RawIOBase):
+    """The content of a .gz or .xz file, up to where it is out of all proportion: a bomb of zeros would fill memory."""
+
+    def __init__(self, path: Path, inflate: Callable[[io.FileIO], BinaryIO]):
+        self._path = path
+        self._packed = io.FileIO(path)
+        self._file = inflate(self._packed)
+
+    def readinto(self, buffer) -> int:
+        if self._file.tell() > max(MAX_INFLATED, MAX_RATIO * self._packed.tell()):
+            raise UserError(f"{self._path}: more than {MAX_RATIO} times larger than the compressed file: refused;"
+                            " if it is a dataset all the same, give it uncompressed")
+        return self._file.readinto(buffer)
+
+    def seek(self, *place: int) -> int:
+        return self._file.seek(*place)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
+
+
+def _open(path: Path) -> io.BufferedReader:
     """Open for reading bytes, decompressed."""
     if path.is_dir():
         raise UserError(f"{path}: a folder, expected a file")
     with open(path, "rb") as file:
         magic = file.read(6)
     if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    return lzma.open(path) if magic == b"\xfd7zXZ\0" else open(path, "rb")
+        return io.BufferedReader(_Inflated(path, lambda packed: gzip.GzipFile(fileobj=packed)), CHUNK)
+    if magic == b"\xfd7zXZ\0":
+        return io.BufferedReader(_Inflated(path, lzma.LZMAFile), CHUNK)
+    return open(path, "rb")
 
 
-def _read_file(path: Path, texts: "_SharedTexts") -> dict[str, list[dict]]:
+class _Faults(list):
+    """The first faults of a file, and the count of all: a file of nothing else would fill memory with them."""
+
+    count = 0
+
+    def append(self, fault: str) -> None:
+        self.count += 1
+        if self.count <= MAX_FAULTS:
+            super().append(fault)
+
+
+def _read_file(path: Path, texts: "_SharedTexts", skip_bad_dialogs: bool) -> dict[str, list[dict]]:
     """The checked dialogs of each split in a file."""
-    faults, splits = [], {}
+    faults, splits, skipped, empty = _Faults(), {}, 0, []
     with _open(path) as file:
         for split, records in _records(path, file, texts, faults).items():
-            splits[split] = [
-                _checked_dialog(record, f"{split} dialog {number}{place}", faults)
-                for number, (place, record) in enumerate(records, 1)
-            ]
+            splits[split] = []
+            for number, (place, record, is_whole) in enumerate(records, 1):
+                before = faults.count
+                dialog = _checked_dialog(record, f"{split} dialog {number}{place}", faults) if is_whole else None
+                if is_whole and faults.count == before:
+                    splits[split].append(dialog)
+                else:
+                    skipped += 1
             if not splits[split]:
-                faults.append(f"{split}: no dialogs")
-    if faults:
-        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise UserError("\n".join([f"{path}: {fault}" for fault in faults[:MAX_FAULTS]] + more))
+                empty.append(f"{split}: no dialogs")
+    if skip_bad_dialogs and empty and faults:
+        empty = [f"{empty[0]} left; the first fault: {faults[0]}"]
+    elif skip_bad_dialogs and faults:
+        logger.warning("%s: %d bad dialogs are left out; the first fault: %s", path, skipped, faults[0])
+    if lines := empty if skip_bad_dialogs else faults or empty:
+        more = [f"and {faults.count - MAX_FAULTS} more"] if lines is faults and faults.count > MAX_FAULTS else []
+        raise UserError("\n".join([f"{path}: {line}" for line in lines] + more))
     return splits
 
 
-def _records(path: Path, file: BinaryIO, texts: "_SharedTexts", faults: list[str]) -> dict[str, Records]:
+def _records(path: Path, file: BinaryIO, texts: "_SharedTexts", faults: _Faults) -> dict[str, Records]:
     """The unchecked dialogs of each split in a file of any format."""
     split = "valid" if path.name.startswith("valid") else "train"
     start = file.read(4096).removeprefix(BOM).lstrip()
@@ -220,33 +293,35 @@ def _records(path: Path, file: BinaryIO, texts: "_SharedTexts", faults: list[str
     if not start:
         raise UserError(f"{path}: the file is empty")
     if re.match(rb"[0-9]{1,9} ", start):
-        return {split: _parlai_dialogs(path, _lines(file, faults), texts, faults)}
+        return {split: _parlai_dialogs(_lines(file), texts, faults)}
     if start[:1] not in b"{[":
         raise UserError(f"{path}: neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)")
     value = _first_json(path, file, texts)
-    keys = value.keys() if type(value) is dict else set()
-    if not keys & set(SPLITS) and keys & {"personality", "utterances"}:
+    if value is JSON_LINES or _is_dialog(value):
         file.seek(0)
-        return {split: _json_lines(_lines(file, faults), texts, faults)}
-    if not keys & set(SPLITS):
+        return {split: _json_lines(_lines(file), texts, faults)}
+    if not (type(value) is dict and value.keys() & set(SPLITS)):
         without = " without them" if type(value) is dict else ""
         raise UserError(f'{path}: expected an object with "train" or "valid", got {_kind(value)}{without}')
     if file.read().strip():
         raise UserError(f"{path}: line 2: more text after the end of the JSON")
-    return {split: _json_split(value[split], split, faults) for split in SPLITS if split in value}
+    for split in SPLITS:
+        if type(value.get(split, [])) is not list:
+            raise UserError(f"{path}: {split}: expected a list of dialogs, got {_kind(value[split])}")
+    return {split: (("", record, True) for record in value[split]) for split in SPLITS if split in value}
 
 
-def _lines(file: BinaryIO, faults: list[str]) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. "\\n" alone ends a line; str.splitlines knows other ends."""
+def _lines(file: BinaryIO) -> Lines:
+    """The lines that are not blank. "\\n" alone ends a line; str.splitlines knows other ends."""
     for number, data in enumerate(file, 1):
+        fault = ""
         try:
             line = _decode(data, number)
         except ValueError as error:
-            faults.append(str(error))
-            continue
+            line, fault = data.decode(errors="replace"), str(error)
         line = line.removesuffix("\n").removesuffix("\r")
         if line.strip():
-            yield number, line
+            yield number, line, fault
 
 
 def _decode(data: bytes, line: int = 1) -> str:
@@ -296,56 +371,63 @@ def _load_json(text: str, texts: _SharedTexts, line: int = 1) -> object:
         raise ValueError(f"line {line}: not a dataset: {error}") from None
 
 
+def _is_dialog(value: object) -> bool:
+    return type(value) is dict and not value.keys() & set(SPLITS) and bool(value.keys() & {"personality", "utterances"})
+
+
 def _first_json(path: Path, file: BinaryIO, texts: _SharedTexts) -> object:
-    """The value of the first line, or else of the whole file: JSON lines hold no value that goes over many lines."""
+    """The value of the first line, or else of the whole file; JSON_LINES where it is neither, but of lines."""
     with contextlib.suppress(ValueError):
         return _load_json(_decode(file.readline()), texts)
     file.seek(0)
     try:
         return _load_json(_decode(file.read()), texts)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        fault = UserError(f"{path}: {error}")
+    file.seek(0)
+    for line in itertools.islice(file, MAX_FAULTS):  # the first may be damaged
+        with contextlib.suppress(ValueError):
+            if _is_dialog(_load_json(_decode(line), texts)):
+                return JSON_LINES
+    raise fault
 
 
-def _json_split(records: object, split: str, faults: list[str]) -> Records:
-    if type(records) is list:
-        return (("", record) for record in records)
-    faults.append(f"{split}: expected a list of dialogs, got {_kind(records)}")
-    return ()
-
-
-def _json_lines(lines: Iterable[tuple[int, str]], texts: _SharedTexts, faults: list[str]) -> Records:
-    for number, line in lines:
+def _json_lines(lines: Lines, texts: _SharedTexts, faults: _Faults) -> Records:
+    for number, line, fault in lines:
+        record = None
         try:
-            yield f" (line {number})", _load_json(line, texts, number)
+            record = None if fault else _load_json(line, texts, number)
         except ValueError as error:
-            faults.append(str(error))
+            fault = str(error)
+        if fault:
+            faults.append(fault)
+        yield f" (line {number})", record, not fault
 
 
 # ParlAI text
 
 
-def _parlai_dialogs(
-    path: Path, lines: Iterable[tuple[int, str]], texts: _SharedTexts, faults: list[str]
-) -> Records:
-    place, dialog, turns, previous = "", None, [], float("inf")
-    for line_number, line in lines:
+def _parlai_dialogs(lines: Lines, texts: _SharedTexts, faults: _Faults) -> Records:
+    place, dialog, turns, is_whole, previous = "", None, [], True, float("inf")
+    for line_number, line, fault in lines:
         match = PARLAI_LINE.fullmatch(line)
-        if not match:
-            faults.append(f"line {line_number}: expected a number, a space and a text")
-            continue
-        number = int(match[1])
-        if number <= previous:
+        if match and int(match[1]) <= previous:
             if dialog:
-                yield place, dialog
+                yield place, dialog, is_whole
             place, dialog, turns = f" (line {line_number})", {"personality": [], "utterances": []}, []
-        previous = number
-        _read_parlai_line_(match[2], dialog, turns, texts)
-        if len(turns) > MAX_TURNS:
-            raise UserError(f"{path}: line {line_number}: a dialog of more than {MAX_TURNS} turns: each dialog must"
-                            " number its lines from 1")
+            is_whole = True
+        if not match:
+            fault = fault or f"line {line_number}: expected a number, a space and a text"
+        elif len(turns) <= MAX_TURNS:  # else that has been said already
+            _read_parlai_line_(match[2], dialog, turns, texts)
+            if len(turns) > MAX_TURNS:
+                fault = f"line {line_number}: {TOO_LONG}"
+        previous = int(match[1]) if match else previous
+        if fault:
+            faults.append(fault)
+            is_whole = False
     if dialog:
-        yield place, dialog
+        yield place, dialog, is_whole
 
 
 def _read_parlai_line_(line: str, dialog: dict, turns: list[str], texts: _SharedTexts) -> None:
@@ -391,7 +473,7 @@ def _kind(value: object) -> str:
     return KINDS.get(type(value), "a number")
 
 
-def _checked_dialog(record: object, place: str, faults: list[str]) -> dict | None:
+def _checked_dialog(record: object, place: str, faults: _Faults) -> dict | None:
     """The dialog of a record without its unknown fields. What is wrong goes to `faults`."""
     if type(record) is not dict:
         faults.append(f"{place}: expected an object, got {_kind(record)}")
@@ -409,7 +491,7 @@ def _checked_dialog(record: object, place: str, faults: list[str]) -> dict | Non
     return {"personality": personality, "utterances": utterances}
 
 
-def _checked_utterance(record: object, place: str, faults: list[str]) -> dict | None:
+def _checked_utterance(record: object, place: str, faults: _Faults) -> dict | None:
     if type(record) is not dict:
         faults.append(f"{place}: expected an object, got {_kind(record)}")
         return None
@@ -428,7 +510,7 @@ def _checked_utterance(record: object, place: str, faults: list[str]) -> dict | 
     return {"candidates": candidates, "history": history}
 
 
-def _checked_texts(record: dict, field: str, place: str, faults: list[str]) -> list[str] | None:
+def _checked_texts(record: dict, field: str, place: str, faults: _Faults) -> list[str] | None:
     values = record.get(field, [])
     if type(values) is list and set(map(type, values)) <= {str}:
         return values

@@ -138,7 +138,8 @@ class LabelScorer:
         "token_nll": the sum of -ln p over its tokens with `<eos>`, which training minimises, and their number. It
             depends on the tokenizer: it compares within a family only.
         """
-        words = [split_words(turn.label) for turn in turns]
+        # far more than the model can see: to lay out each beginning of a label without end would fill memory
+        words = [split_words(turn.label)[: 4 * model.n_positions] for turn in turns]
         rows, places = self._lay_out(model, turns, words)
         batch = pack(rows, self.tokenizer.pad_token_id)
         # the head once for each position: those of the words, then what else the tokens need

@@ -127,12 +127,17 @@ def make_examples(
                 examples.append(fit(example, n_positions, history_start))
                 cut += examples[-1] is not example
             persona = persona[-1:] + persona[:-1]
-    if cut:
-        logger.warning(
-            "%d of %d examples are longer than the model's %d positions: their oldest turns are left out",
-            cut, len(examples), n_positions,
-        )
+    tell_of_cut(cut, len(examples), n_positions)
     return examples
+
+
+def tell_of_cut(count: int, total: int, n_positions: int) -> None:
+    """Say, once for a split, how many examples `fit` has shortened."""
+    if count:
+        logger.warning(
+            "%d of %d examples are longer than the model's %d positions: their oldest turns are left out, then the"
+            " persona from its end", count, total, n_positions,
+        )  # fmt: skip
 
 
 def context_length(persona: list[list[int]], history: list[list[int]]) -> int:

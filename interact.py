@@ -13,8 +13,9 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from cli import (
     ArgumentParser,
@@ -133,7 +134,7 @@ def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
     if path and not args.dataset_path:
         tell(f"(a persona from {path}, on which the model was trained)")
     try:
-        return dialogs.draw_persona(locate_dataset(path))
+        return dialogs.draw_persona(locate_dataset(path), args.skip_bad_dialogs)
     except UserError as error:
         raise UserError(f"{error}; or {GIVE_PERSONA}") from error
 
@@ -230,14 +231,21 @@ def open_history():
     return FileHistory(path)
 
 
-def open_transcript(path: str | None):
-    """`--transcript`, open for more lines, or nothing, as a context manager."""
+@contextlib.contextmanager
+def open_transcript(path: str | None) -> Iterator[TextIO | None]:
+    """`--transcript`, open for more lines, or None."""
     if not path:
-        return contextlib.nullcontext()
+        yield None
+        return
     try:
-        return open(path, "a", encoding="utf-8")
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--transcript {path}: {error.strerror}") from error
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # lines that the disk did not take: the chat has said so
+            file.close()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ from utils import (
 
 logger = logging.getLogger(__name__)
 
+SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
+SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
+
 
 class GPTAttention(nn.Module):
     """GPT's self-attention through torch's fused kernels, with a key-value cache and any boolean mask."""
@@ -241,7 +244,32 @@ def load_model(
             pretrained = family(config)
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
-    return DoubleHeads(pretrained).to(device).eval()
+    model = DoubleHeads(pretrained).eval()
+    try:
+        check_parts(model)
+    except Exception as error:  # of sizes that do not go together: RuntimeError, IndexError, UnboundLocalError, ...
+        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+    return model.to(device)
+
+
+@torch.inference_mode()
+def check_parts(model: DoubleHeads) -> None:
+    """Run both heads on the shortest dialog turn: transformers takes many a configuration that none can be run with.
+
+    Raises:
+        ValueError: a value that is none, or whatever the model raises.
+    """
+    if type(model.history_start) is not int or model.history_start < 0:
+        raise ValueError(f"history_start: expected a position, got {model.history_start!r}")
+    if model.n_positions < SHORTEST:
+        raise ValueError(f"n_positions: at least {SHORTEST} are needed, got {model.n_positions}")
+    if (kind := model.pretrained.config.summary_type) not in SUMMARY_TYPES:
+        raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
+    tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
+    hidden = model.hidden_states(tokens, tokens, torch.arange(SHORTEST)[None])
+    model.lm_logits(hidden)
+    if model.choice_scores(hidden).shape != tokens.shape:
+        raise ValueError("summary_use_proj, summary_proj_to_labels: the choice head does not give one score")
 
 
 def load_finetuned(

@@ -215,7 +215,7 @@ def get_data_loaders(
         UserError: no dataset, no training split, or token ids that the tokenizer does not have.
     """
     with idist.one_rank_first(local=True):  # one process a machine tokenises, the others find its cache
-        content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+        content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     name = args.dataset_path or "PersonaChat"
     if getattr(args, "dataset_digest", content.digest) != content.digest:
         raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")

@@ -101,7 +101,7 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
         values, _ = PretrainedConfig.get_config_dict(folder)
         if "model_type" not in values and "n_embd" in values:
             return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
     except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
 
@@ -121,7 +121,7 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
     config = load_config(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
         raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
     if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= 1:
@@ -180,13 +180,16 @@ def paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def get_dataset(tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str) -> dict[str, list[dict]]:
+def get_dataset(
+    tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str, skip_bad_dialogs: bool = False
+) -> dict[str, list[dict]]:
     """PersonaChat, or another dataset, as token ids.
 
     Args:
         tokenizer: from `load_tokenizer`, or any fast tokenizer of transformers.
         dataset_path: a file, a folder or a URL; "" downloads PersonaChat. See `dialogs` for the formats.
         dataset_cache: stem of the cache file; "" = no cache.
+        skip_bad_dialogs: leave dialogs with a fault out.
 
     Returns:
         `{"train": [{"personality": [ids], "utterances": [{"candidates": [ids], "history": [ids]}]}], "valid": [...]}`,
@@ -196,7 +199,7 @@ def get_dataset(tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_c
     Raises:
         UserError: the dataset cannot be had or read.
     """
-    dataset = load_dataset(tokenizer, dataset_path, dataset_cache)
+    dataset = load_dataset(tokenizer, dataset_path, dataset_cache, skip_bad_dialogs)
     return {split: dataset.dialogs(split, dataset.tokens) for split in dataset.splits}
 
 
@@ -260,20 +263,24 @@ def locate_dataset(dataset_path: str) -> list[Path]:
 
 
 @paused_collector()
-def load_dataset(tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str) -> TokenizedDataset:
+def load_dataset(
+    tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str, skip_bad_dialogs: bool = False
+) -> TokenizedDataset:
     """As `get_dataset`, in the form that gives texts too."""
     files = locate_dataset(dataset_path)
     if not dataset_cache:
-        return TokenizedDataset(_tokenized_arrays(tokenizer, files))
-    cache = _cache_file(dataset_cache, tokenizer, files)
+        return TokenizedDataset(_tokenized_arrays(tokenizer, files, skip_bad_dialogs))
+    cache = _cache_file(dataset_cache, tokenizer, files, skip_bad_dialogs)
     arrays = _read_cache(cache)
     if arrays is None:
-        arrays = _tokenized_arrays(tokenizer, files)
+        arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
         _write_cache(cache, arrays)
     return TokenizedDataset(arrays)
 
 
-def _tokenized_arrays(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> dict[str, np.ndarray]:
+def _tokenized_arrays(
+    tokenizer: PreTrainedTokenizerBase, files: list[Path], skip_bad_dialogs: bool
+) -> dict[str, np.ndarray]:
     """What a cache file holds: ragged arrays `name` with `name.ends`, all of small integers."""
     logger.info("Reading and tokenising %s", ", ".join(map(str, files)))
     number: dict[str, int] = {}  # text -> its place among the distinct ones
@@ -284,7 +291,7 @@ def _tokenized_arrays(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> 
         arrays[f"{name}.ends"] = np.cumsum([len(row) for row in rows], dtype=np.int64)
         arrays[name] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
 
-    for split, dialogs in read_dialogs(files).items():
+    for split, dialogs in read_dialogs(files, skip_bad_dialogs).items():
         utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
         arrays[f"{split}.turns"] = np.array([len(dialog["utterances"]) for dialog in dialogs], dtype=np.int32)
         for name, holders in (("personality", dialogs), ("candidates", utterances), ("history", utterances)):
@@ -297,9 +304,13 @@ def _tokenized_arrays(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> 
     return arrays
 
 
-def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> Path:
-    """The cache's own file: one per dataset content, tokenizer content and format."""
+def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path], skip_bad_dialogs: bool) -> Path:
+    """The cache's own file: one per dataset content, tokenizer content and format, and of what is left without faults.
+
+    A dataset with faults must not be taken from the cache of a start that was told to leave them out.
+    """
     key = hashlib.blake2b(f"{CACHE_FORMAT} {fingerprint(tokenizer)}".encode(), digest_size=8)
+    key.update(b"without bad dialogs" * skip_bad_dialogs)
     for file in files:
         key.update(file.name.encode() + b"\0")  # a file's name says which split it is
         try:

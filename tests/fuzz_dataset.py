@@ -10,6 +10,7 @@ import argparse
 import copy
 import gzip
 import json
+import logging
 import lzma
 import random
 import resource
@@ -17,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli import UserError  # noqa: E402
-from dialogs import read_dialogs, write_parlai  # noqa: E402
+from dialogs import draw_persona, read_dialogs, write_parlai  # noqa: E402
 
 MAX_SECONDS, MAX_BYTES = 5, 10**9
 ODD = [None, 0, -1, 1e400, 10**400, True, "", " ", "\0", "\ud800", "\u202e", "🙂" * 9, "x" * 10**6, [], {}, [[[]]],
@@ -90,16 +92,17 @@ def make_mutant(generator: random.Random, kind: str, content: bytes) -> bytes:
 
 
 def check(path: Path) -> str:
-    """Read one file; "dataset" or "refused". AssertionError where it ended in anything else."""
-    try:
-        splits = read_dialogs([path])
-    except UserError as error:
-        lines = str(error).split("\n")
-        assert len(lines) <= 11, f"{len(lines)} lines"
-        assert all(path.name in line for line in lines[:1]), lines[0]
-        assert all(0 < len(line) < 1000 for line in lines), "an empty or an endless line"
-        return "refused"
-    for dialogs in splits.values():
+    """Read one file, with its faults and without, and draw a persona; "dataset" or "refused".
+
+    AssertionError where that ended in anything else.
+    """
+    splits, without_bad, persona = (
+        end_of(path, function, *arguments)
+        for function, *arguments in ((read_dialogs, False), (read_dialogs, True), (draw_persona, False))
+    )
+    assert splits is None or splits == without_bad
+    "".join(persona or []).encode()
+    for dialogs in (without_bad or {}).values():
         assert dialogs
         for dialog in dialogs:
             texts = list(dialog["personality"])
@@ -107,7 +110,19 @@ def check(path: Path) -> str:
                 assert utterance["candidates"][-1].strip(), "no gold reply"
                 texts += utterance["candidates"] + utterance["history"]
             "".join(texts).encode()  # strings, and such that UTF-8 has them
-    return "dataset"
+    return "dataset" if splits else "refused"
+
+
+def end_of(path: Path, read: Callable, skip_bad_dialogs: bool):
+    """What reading gives, or None where it is refused in clear lines."""
+    try:
+        return read([path], skip_bad_dialogs)
+    except UserError as error:
+        lines = str(error).split("\n")
+        assert len(lines) <= 11, f"{len(lines)} lines"
+        assert all(path.name in line for line in lines[:1]), lines[0]
+        assert all(0 < len(line) < 1000 for line in lines), "an empty or an endless line"
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mutants", type=int, default=1000, help="of each format")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    logging.getLogger("dialogs").addHandler(logging.NullHandler())  # what is left out is not shown
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     failed, ends, slowest = 0, Counter(), 0.0
     with tempfile.TemporaryDirectory() as name:

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from cli import UserError
-from dialogs import MAX_TURNS, dataset_files, read_dialogs, write_parlai
+from dialogs import MAX_TURNS, dataset_files, draw_persona, read_dialogs, write_parlai
 from distractors import NUM_DISTRACTORS
 from example_entry import EXAMPLE_ENTRY
 
@@ -37,12 +37,12 @@ PARLAI = """\
 def read(tmp_path):
     """Write contents to a file and read it."""
 
-    def write_and_read(content, name="train.json"):
+    def write_and_read(content, name="train.json", **options):
         path = tmp_path / name
         if not isinstance(content, bytes):
             content = (content if isinstance(content, str) else json.dumps(content)).encode()
         path.write_bytes(content)
-        return read_dialogs([path])
+        return read_dialogs([path], **options)
 
     return write_and_read
 
@@ -51,9 +51,9 @@ def read(tmp_path):
 def fault(read):
     """What the reader says of contents, without the file's name."""
 
-    def read_fault(content, name="train.json"):
+    def read_fault(content, name="train.json", **options):
         with pytest.raises(UserError) as error:
-            read(content, name)
+            read(content, name, **options)
         lines = str(error.value).split("\n")
         assert all(line.partition(f"{name}: ")[1] for line in lines[:10])
         return "\n".join(line.partition(f"{name}: ")[2] or line for line in lines)
@@ -276,7 +276,8 @@ def test_a_fault_is_one_line_with_its_place(fault, keys, value, expected):
 
 
 def test_a_split_that_is_no_list(fault):
-    assert fault({"train": {}}).startswith("train: expected a list of dialogs, got an object")
+    assert fault({"train": {}}) == "train: expected a list of dialogs, got an object"
+    assert fault({"train": [None], "valid": 1}) == "valid: expected a list of dialogs, got a number"
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -323,15 +324,15 @@ def test_faults_of_lines_name_the_line(fault):
     )
     assert fault(f"{good}\n{good[:-1]}\n[]\n") == (
         f"line 2, column {len(good)}: not JSON: Expecting ',' delimiter\n"
-        "train dialog 2 (line 3): expected an object, got a list"
+        "train dialog 3 (line 3): expected an object, got a list"
     )
     assert fault(f"{good}\n".encode() + b'{"\xff"}') == "line 2, byte 3: invalid UTF-8"
     assert fault("1 your persona: a\n1 q\ta\n2 r\n1 q\t\nx\n") == (
         "train dialog 1 (line 1): no utterances\n"
         "train dialog 2 (line 2), utterance 2: no reply\n"
-        "line 5: expected a number, a space and a text\n"
-        "train dialog 3 (line 4), utterance 1: empty reply"
+        "line 5: expected a number, a space and a text"
     )
+    assert fault("1 q\ta\n1 q\t\n") == "train dialog 2 (line 2), utterance 1: empty reply"
 
 
 def test_ten_faults_are_listed_and_the_rest_counted(fault):
@@ -344,6 +345,103 @@ def test_a_parlai_file_numbered_throughout(fault):
     """Each history holds all turns before it, so one endless dialog would take memory with the square of its length."""
     lines = [f"{n} q\ta" for n in range(1, MAX_TURNS)]
     assert fault("\n".join(lines)).startswith(f"line {MAX_TURNS // 2 + 1}: a dialog of more than {MAX_TURNS} turns")
+
+
+# Faulty dialogs left out
+
+LINES = [json.dumps(dialog).encode() for dialog in DATASET["train"]]
+
+
+@pytest.mark.parametrize("content, count, first", [
+    (json.dumps({"train": [None, *DATASET["train"], {"utterances": 3}]}), 2, "train dialog 1: expected an object, got"),
+    (b"\n".join([LINES[0], b'{"history": "\xff"}', LINES[1], LINES[0][:-9], b"[]"]), 3, "line 2, byte 14: invalid UTF"),
+    (b"\n".join([LINES[0][:-1], *LINES]), 1, f"line 1, column {len(LINES[0])}: not JSON: Expecting ',' delimiter"),
+    (f"1 q\ta\nand\n2 q\tb\n{PARLAI}1 q\t\n", 2, "line 2: expected a number, a space and a text"),
+    (PARLAI.encode() + b"1 q\ta\n2 \xff\tb\n3 q\tc", 1, "line 7, byte 3: invalid UTF-8"),
+    (PARLAI + "".join(f"{n} q\ta\n" for n in range(1, MAX_TURNS)), 1,
+     f"line {6 + MAX_TURNS // 2}: a dialog of more than {MAX_TURNS} turns"),
+])  # fmt: skip
+def test_bad_dialogs_are_left_out_and_counted(read, fault, caplog, content, count, first):
+    assert first in fault(content)
+    assert read(content, skip_bad_dialogs=True) == {"train": DATASET["train"]}
+    (line,) = caplog.messages
+    assert f"train.json: {count} bad dialogs are left out; the first fault: {first}" in line and "\n" not in line
+
+
+def test_nothing_is_said_where_no_dialog_is_bad(read, caplog):
+    assert read(DATASET, skip_bad_dialogs=True) == DATASET
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("content, expected", [
+    ("hello there", "neither JSON nor"),
+    ('{"train": [}', "line 1, column 12: not JSON"),
+    ({"train": DATASET["train"], "valid": 1}, "valid: expected a list of dialogs, got a number"),
+    ({"train": [None, *DATASET["train"]], "valid": []}, "valid: no dialogs"),
+    ({"train": [None, 1]}, "train: no dialogs left; the first fault: train dialog 1: expected an object, got null"),
+    (b"1 \xff", "train: no dialogs left; the first fault: line 1, byte 3: invalid UTF-8"),
+])
+def test_faults_outside_of_dialogs_remain_faults(fault, content, expected):
+    assert fault(content, skip_bad_dialogs=True).startswith(expected)
+    assert "\n" not in fault(content, skip_bad_dialogs=True)
+
+
+# Personas
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
+@pytest.mark.parametrize("content", [json.dumps(DATASET), json_lines(DATASET["train"]), PARLAI])
+def test_a_persona_is_drawn_without_reading_the_dialogs(tmp_path, monkeypatch, content, compress):
+    path = tmp_path / "data"
+    path.write_bytes(compress(content.encode()))
+    monkeypatch.setattr("dialogs.read_dialogs", None)
+    assert draw_persona([path]) == ["i like tea ."]
+
+
+@pytest.mark.parametrize("persona", [b'["\xff"]', b'["\\x"]', b'["a\nb"]', b"[3]", b'"a"'])
+def test_a_persona_that_is_none_is_the_reader_s_fault(tmp_path, fault, persona):
+    content = b'{"train": [{"personality": ' + persona + b', "utterances": [{"reply": "a"}]}]}'
+    (tmp_path / "train.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        draw_persona([tmp_path / "train.json"])
+    assert str(error.value) == f"{tmp_path / 'train.json'}: {fault(content)}"
+
+
+def test_a_drawn_persona_is_text(tmp_path):
+    """An unpaired surrogate ended the chat in the tokenizer."""
+    (tmp_path / "train.json").write_text(r'{"train": [{"personality": ["\ud83d", "\ud83d\ude42"]}]}')
+    assert draw_persona([tmp_path / "train.json"]) == ["\ufffd", "🙂"]
+    (tmp_path / "valid.txt").write_bytes(b"1 your persona: \xff\n2 q\ta")
+    with pytest.raises(UserError, match=r"valid\.txt: line 1, byte 17: invalid UTF-8$"):
+        draw_persona([tmp_path / "valid.txt"])
+
+
+def test_a_persona_is_drawn_from_the_good_dialogs(tmp_path, caplog):
+    bad = {"personality": ["not me"], "utterances": []}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"train": [bad, dialog("a"), dialog("b", personality=[])]}))
+    assert {tuple(draw_persona([path], skip_bad_dialogs=True)) for _ in range(20)} == {("i like tea .",)}
+    assert caplog.messages[0].startswith(f"{path}: 1 bad dialogs are left out")
+    path.write_text(json.dumps({"train": [bad, dialog("b", personality=[])]}))
+    with pytest.raises(UserError, match=r"data\.json: no dialog with a persona"):
+        draw_persona([path], skip_bad_dialogs=True)
+
+
+# Bombs
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+@pytest.mark.parametrize("content", [b'{"train": [' + b" " * 10**5, b"1 " + b"0" * 10**5, b"1 0\n" * 25_000])
+def test_a_file_out_of_proportion_is_refused(fault, read, monkeypatch, compress, content):
+    monkeypatch.setattr("dialogs.CHUNK", 2**12)
+    monkeypatch.setattr("dialogs.MAX_INFLATED", 10**4)
+    message = "more than 100 times larger than the compressed file: refused"
+    assert fault(compress(content)).startswith(message)
+    assert fault(compress(content), skip_bad_dialogs=True).startswith(message)
+    monkeypatch.setattr("dialogs.MAX_INFLATED", 2 * 10**5)
+    assert not fault(compress(content)).startswith(message)
+    monkeypatch.setattr("dialogs.MAX_INFLATED", 0)
+    assert read(compress(PARLAI.encode() * 9)) == {"train": DATASET["train"] * 9}
 
 
 # Distractors

@@ -235,6 +235,12 @@ def test_a_reply_longer_than_the_model(model, tokenizer):
     assert count < model.n_positions and math.isfinite(loss)
 
 
+def test_a_reply_without_end(model, tokenizer):
+    """A million words would be a million beginnings, each tokenised."""
+    (found,) = LabelScorer(tokenizer, {"yes": 1}).score(model, [make_turn(tokenizer, "yes " * 10**5)])
+    assert len(found["words"]) == 4 * model.n_positions
+
+
 def test_no_word_in_the_dictionary_and_no_word_at_all(model, tokenizer):
     turns = [make_turn(tokenizer, "no ."), make_turn(tokenizer, " ")]
     found = LabelScorer(tokenizer, {"yes": 1}).score(model, turns)

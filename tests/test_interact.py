@@ -340,17 +340,21 @@ def test_drawing_reads_nothing_else(monkeypatch):
     assert draw_persona([EXAMPLE]) in personas
 
 
+def arguments(dataset_path, model_checkpoint="") -> Namespace:
+    return Namespace(dataset_path=str(dataset_path), model_checkpoint=model_checkpoint, skip_bad_dialogs=False)
+
+
 def test_no_persona_to_draw(tmp_path):
     (tmp_path / "train.txt").write_text("1 hello\thi\n")
     (tmp_path / "empty.json").touch()
-    for name in ("train.txt", "empty.json"):
-        with pytest.raises(UserError, match=f"{name}: no dialog with a persona; or give a persona .*--personality"):
-            interact.draw_persona(Namespace(dataset_path=str(tmp_path / name), model_checkpoint=""), print)
+    for name, fault in (("train.txt", "no dialog with a persona"), ("empty.json", "the file is empty")):
+        with pytest.raises(UserError, match=f"{name}: {fault}; or give a persona .*--personality"):
+            interact.draw_persona(arguments(tmp_path / name), print)
 
 
 def test_a_run_folder_tells_its_dataset(tmp_path):
     told = []
-    args = Namespace(dataset_path="", model_checkpoint=str(tmp_path))
+    args = arguments("", model_checkpoint=str(tmp_path))
     (tmp_path / "training_args.json").write_text(json.dumps({"dataset_path": str(EXAMPLE)}))
     assert interact.draw_persona(args, told.append)
     assert told == [f"(a persona from {EXAMPLE}, on which the model was trained)"]
@@ -365,7 +369,7 @@ def test_no_download_names_the_way_out(monkeypatch):
 
     monkeypatch.setattr("utils.fetch", fail)
     with pytest.raises(UserError, match=r"^cannot download https.*; or give a persona instead: --personality "):
-        interact.draw_persona(Namespace(dataset_path="", model_checkpoint=""), print)
+        interact.draw_persona(arguments(""), print)
 
 
 def test_persona_flags(tmp_path):
@@ -430,6 +434,14 @@ def test_a_model_that_knows_no_dialogs(monkeypatch, capsys, base_checkpoints, ch
     assert ">>> hello\n" in chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags, "--force")
     model, tokenizer = interact.load(interact.parse_args([*map(str, flags), "--force", "--device", "cpu"]))
     assert knows_dialog_tokens(tokenizer) and model.pretrained.config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_transcript_on_a_full_disk(checkpoint):
+    """What the disk did not take was written once more at the end, with a traceback."""
+    flags = ["--model", str(checkpoint), "--personality", "x", "--transcript", "/dev/full", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"^--transcript /dev/full: No space left on device$"):
+        interact.run(flags)
 
 
 def test_a_transcript_that_cannot_be_written(monkeypatch, capsys, checkpoint, tmp_path):

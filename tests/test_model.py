@@ -1,14 +1,18 @@
 """Packed rows give what transformers' own double-head models give, one padded sequence a candidate."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from inputs import IGNORED, Example, build_input_from_segments, make_row, pack, pad_dataset
-from model import enable_gradient_checkpointing_, load_model, save_model
+from cli import UserError
+from inputs import IGNORED, Example, build_input_from_segments, make_examples, make_row, pack, pad_dataset
+from model import SHORTEST, add_special_tokens_, enable_gradient_checkpointing_, load_model, save_model
+from utils import load_tokenizer
 
 PADDED_CLASSES = {
     "gpt": transformers.OpenAIGPTDoubleHeadsModel,
@@ -138,3 +142,48 @@ def test_gradient_checkpointing_changes_no_gradient(model, tokenizer):
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n_positions": 3}, "n_positions: at least 4 are needed, got 3"),
+        ({"n_positions": "many"}, "Validation error for field 'n_positions':"),
+        ({"n_head": 3}, "divisible"),
+        ({"n_head": -2}, ""),
+        ({"n_embd": 0}, ""),
+        ({"resid_pdrop": 5}, "dropout probability has to be between 0 and 1, but got 5"),
+        ({"summary_type": "best"}, "summary_type: expected one of cls_index, last, first, mean, got 'best'"),
+        ({"summary_use_proj": False}, "summary_use_proj, summary_proj_to_labels: the choice head does not give one"),
+        ({"history_start": None}, "history_start: expected a position, got None"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run_is_one_clear_line(
+    base_checkpoints, checkpoints, family, tmp_path, changed, message, from_scratch
+):
+    """Many of them were taken, and ended in a traceback at the first step."""
+    folder = shutil.copytree((base_checkpoints if from_scratch else checkpoints)[family], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError) as error:
+        load_model(folder, from_scratch=True)
+    line = str(error.value)
+    assert line.startswith(f"--model_checkpoint {folder}: no usable ") and "\n" not in line
+    if from_scratch:  # else the weights do not fit
+        assert message in line
+
+
+def test_the_shortest_model_there_can_be(base_checkpoints, family, tmp_path):
+    folder = shutil.copytree(base_checkpoints[family], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_positions": SHORTEST}))
+    model, tokenizer = load_model(folder, from_scratch=True), load_tokenizer(folder, None)
+    add_special_tokens_(model, tokenizer)
+    dialogs = [{"personality": [[5, 6]], "utterances": [{"candidates": [[7], [8, 9, 10]], "history": [[5]] * 3}]}]
+    examples = make_examples(dialogs, 2, model.n_positions)
+    logits, scores = model(pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id))
+    assert logits.isfinite().all() and scores.isfinite().all()

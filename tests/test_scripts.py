@@ -135,11 +135,29 @@ def test_a_dataset_that_is_not_there(complaint, model, script):
     assert complaint(script, *argv).startswith("nothing.json: no such file or folder")
 
 
-@pytest.mark.parametrize("content", ["", "not JSON at all", "{}", [], {"train": [{"utterances": [UTTERANCE]}]}])
-def test_a_dataset_without_a_persona_to_chat_with(complaint, model, dataset, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        ("not JSON at all", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
+        ({"train": {}}, "train: expected a list of dialogs, got an object"),
+        ({"train": [{"utterances": [UTTERANCE]}, 3]}, "train dialog 2: expected an object, got a number"),
+        ({"train": [{"utterances": [UTTERANCE]}]}, "no dialog with a persona"),
+    ],
+)
+def test_a_dataset_without_a_persona_to_chat_with(complaint, model, dataset, content, message):
     dataset.write_text(content if isinstance(content, str) else json.dumps(content))
     line = complaint("interact", "--dataset_path", dataset, "--model_checkpoint", model, "--device", "cpu")
-    assert line.startswith(f"{dataset}: no dialog with a persona")
+    assert line == f"{dataset}: {message}; or {interact.GIVE_PERSONA}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_dialogs_are_left_out_where_that_is_asked_for(complaint, model, dataset, script):
+    """As long as there are good ones."""
+    dataset.write_text(json.dumps({"train": [DIALOG | {"utterances": None}]}))
+    argv = ["--dataset_path", dataset, "--model_checkpoint", model, "--device", "cpu", "--skip_bad_dialogs"]
+    fault = "train dialog 1, utterances: expected a list of objects, got null"
+    assert complaint(script, *argv).startswith(f"{dataset}: train: no dialogs left; the first fault: {fault}")
 
 
 def test_a_folder_without_a_dataset(complaint, model, tmp_path):

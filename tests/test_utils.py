@@ -165,6 +165,16 @@ def test_the_same_tokenizer_from_elsewhere_finds_the_cache(checkpoints, dataset_
     assert len(caches(stem)) == 1
 
 
+def test_bad_dialogs_are_left_out_for_those_who_ask_alone(gpt, dataset_path, stem, caplog):
+    """Their cache must not serve a start that has to end with the faults."""
+    dataset_path.write_text(json.dumps(DATASET | {"train": [None, *DATASET["train"]]}))
+    for _ in range(2):
+        assert get_dataset(gpt, dataset_path, stem, skip_bad_dialogs=True) == by_hand(gpt, DATASET)
+    assert "1 bad dialogs are left out" in caplog.text
+    with pytest.raises(UserError, match="train dialog 1: expected an object, got null"):
+        get_dataset(gpt, dataset_path, stem)
+
+
 def test_added_special_tokens_do_not_change_the_cache(base_checkpoints, dataset_path, stem, family):
     """Training adds them, and the run's own chat must not tokenise anew."""
     tokenizer = load_tokenizer(base_checkpoints[family])
@@ -186,7 +196,7 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(gpt, dataset_path, stem, caplog)
     want = get_dataset(gpt, dataset_path, stem)
     (cache,) = caches(stem)
     content = cache.read_bytes()
-    for seed in range(40):
+    for seed in range(200):
         cache.write_bytes(damaged(content, random.Random(seed)))
         caplog.clear()
         assert get_dataset(gpt, dataset_path, stem) == want
@@ -391,7 +401,7 @@ def test_a_hub_model_loads_from_the_cache_or_from_the_hub(checkpoints, monkeypat
     monkeypatch.setattr(utils, "has_file", lambda *_, local_files_only: local_files_only == cached)
     monkeypatch.setattr(utils, "load_config", lambda _: "the configuration")
     loading = {"openai-community/gpt2": tokenizer}
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, config: loading[name])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: loading[name])
     assert load_tokenizer("gpt2") is tokenizer
 
 
