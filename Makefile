@@ -45,7 +45,7 @@ lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Do
 	@$(PY) -m pip install --disable-pip-version-check -q -r $<
 	@touch $@
 
-.venv/requirements-dev.stamp: requirements.txt
+.venv/requirements-dev.stamp: requirements.txt requirements-extra.txt
 
 # The two ParlAIs exclude each other. The command that installs one stands in its requirements file and is run from there.
 .venv-%/installed.stamp: requirements-%.txt requirements.txt requirements-dev.txt
