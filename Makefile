@@ -55,7 +55,7 @@ figures: .venv/requirements-dev.stamp  ## make the README's pictures; RUN=runs/N
 	@$(PY) -m pip install --disable-pip-version-check -q -r $<
 	@touch $@
 
-.venv/requirements-dev.stamp: requirements.txt
+.venv/requirements-dev.stamp: requirements.txt requirements-extra.txt
 
 # The two ParlAIs exclude each other. The command that installs one stands in its requirements file and is run from there.
 .venv-%/installed.stamp: requirements-%.txt requirements.txt requirements-dev.txt

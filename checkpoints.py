@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed
 from ignite.engine import Engine, State
+from torch import nn
 
 from cli import UserError, first_line
 from files import open_atomically, write_atomically
@@ -54,6 +55,21 @@ class RandomState:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
+
+
+class TrainedParameters:
+    """The parameters of a model that are trained, as one object that is saved and loaded."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def state_dict(self) -> dict:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
 
 
 class Best:

@@ -1,6 +1,7 @@
 """What the three scripts share on the command line: flags, one-line errors, seeds, devices and the log."""
 
 import argparse
+import importlib.util
 import logging
 import os
 import random
@@ -53,6 +54,17 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0]
 
 
+def require(flag: str, *packages: str) -> None:
+    """Check that packages of requirements-extra.txt, which only some flags need, are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        names = " and ".join(missing)
+        raise UserError(f"{flag}: needs {names}; pip install -r requirements-extra.txt")
+
+
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
     """An argparse type: an int or a float within [low, high]."""
     name = "a whole number" if kind is int else "a number"
@@ -82,7 +94,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
 
 def add_model_flags(parser: ArgumentParser, default: str) -> None:
     parser.add_argument("--model_checkpoint", "--model", default=default,
-                        help="model: a hub name, a folder, or the URL of an archive"
+                        help="model: a hub name, a folder, a GGUF file, or the URL of an archive"
                         + ("" if default else ' ("" = download the fine-tuned model)'))
     parser.add_argument("--gpt_tokenization", choices=["spacy", "basic"],
                         help="how GPT's text is split into words (unset = as the checkpoint records; where it does"

@@ -26,7 +26,8 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--dict_file", default=None,
                         help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
     parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
-                        help="GPT-2's words for ppl: with the space before them, or without as in the original")
+                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
+                        " as in the original")
     add_seed_flag(parser)
 
 
@@ -116,13 +117,15 @@ class LabelScorer:
     Args:
         counts: the dictionary, word -> count (`metrics.count_words`).
         gpt2_words: "original" looks a word's first piece up without the space before it, as the original did; "spaced"
-            with that space, except at a reply's beginning. It matters to GPT-2, whose pieces differ by that space.
+            with that space, except at a reply's beginning. It matters to GPT-2 and others whose pieces differ by that
+            space, unless their tokenizer puts one at a text's beginning too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int], gpt2_words: str = "spaced"):
         self.tokenizer = tokenizer
         self.first = WordProbabilities(counts, lambda word: self._first_piece(word))
-        spaced = gpt2_words == "spaced" and not isinstance(tokenizer, OpenAIGPTTokenizer)
+        one, two = tokenize(tokenizer, ["a", "a a"])
+        spaced = gpt2_words == "spaced" and two != one + one
         self.later = WordProbabilities(counts, lambda word: self._first_piece(" " + word)) if spaced else self.first
 
     def _first_piece(self, word: str) -> int:

@@ -1,11 +1,13 @@
-"""GPT and GPT-2 with two heads behind one interface: hidden states of a batch, next-token logits, choice scores.
+"""Any decoder with two heads behind one interface: hidden states of a batch, next-token logits, choice scores.
 
-The heads are those of TransferTransfo (Wolf et al. 2019, section 3): a language-model head tied to the input embeddings
-and a linear choice head that reads one token of each candidate. Parameters keep transformers' names, so that a
-checkpoint is exchanged with transformers' own classes in both directions.
+The heads are those of TransferTransfo (Wolf et al. 2019, section 3): the model's own language-model head and a linear
+choice head that reads one token of each candidate. Parameters keep transformers' names, so that a checkpoint is
+exchanged with transformers' own classes in both directions.
 """
 
+import copy
 import logging
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,20 +15,18 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     Cache,
-    OpenAIGPTConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.openai.modeling_openai import MLP, OpenAIGPTModel
-from transformers.pytorch_utils import Conv1D
+from transformers.cache_utils import DynamicLayer
 
 from cli import UserError, default_device, first_line
 from files import TEMPORARY, move_into_place
+from heads import FAMILIES, double_heads_class
+from lora import add_adapter, base_of, is_adapter, load_adapter, merged, rank_of, save_network
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
@@ -36,6 +36,7 @@ from utils import (
     knows_dialog_tokens,
     load_config,
     load_tokenizer,
+    pretrained_arguments,
     resolve_checkpoint,
 )
 
@@ -45,107 +46,24 @@ SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
-class GPTAttention(nn.Module):
-    """GPT's self-attention through torch's fused kernels, with a key-value cache and any boolean mask."""
-
-    def __init__(self, config: OpenAIGPTConfig, layer: int):
-        super().__init__()
-        self.n_head = config.n_head
-        self.layer = layer
-        self.attn_pdrop = config.attn_pdrop
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
-        # (B, T, 3 * C) -> 3 of (B, heads, T, C / heads)
-        query, key, value = (
-            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1)
-        )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer)
-        attended = scaled_dot_product_attention(
-            query, key, value,
-            attn_mask=attention_mask,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=attention_mask is None and query.size(2) > 1,
-        )
-        return self.resid_dropout(self.c_proj(attended.transpose(1, 2).flatten(2)))
-
-
-class GPTBlock(GradientCheckpointingLayer):
-    """One layer of GPT: normalisation after each residual sum (Radford et al. 2018, section 3.1)."""
-
-    def __init__(self, config: OpenAIGPTConfig, layer: int):
-        super().__init__()
-        self.attn = GPTAttention(config, layer)
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(4 * config.n_embd, config)
-        if config.afn == "gelu":
-            self.mlp.act = nn.GELU(approximate="tanh")  # transformers' function, in one pass instead of eight
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
-        x = self.ln_1(x + self.attn(x, attention_mask, past_key_values))
-        return self.ln_2(x + self.mlp(x))
-
-
-class GPTModel(OpenAIGPTModel):
-    """transformers' GPT backbone with what it lacks: 4-D masks, a cache, fused attention, gradient checkpointing."""
-
-    supports_gradient_checkpointing = True
-
-    def __init__(self, config: OpenAIGPTConfig):
-        super().__init__(config)
-        self.h = nn.ModuleList(GPTBlock(config, layer) for layer in range(config.n_layer))
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **_,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states (B, T, C). `attention_mask`: boolean (B, 1, T, keys), True where attended; None = causal."""
-        x = self.tokens_embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is not None:
-            x = x + self.tokens_embed(token_type_ids)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + x.size(1), device=x.device)
-        x = self.drop(x + self.positions_embed(position_ids))
-        for block in self.h:
-            x = block(x, attention_mask, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
-
-
-class OpenAIGPTDoubleHeadsModel(transformers.OpenAIGPTDoubleHeadsModel):
-    """transformers' class of this name, which it also saves itself as, on the faster backbone."""
-
-    supports_gradient_checkpointing = True
-
-    def __init__(self, config: OpenAIGPTConfig):
-        super().__init__(config)
-        self.transformer = GPTModel(config)
-        self.post_init()
-
-
-FAMILIES: dict[str, type[PreTrainedModel]] = {
-    "openai-gpt": OpenAIGPTDoubleHeadsModel,
-    "gpt2": transformers.GPT2DoubleHeadsModel,
-}
-
-
 class DoubleHeads(nn.Module):
-    """The one interface of all model families, over a transformers model with `multiple_choice_head`."""
+    """The one interface of all model families, over a transformers model with `multiple_choice_head`.
 
-    def __init__(self, pretrained: PreTrainedModel):
+    Args:
+        network: that model, or peft's around it.
+
+    Attributes:
+        additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
+    """
+
+    def __init__(self, network: nn.Module):
         super().__init__()
-        self.pretrained = pretrained
+        self.network = network
+        self.additive_mask = False
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.network if isinstance(self.network, PreTrainedModel) else self.network.get_base_model()
 
     @property
     def device(self) -> torch.device:
@@ -153,8 +71,9 @@ class DoubleHeads(nn.Module):
 
     @property
     def n_positions(self) -> int:
-        """The longest sequence that the model has position embeddings for, in tokens."""
-        return self.pretrained.config.max_position_embeddings
+        """The longest sequence that the model attends to, in tokens: its positions, or its sliding window."""
+        config = self.pretrained.config.get_text_config()
+        return min(getattr(config, name, None) or sys.maxsize for name in ("max_position_embeddings", "sliding_window"))
 
     @property
     def history_start(self) -> int:
@@ -164,6 +83,16 @@ class DoubleHeads(nn.Module):
     @history_start.setter
     def history_start(self, position: int) -> None:
         self.pretrained.config.history_start = position
+
+    @property
+    def token_types(self) -> bool:
+        """Whether the speakers' embeddings are added to those of their words; saved with the model."""
+        config = self.pretrained.config
+        return getattr(config, "token_types", config.model_type in FAMILIES)
+
+    @token_types.setter
+    def token_types(self, on: bool) -> None:
+        self.pretrained.config.token_types = on
 
     def hidden_states(
         self,
@@ -184,9 +113,16 @@ class DoubleHeads(nn.Module):
             (B, T, C).
         """
         embeddings = self.pretrained.get_input_embeddings()
-        return self.pretrained.base_model(
+        if self.token_types:
             # one look-up for both: the gradient of each is a matrix of the vocabulary's size
-            inputs_embeds=embeddings(torch.stack([input_ids, token_type_ids])).sum(0),
+            embedded = embeddings(torch.stack([input_ids, token_type_ids])).sum(0)
+        else:
+            embedded = embeddings(input_ids)
+        if self.additive_mask and attention_mask is not None:
+            lowest = torch.finfo(embedded.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=embedded.dtype).masked_fill(~attention_mask, lowest)
+        return self.pretrained.base_model(
+            inputs_embeds=embedded,
             position_ids=position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -195,7 +131,7 @@ class DoubleHeads(nn.Module):
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of each next token: (..., C) -> (..., vocabulary)."""
-        return self.pretrained.lm_head(hidden)
+        return self.pretrained.get_output_embeddings()(hidden)
 
     def choice_scores(self, hidden: Tensor) -> Tensor:
         """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
@@ -221,24 +157,27 @@ class DoubleHeads(nn.Module):
 def load_model(
     checkpoint: str | Path, device: str | torch.device = "cpu", from_scratch: bool = False
 ) -> DoubleHeads:
-    """The double-head model of a hub name, a folder or the URL of an archive, in float32 and evaluation mode.
+    """The double-head model of a hub name, a folder, a GGUF file or the URL of an archive, in float32, for evaluation.
 
     Args:
         from_scratch: give random weights where the checkpoint is a folder without any, and say so.
 
     Raises:
-        UserError: no such model, no weights, or a family without double heads.
+        UserError: no such model, no weights, or a model that cannot be used so.
     """
     folder = resolve_checkpoint(checkpoint)
     config = load_config(checkpoint)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(f"--model_checkpoint {checkpoint}: a {config.model_type} model; known: {', '.join(FAMILIES)}")
     if not has_weights(folder) and not from_scratch:
         raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
+    if is_adapter(folder):
+        return load_adapted(checkpoint, folder, config).to(device).eval()
+    try:
+        family = double_heads_class(config)
+    except UserError as error:
+        raise UserError(f"--model_checkpoint {checkpoint}: {error}") from error
     try:
         if has_weights(folder):
-            pretrained = family.from_pretrained(folder, config=config, dtype=torch.float32, weights_only=True)
+            pretrained = read_weights(family, folder, config)
         else:
             logger.info("%s holds no weights: training from scratch", checkpoint)
             pretrained = family(config)
@@ -246,30 +185,109 @@ def load_model(
         raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
     model = DoubleHeads(pretrained).eval()
     try:
-        check_parts(model)
+        check_settings(model)
+        if config.model_type in FAMILIES:
+            check_heads(model)
     except Exception as error:  # of sizes that do not go together: RuntimeError, IndexError, UnboundLocalError, ...
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+    if config.model_type not in FAMILIES:
+        check_packing_(model, checkpoint)
     return model.to(device)
 
 
-@torch.inference_mode()
-def check_parts(model: DoubleHeads) -> None:
-    """Run both heads on the shortest dialog turn: transformers takes many a configuration that none can be run with.
+def check_settings(model: DoubleHeads) -> None:
+    """Check what transformers lets pass.
 
     Raises:
-        ValueError: a value that is none, or whatever the model raises.
+        ValueError: a value that is none.
     """
     if type(model.history_start) is not int or model.history_start < 0:
         raise ValueError(f"history_start: expected a position, got {model.history_start!r}")
     if model.n_positions < SHORTEST:
         raise ValueError(f"n_positions: at least {SHORTEST} are needed, got {model.n_positions}")
-    if (kind := model.pretrained.config.summary_type) not in SUMMARY_TYPES:
+    if (kind := getattr(model.pretrained.config, "summary_type", "last")) not in SUMMARY_TYPES:
         raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
+
+
+@torch.inference_mode()
+def check_heads(model: DoubleHeads) -> None:
+    """Run both heads on the shortest dialog turn: transformers takes many a configuration that none can be run with.
+
+    Raises:
+        ValueError: the choice head is none, or whatever the model raises.
+    """
     tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
     hidden = model.hidden_states(tokens, tokens, torch.arange(SHORTEST)[None])
     model.lm_logits(hidden)
     if model.choice_scores(hidden).shape != tokens.shape:
         raise ValueError("summary_use_proj, summary_proj_to_labels: the choice head does not give one score")
+
+
+def read_weights(family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a resolved checkpoint, in float32."""
+    arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32}
+    if "gguf_file" not in arguments:
+        return family.from_pretrained(**arguments, config=config, weights_only=True)
+    unpacked = transformers.GgufConfig(dequantize=True)
+    quantized = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
+    pretrained = family(config)  # one that transformers does not take for quantized, and so saves
+    pretrained.load_state_dict(quantized.state_dict())
+    return pretrained
+
+
+def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) -> DoubleHeads:
+    """The model of a run folder that holds an adapter; the model that it adapts is loaded from where it was then."""
+    base = base_of(folder)
+    try:
+        model = load_model(base)
+    except UserError as error:
+        raise UserError(f"{checkpoint} adapts another model: {error}") from error
+    model.pretrained.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
+    for name in ("history_start", "token_types"):
+        if hasattr(config, name):
+            setattr(model.pretrained.config, name, getattr(config, name))
+    try:
+        model.network = load_adapter(model.pretrained, folder)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(cannot_load(checkpoint, "adapter", error)) from error
+    return model
+
+
+@torch.no_grad()
+def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
+    """Check that packed rows and cached steps give what the model gives a sequence alone; find how it takes a mask.
+
+    There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
+
+    Raises:
+        UserError: the model is of such a kind.
+    """
+    n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
+    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]])  # a context and two replies
+    positions, segments = torch.tensor([[*range(3 + n), 3, 4]]), torch.tensor([0] * 3 + [1] * n + [2] * 2)
+    alone = [0, 1, 2, n + 3, n + 4]
+    mask = torch.ones(n + 5, n + 5, dtype=torch.bool).tril() & ((segments == 0) | (segments == segments[:, None]))
+    on, model.token_types = model.token_types, False
+    error = None
+    for model.additive_mask in (False, True):
+        try:
+            want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
+            packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
+            cache = Cache(layer_class_to_replicate=DynamicLayer)
+            for part in (alone[:3], alone[3:4], alone[4:]):
+                cached = model.hidden_states(ids[:, part], ids[:, part], positions[:, part], None, cache)[0, -1:]
+            got = model.lm_logits(torch.cat([packed, cached]))
+        except Exception as raised:  # whatever a model's code does with arguments that it does not expect
+            error = raised
+            continue
+        model.token_types = on
+        if (got - want[[0, 1, 1]]).norm() < 1e-3 * want.norm():
+            return
+    reason = f" ({first_line(error)})" if error else ""
+    raise UserError(
+        f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
+        f" logits are of a kind that is not known here{reason}"
+    )
 
 
 def load_finetuned(
@@ -296,15 +314,19 @@ def load_finetuned(
     return model, tokenizer
 
 
-def save_model(model: DoubleHeads, folder: Path) -> None:
-    """Write `model.safetensors` and `config.json`, as transformers does, each whole or not at all.
+def save_model(model: DoubleHeads, folder: Path, merge: bool = False) -> None:
+    """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
+
+    Of an adapted model `adapter_model.safetensors` and `adapter_config.json` are written in its place, as peft does,
+    unless `merge` asks for the whole model that they make.
 
     Raises:
         UserError: they cannot be written.
     """
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
-            model.pretrained.save_pretrained(temporary)
+            model.pretrained.config.save_pretrained(temporary)
+            save_network(merged(model.network) if merge else model.network, temporary)
             for file in Path(temporary).iterdir():
                 move_into_place(file, folder / file.name)
     except (OSError, SafetensorError) as error:
@@ -313,10 +335,25 @@ def save_model(model: DoubleHeads, folder: Path) -> None:
 
 def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet."""
-    weight = model.pretrained.get_input_embeddings().weight
-    trained = torch.zeros(len(weight), 1, device=weight.device)
-    trained[tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)] = 1.0
-    weight.register_hook(lambda gradient: gradient * trained.to(gradient.dtype))
+    pretrained = model.pretrained
+    for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
+        trained = torch.zeros(len(weight), 1, device=weight.device)
+        trained[tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)] = 1.0
+        weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
+
+
+def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: int, base: str) -> None:
+    """Give the model of the checkpoint `base` an adapter to be trained in its place (`lora.add_adapter`).
+
+    Raises:
+        UserError: it has one of another rank, or cannot have one.
+    """
+    present = rank_of(model.network)
+    if not present:
+        tokens = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+        model.network = add_adapter(model.pretrained, rank, tokens, base)
+    elif present != rank:
+        raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
 
 
 def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
@@ -332,9 +369,12 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
         UserError: the tokenizer has tokens that the model does not have.
     """
     pretrained = getattr(model, "pretrained", model)
+    before = len(tokenizer)
     if tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN):
+        if len(pretrained.get_input_embeddings().weight) > before:  # rows that no token has, as Qwen's
+            pretrained.resize_token_embeddings(before)
         # original: new rows are drawn as any embedding is, not around the mean of the old ones
         pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = pretrained.get_input_embeddings().num_embeddings
+    rows = len(pretrained.get_input_embeddings().weight)
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")

@@ -34,7 +34,7 @@ def make_precision(
 
     Args:
         level: one of `LEVELS`.
-        make_optimizer: makes the optimizer of the parameters that it is to step.
+        make_optimizer: makes the optimizer of the parameters that it is to step, of `model` those that are trained.
 
     Raises:
         UserError: float16 asked for on a CPU.
@@ -68,12 +68,12 @@ class NativePrecision:
     def __init__(self, level: str, model: nn.Module, make_optimizer: Callable, device: torch.device):
         self.model = model
         if level in ("O2", "O3"):
-            model.half()
-        if level == "O2":
             for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.float()
-        self.parameters = list(model.parameters())
+                own = list(module.parameters(recurse=False))
+                is_norm = own and all(parameter.dim() == 1 for parameter in own)
+                for parameter in own if level == "O3" or not is_norm else ():
+                    parameter.data = parameter.data.half()  # buffers stay: rotary angles need float32
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [nn.Parameter(p.detach().float()) for p in self.parameters] if level == "O2" else self.parameters
         self.optimizer = make_optimizer(self.masters)
         dtype = {"bf16": torch.bfloat16, "O1": torch.float16, "O2": torch.float16}.get(level)
@@ -131,7 +131,8 @@ class ApexPrecision:
 
     def __init__(self, level: str, model: nn.Module, make_optimizer: Callable, amp):
         self._amp = amp
-        _, self.optimizer = amp.initialize(model, make_optimizer(model.parameters()), opt_level=level)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        _, self.optimizer = amp.initialize(model, make_optimizer(trained), opt_level=level)
         self.bad_steps = self.skipped_steps = torch.zeros((), dtype=torch.int64)  # amp skips by itself, and says so
 
     def autocast(self) -> contextlib.AbstractContextManager:

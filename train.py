@@ -1,4 +1,4 @@
-"""Fine-tune GPT or GPT-2 with two heads, a language model and a choice among candidates, on dialogs with personas.
+"""Fine-tune GPT, GPT-2 or another decoder on dialogs with personas: a language model and a choice among candidates.
 
     # CPU, the embedded example, a minute or two
     python train.py --dataset_path example/personachat.json --model_checkpoint example/model
@@ -18,7 +18,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from checkpoints import (
     NOT_RESUMED,
     Best,
     RandomState,
+    TrainedParameters,
     changed_arguments,
     cut_metrics,
     find_run,
@@ -72,8 +73,10 @@ from inputs import (
     pack,
     pad_dataset,
 )
+from lora import HEAD, rank_of
 from model import (
     DoubleHeads,
+    add_adapter_,
     add_special_tokens_,
     enable_gradient_checkpointing_,
     freeze_embeddings_,
@@ -95,11 +98,20 @@ COMPILED_MULTIPLE = 64  # tokens; a model is compiled anew for each row length
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     """The arguments, and the run folder to resume, whose arguments then stand in for flags that are not given."""
-    parser = ArgumentParser("Fine-tune GPT or GPT-2 with two heads on dialogs with personas.")
+    parser = ArgumentParser("Fine-tune a decoder with two heads on dialogs with personas.")
     add_data_flags(parser)
+    parser.add_argument("--train_share", type=number(float, 1e-6, 1), default=1.0,
+                        help="share of the training dialogs to train on, the first ones")
     parser.add_argument("--valid_share", type=number(float, 0, 0.9), default=0.0,
                         help="share of the training dialogs held out where the dataset has no valid split (0 = off)")
     add_model_flags(parser, default="openai-gpt")
+    parser.add_argument("--token_types", choices=["on", "off"],
+                        help="whether the speakers' embeddings are added to those of their words (unset = as the"
+                        " checkpoint records; where it does not, on for GPT and GPT-2, off for others)")
+    parser.add_argument("--lora_rank", type=number(int, 0), default=0,
+                        help="train adapters of this rank beside the frozen weights, scaled by 2 (0 = all weights)")
+    parser.add_argument("--merge_lora", action="store_true",
+                        help="write the whole model with its adapters worked in, instead of the adapters")
     parser.add_argument("--num_candidates", type=number(int, 0), default=2,
                         help="candidates of a training example, the gold one included (0 = all)")
     parser.add_argument("--personality_permutations", type=number(int, 1), default=1,
@@ -112,6 +124,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--gradient_accumulation_steps", type=number(int, 1), default=8,
                         help="forwards of one optimizer step")
     parser.add_argument("--lr", type=number(float, 0), default=6.25e-5, help="first learning rate; it falls to 0")
+    parser.add_argument("--head_lr", type=number(float, 0), help="the same for the choice head (unset = --lr)")
+    parser.add_argument("--warmup_steps", type=number(int, 0), default=0,
+                        help="optimizer steps over which the learning rates rise from 0 (0 = off)")
     parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-model loss")
     parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
@@ -223,6 +238,8 @@ def get_data_loaders(
     dataset = {split: content.dialogs(split, content.tokens) for split in content.splits}
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
+    if args.train_share < 1:
+        dataset["train"] = dataset["train"][: max(1, round(len(dataset["train"]) * args.train_share))]
     if "valid" not in dataset and args.valid_share:
         held_out = max(1, round(len(dataset["train"]) * args.valid_share))
         dataset["train"], dataset["valid"] = dataset["train"][:-held_out], dataset["train"][-held_out:]
@@ -300,8 +317,11 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
     def step(engine: Engine, batch: Batch) -> None:
         state = engine.state
         n_iterations = state.max_epochs * state.epoch_length
-        for group in precision.optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (state.iteration - 1) / n_iterations)
+        share = 1 - (state.iteration - 1) / n_iterations
+        if args.warmup_steps:
+            share *= min(1, (state.optimizer_step + 1) / args.warmup_steps)
+        for group, lr in zip(precision.optimizer.param_groups, (args.lr, args.head_lr)):
+            group["lr"] = lr * share
         micro_steps = args.gradient_accumulation_steps
         # original: what is left over at the end of the run is thrown away
         full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
@@ -355,6 +375,14 @@ def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
         group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** step)
 
 
+def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
+    """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
+    groups = [[], []]
+    for name, parameter in zip(names, parameters, strict=True):
+        groups[args.head_lr is not None and HEAD in name].append(parameter)
+    return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)
+
+
 def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch.device) -> Engine:
     """An engine that leaves `nll` (nats a token), `ppl` and `accuracy` (hits@1) of all examples in `state.metrics`."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # nll, tokens, hits, examples
@@ -389,24 +417,37 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
 
 
 def prepare_model(
-    args: Namespace, checkpoint: str | Path, device: torch.device
+    args: Namespace, run: Path | None, device: torch.device
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
-    """The model that is to be trained and its tokenizer, with the dialog tokens; `args` then say what they record."""
-    tokenizer = load_tokenizer(checkpoint, args.gpt_tokenization)
+    """The model that is to be trained and its tokenizer, with the dialog tokens; `args` then say what they record.
+
+    Args:
+        run: the run folder to resume; of a run with adapters it has not the weights beside them.
+    """
+    source = args.model_checkpoint if args.lora_rank else run or args.model_checkpoint
+    tokenizer = load_tokenizer(source, args.gpt_tokenization)
     args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
-    model = load_model(checkpoint, device, from_scratch=True)
+    model = load_model(source, device, from_scratch=not args.lora_rank)
     add_special_tokens_(model, tokenizer)
+    if args.lora_rank:
+        add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
+    args.lora_rank = rank_of(model.network)
+    if args.token_types is not None:
+        model.token_types = args.token_types == "on"
+    args.token_types = "on" if model.token_types else "off"
     if args.history_start is not None:
         model.history_start = args.history_start
     args.history_start = model.history_start
-    if args.freeze_embeddings:
+    if args.freeze_embeddings and not args.lora_rank:
         freeze_embeddings_(model, tokenizer)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
     if args.compile:
         model.pretrained.base_model.compile()  # the heads' rows change in number from batch to batch
     parameters = sum(map(torch.numel, model.parameters()))
-    logger.info("Model: %s, %d parameters", model.pretrained.config.model_type, parameters)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("Model: %s, %d parameters%s", model.pretrained.config.model_type, parameters,
+                f", of which {trained} are trained" if trained < parameters else "")
     return model, tokenizer
 
 
@@ -442,21 +483,22 @@ def train(argv: list[str] | None = None) -> str:
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.WARNING)
     set_seed(args.seed)
 
-    model, tokenizer = prepare_model(args, run or args.model_checkpoint, device)
+    model, tokenizer = prepare_model(args, run, device)
     train_loader, valid_loader, sampler, _ = get_data_loaders(args, tokenizer, model.n_positions, model.history_start)
     if not args.log_every:
         steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
         args.log_every = 1 if steps < 200 else 10
 
-    make_optimizer = partial(AdamW, lr=args.lr, weight_decay=0.0, fused=True)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    make_optimizer = partial(make_adamw, args=args, names=names)
     precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
     distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
     trainer = create_trainer(distributed, precision, args, device)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     to_save = {
-        "trainer": trainer, "model": model.pretrained, "optimizer": precision.optimizer, "precision": precision,
-        "best": best, "random": RandomState(),
+        "trainer": trainer, "model": TrainedParameters(model.pretrained), "optimizer": precision.optimizer,
+        "precision": precision, "best": best, "random": RandomState(),
     }  # fmt: skip
     set_seed(args.seed and args.seed + idist.get_rank())  # each process drops out units of its own
     if run:
@@ -469,7 +511,7 @@ def train(argv: list[str] | None = None) -> str:
 
     def export():
         if folder is not None:
-            save_model(model, folder)
+            save_model(model, folder, args.merge_lora)
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin_epoch(engine: Engine):

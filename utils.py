@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import importlib.util
 import itertools
 import logging
 import os
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import has_file
 
-from cli import UserError, first_line
+from cli import UserError, first_line, require
 from dialogs import SPLITS, dataset_files, read_dialogs
 from download import extract, fetch, is_url
 from files import write_atomically
@@ -49,7 +50,8 @@ ATTR_TO_SPECIAL_TOKEN = {
     "pad_token": "<pad>",
     "additional_special_tokens": ["<speaker1>", "<speaker2>"],
 }
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+           "adapter_model.safetensors")
 CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
 
 
@@ -78,11 +80,43 @@ def resolve_checkpoint(checkpoint: str | Path) -> str:
         if not os.path.isfile(os.path.join(text, "config.json")):
             raise UserError(f"--model_checkpoint {text}: the folder has no config.json, so it is not a checkpoint")
         return text
+    if is_gguf(text):
+        return locate_gguf(text)
     if os.path.exists(text):
-        raise UserError(f"--model_checkpoint {text}: expected a folder, a hub name or a URL, got a file")
+        raise UserError(f"--model_checkpoint {text}: expected a folder, a GGUF file, a hub name or a URL, got a file")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):  # what a model's name on the hub looks like
         raise UserError(f"--model_checkpoint {text}: no such folder")
     return HUB_NAMES.get(text, text)
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a path names a GGUF file; a run folder's name may end as its model's."""
+    return path.endswith(".gguf") and not os.path.isdir(path)
+
+
+def locate_gguf(path: str) -> str:
+    """The file of a path, which may begin with the name of an installed Python package that carries it.
+
+    Raises:
+        UserError: no such file, or what reads it is not installed.
+    """
+    require(f"--model_checkpoint {path}", "gguf", "accelerate")
+    if os.path.isfile(path):
+        return path
+    package, _, rest = path.partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    for folder in (found and found.submodule_search_locations) or ():
+        if os.path.isfile(os.path.join(folder, rest)):
+            return os.path.join(folder, rest)
+    raise UserError(f"--model_checkpoint {path}: no such file, neither here nor in an installed Python package")
+
+
+def pretrained_arguments(checkpoint: str) -> dict[str, str]:
+    """What transformers' `from_pretrained` methods are to be called with for a resolved checkpoint."""
+    if not is_gguf(checkpoint):
+        return {"pretrained_model_name_or_path": checkpoint}
+    folder, name = os.path.split(os.path.abspath(checkpoint))
+    return {"pretrained_model_name_or_path": folder, "gguf_file": name}
 
 
 def has_weights(checkpoint: str) -> bool:
@@ -98,12 +132,15 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
     """
     folder = resolve_checkpoint(checkpoint)
     try:
-        values, _ = PretrainedConfig.get_config_dict(folder)
+        arguments = pretrained_arguments(folder)
+        values, _ = PretrainedConfig.get_config_dict(**arguments)
         if "model_type" not in values and "n_embd" in values:
             return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
+        if "gguf_file" in arguments:
+            return AutoConfig.for_model(**values)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
     except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
-        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+        raise UserError(cannot_load(checkpoint, "GGUF header" if is_gguf(folder) else "config.json", error)) from error
 
 
 def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) -> PreTrainedTokenizerBase:
@@ -117,11 +154,12 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         UserError: no tokenizer there, or `gpt_tokenization` given for another family than GPT.
     """
     folder = resolve_checkpoint(checkpoint)
-    if not os.path.isdir(folder) and not _can_be_had(folder):
+    if not os.path.exists(folder) and not _can_be_had(folder):
         raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
     config = load_config(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        arguments = pretrained_arguments(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**arguments, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
         raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
     if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= 1:
@@ -154,7 +192,7 @@ def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
     """One line for what transformers could not load."""
-    if os.path.isdir(checkpoint):
+    if os.path.exists(checkpoint) or is_gguf(str(checkpoint)):
         return f"--model_checkpoint {checkpoint}: no usable {what} there ({first_line(error)})"
     return (
         f"--model_checkpoint {checkpoint}: neither a folder nor a model that can be had from the hub here;"

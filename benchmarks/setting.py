@@ -11,8 +11,9 @@ from transformers import OpenAIGPTConfig, PreTrainedTokenizerBase
 
 from dialogs import read_dialogs
 from evaluation import Turn, make_turns
+from gpt import OpenAIGPTDoubleHeadsModel
 from inputs import Example, make_examples
-from model import DoubleHeads, OpenAIGPTDoubleHeadsModel
+from model import DoubleHeads
 from train import parse_args
 from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, TokenizedDataset, load_dataset, load_tokenizer, locate_dataset
 

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers of both families, made here: no network, no GPU, two threads at most."""
+"""Tiny models and tokenizers of several families, made here: no network, no GPU, two threads at most."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2Tokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
+from transformers import (
+    GPT2Config,
+    GPT2Tokenizer,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTTokenizer,
+    Qwen2Config,
+)
 
 from model import add_special_tokens_, load_model
 from utils import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
+OTHERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}  # with GPT-2's kind of tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
 
@@ -32,7 +41,7 @@ def example_json() -> dict:
 def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
     """Folders of tiny models without weights and without the dialog tokens: what a new run starts from."""
     texts = dialogs_of_text(example_json)
-    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    folders = {family: tmp_path_factory.mktemp(family) for family in (*FAMILIES, *OTHERS)}
 
     bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -54,12 +63,19 @@ def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
             vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
         ),
     )
-    save_tokenizer(GPT2Tokenizer, bpe, folders["gpt2"])
+    for family in ("gpt2", *OTHERS):
+        save_tokenizer(GPT2Tokenizer, bpe, folders[family])
 
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 128}
     for family, config_class in (("gpt", OpenAIGPTConfig), ("gpt2", GPT2Config)):
         size = len(load_tokenizer_files(folders[family]))
         config_class(vocab_size=size, bos_token_id=None, eos_token_id=None, **shape).save_pretrained(folders[family])
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16,
+             "intermediate_size": 32, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
+    for family, config_class in OTHERS.items():  # GPT-NeoX's embeddings are not tied; Qwen's are more than its tokens
+        size = len(load_tokenizer_files(folders[family])) + 30 * (family == "qwen2")
+        config = config_class(vocab_size=size, tie_word_embeddings=family != "gpt_neox", **shape)
+        config.save_pretrained(folders[family])
     return folders
 
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from conftest import FAMILIES, OTHERS
 from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
@@ -23,9 +24,12 @@ from decoding import (
     top_filtering,
     with_defaults,
 )
+from gpt import OpenAIGPTDoubleHeadsModel
 from inputs import build_input_from_segments, context_positions
-from model import DoubleHeads, OpenAIGPTDoubleHeadsModel
+from model import DoubleHeads
 from utils import SPECIAL_TOKENS
+
+of_every_family = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 
 # Ragged lengths; one without a persona.
 CONTEXTS = [
@@ -100,6 +104,7 @@ def test_the_nucleus_is_that_of_the_whole_vocabulary_sorted(top_p, spread):
         assert torch.equal(row_kept, likelier <= top_p)
 
 
+@of_every_family
 @pytest.mark.parametrize("contexts", [CONTEXTS[:1], CONTEXTS])
 def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, contexts):
     sequences = [
@@ -122,6 +127,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, conte
                 rows.append_(tokens[step])
 
 
+@of_every_family
 @pytest.mark.parametrize("min_length", [0, 1, 5])
 def test_greedy_replies_equal_those_without_a_cache(model, tokenizer, min_length):
     args = options(min_length=min_length, max_length=12)
@@ -282,6 +288,7 @@ def test_ngrams_of_the_models_own_earlier_turns_are_blocked(model, tokenizer, nu
     assert not {(7, 7), (8, 7)} & set(itertools.pairwise(got[3]))
 
 
+@of_every_family
 def test_ranking_equals_the_scores_of_one_sequence_a_reply(model, tokenizer):
     torch.manual_seed(0)
     args = options(no_sample=False, num_samples=5, temperature=2.0)

@@ -1,4 +1,4 @@
-"""Packed rows give what transformers' own double-head models give, one padded sequence a candidate."""
+"""Packed rows give what transformers' own models give, one padded sequence a candidate."""
 
 import json
 import random
@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from conftest import FAMILIES, OTHERS
 from torch.nn.functional import cross_entropy
 
 from cli import UserError
@@ -18,6 +19,37 @@ PADDED_CLASSES = {
     "gpt": transformers.OpenAIGPTDoubleHeadsModel,
     "gpt2": transformers.GPT2DoubleHeadsModel,
 }
+
+
+@pytest.fixture(params=[*FAMILIES, *OTHERS])
+def family(request) -> str:
+    return request.param
+
+
+class PaddedDecoder(torch.nn.Module):
+    """A decoder of transformers with a choice head, called as its double-head models are, without token types."""
+
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.decoder = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        self.head = load_model(checkpoint).pretrained.multiple_choice_head
+
+    def forward(self, input_ids, token_type_ids, mc_token_ids, labels, mc_labels):
+        out = self.decoder(input_ids.flatten(0, 1), output_hidden_states=True)
+        last = out.hidden_states[-1][range(mc_token_ids.numel()), mc_token_ids.flatten()]
+        mc_logits = self.head.summary(last).view_as(mc_token_ids)
+        loss = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels.flatten(0, 1)[:, 1:].flatten())
+        return transformers.utils.ModelOutput(
+            loss=loss, mc_logits=mc_logits, mc_loss=cross_entropy(mc_logits, mc_labels)
+        )
+
+    def named_parameters(self):
+        yield from self.decoder.named_parameters()
+        yield from self.head.named_parameters(prefix="multiple_choice_head")
+
+
+def padded_model_of(family: str, checkpoint) -> torch.nn.Module:
+    return PADDED_CLASSES[family].from_pretrained(checkpoint) if family in PADDED_CLASSES else PaddedDecoder(checkpoint)
 
 
 def random_examples(n: int, num_candidates: int, seed: int = 0) -> list[Example]:
@@ -61,12 +93,12 @@ def padded_inputs(examples: list[Example], tokenizer) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("training", [False, True])
 def test_packed_rows_equal_padded_sequences(family, checkpoint, model, tokenizer, num_candidates, training):
     examples = random_examples(5, num_candidates)
-    padded_model = PADDED_CLASSES[family].from_pretrained(checkpoint)
+    padded_model = padded_model_of(family, checkpoint)
     for module in [*padded_model.modules(), *model.modules()]:  # dropout draws differ by layout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     padded_model.train(training), model.train(training)
-    for block in model.pretrained.base_model.h:
+    for block in model.pretrained.base_model.h if family == "gpt" else ():
         block.attn.attn_pdrop = 0.0
 
     want = padded_model(**padded_inputs(examples, tokenizer))
@@ -117,17 +149,15 @@ def test_saved_model_loads_in_transformers_and_here(family, model, tmp_path):
     save_model(model, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files - {"generation_config.json"} == {"config.json", "model.safetensors"}
-    language_model = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}[family]
     want = model.pretrained.state_dict()
-    for loaded in (
-        PADDED_CLASSES[family].from_pretrained(tmp_path),
-        language_model.from_pretrained(tmp_path),
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
-        load_model(tmp_path).pretrained,
-    ):
+    assert {"multiple_choice_head.summary.weight", "multiple_choice_head.summary.bias"} <= want.keys()
+    classes = [transformers.AutoModelForCausalLM, getattr(transformers, type(model.pretrained).__name__)]
+    for loaded in (*(c.from_pretrained(tmp_path) for c in classes), load_model(tmp_path).pretrained):
         state = loaded.state_dict()
         assert state.keys() <= want.keys() and all(torch.equal(state[name], want[name]) for name in state)
-        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        assert tied == (family != "gpt_neox")
+    assert load_model(tmp_path).pretrained.state_dict().keys() == want.keys()
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, tokenizer):
@@ -147,6 +177,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, tokenizer):
 # Configurations
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("from_scratch", [False, True])
 @pytest.mark.parametrize(
     ("changed", "message"),
@@ -177,6 +208,7 @@ def test_a_configuration_that_cannot_be_run_is_one_clear_line(
         assert message in line
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_shortest_model_there_can_be(base_checkpoints, family, tmp_path):
     folder = shutil.copytree(base_checkpoints[family], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -187,3 +219,75 @@ def test_the_shortest_model_there_can_be(base_checkpoints, family, tmp_path):
     examples = make_examples(dialogs, 2, model.n_positions)
     logits, scores = model(pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id))
     assert logits.isfinite().all() and scores.isfinite().all()
+
+
+# Other families
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_token_types_add_the_speakers_embeddings(model, tokenizer):
+    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 2)], 0)
+    plain, _ = model(batch)
+    embeddings = model.pretrained.get_input_embeddings()
+    summed = model.pretrained.base_model(
+        inputs_embeds=embeddings(batch.input_ids) + embeddings(batch.token_type_ids),
+        position_ids=batch.position_ids, attention_mask=batch.attention_mask(),
+    )  # fmt: skip
+    assert not model.token_types
+    model.token_types = True
+    with_types, _ = model(batch)
+    want = model.lm_logits(summed.last_hidden_state.flatten(0, 1)[batch.lm_positions])
+    torch.testing.assert_close(with_types, want)
+    assert not torch.allclose(with_types, plain, atol=0.1)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_new_head_gives_all_candidates_the_same_score_and_tokens_rows_of_their_own(family, base_checkpoints):
+    model, tokenizer = load_model(base_checkpoints[family], from_scratch=True), load_tokenizer(base_checkpoints[family])
+    old = model.pretrained.get_input_embeddings().weight[: len(tokenizer)].clone()
+    model.pretrained.get_input_embeddings().weight.data[len(tokenizer) :] = 0  # as rows that no token has may be
+    add_special_tokens_(model, tokenizer)
+    for embeddings in (model.pretrained.get_input_embeddings(), model.pretrained.get_output_embeddings()):
+        assert len(embeddings.weight) == len(tokenizer) == len(old) + 5 == model.pretrained.config.vocab_size
+    rows = model.pretrained.get_input_embeddings().weight
+    assert torch.equal(rows[:-5], old) and 0.1 < rows[-5:].std() < 0.5
+    _, scores = model(pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0))
+    assert torch.equal(scores, torch.zeros(3, 4))
+
+
+TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.BertConfig(**TINY, intermediate_size=16), "a bert model, an encoder, which predicts no next"),
+        (transformers.T5Config(vocab_size=50, d_model=16), "a t5 model, which has an encoder; a decoder alone is"),
+        (transformers.ViTConfig(), "a vit model; transformers' AutoModelForCausalLM does not know it"),
+        (transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2), "a bloom model, whose"),
+        (transformers.GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, initializer_range=0.5,
+                                   attention_types=[[["local"], 1]]), "a gpt_neo model, whose"),
+        (transformers.GraniteConfig(**TINY, intermediate_size=16, logits_scaling=2.0, num_key_value_heads=2),
+         "a granite model, whose attention, positions or logits are of a kind that is not known here$"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_used(config, message, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^--model_checkpoint {tmp_path}: {message}"):
+        load_model(tmp_path, from_scratch=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.OPTConfig(**TINY, ffn_dim=16, word_embed_proj_dim=8),
+        transformers.MistralConfig(**TINY, intermediate_size=16, num_key_value_heads=1, sliding_window=32),
+        transformers.PhiConfig(**TINY, intermediate_size=16),
+    ],
+)
+def test_other_decoders(config, tmp_path):
+    """OPT has positions with an offset, and hidden states narrower within than at their ends."""
+    config.save_pretrained(tmp_path)
+    model = load_model(tmp_path, from_scratch=True)
+    assert model.n_positions == (32 if config.model_type == "mistral" else 2048)
+    assert model.pretrained.multiple_choice_head.summary.in_features == (8 if config.model_type == "opt" else 16)

@@ -24,14 +24,17 @@ MAY_IMPORT = {
     "dialogs": {"cli", "distractors"},
     "utils": {"cli", "dialogs", "download", "files", "tokenization"},
     "inputs": {"cli", "utils"},
-    "model": {"cli", "files", "utils"},
+    "gpt": set(),
+    "heads": {"cli", "gpt"},
+    "lora": {"cli"},
+    "model": {"cli", "files", "heads", "lora", "utils"},
     "decoding": {"cli", "inputs", "model", "utils"},
     "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
     "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "tokenization", "utils"},
     "precision": {"cli"},
     "checkpoints": {"cli", "files"},
     "handlers": {"checkpoints", "cli", "precision"},
-    "train": {"checkpoints", "cli", "files", "handlers", "inputs", "model", "precision", "utils"},
+    "train": {"checkpoints", "cli", "files", "handlers", "inputs", "lora", "model", "precision", "utils"},
     "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
     "convai_evaluation": {
@@ -39,8 +42,8 @@ MAY_IMPORT = {
     },
 }
 AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements
-# Imported where they are used and installed on demand: the two ParlAIs, which cannot share an environment.
-OPTIONAL = {"apex", "parlai", "projects"}
+# Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.
+OPTIONAL = {"apex", "parlai", "peft", "projects"}
 
 
 def imported(path: Path, lazy: bool = True) -> set[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BertConfig
 
 import convai_evaluation
 import interact
@@ -184,7 +184,7 @@ def test_a_folder_without_a_dataset(complaint, model, tmp_path):
         (lambda model: replace_weights(model, b"GGUF\x03\0\0\0"), "no usable weights there ("),
         (lambda model: replace_weights(model, pickle.dumps(Path("/"))), "no usable weights there ("),
         (lambda model: replace_weights(model, b""), "no usable weights there ("),
-        (lambda model: other_family(model), "a llama model; known: openai-gpt, gpt2"),
+        (lambda model: other_family(model), "a bert model, an encoder, which predicts no next token; a decoder is"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
@@ -204,20 +204,20 @@ def replace_weights(model: Path, content: bytes) -> None:
 
 
 def other_family(model: Path) -> None:
-    LlamaConfig(vocab_size=305, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(model)
+    BertConfig(vocab_size=305, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(model)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.gguf", "expected a folder, a hub name or a URL, got a file"),
+        ("model.bin", "expected a folder, a GGUF file, a hub name or a URL, got a file"),
         ("./nothing/there", "no such folder"),
         ("some text", "no such folder"),
     ],
 )
 def test_a_checkpoint_that_is_no_folder(complaint, workplace, dataset, script, name, message):
-    (workplace / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    (workplace / "model.bin").write_bytes(b"weights")
     line = complaint(script, "--dataset_path", dataset, "--model", name)
     assert line == f"--model_checkpoint {name}: {message}"
 
