@@ -71,6 +71,9 @@ def run(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     set_up_logging()
     set_seed(args.seed)
+    for flag, path in (("--report", args.report), ("--details", args.details)):
+        if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
+            raise UserError(f"{flag} {path}: no file can be written there")
     if args.datapath:
         use_datapath_(args)
     details, figures = evaluate(args) if args.backend == "native" else evaluate_in_parlai(args)

@@ -16,9 +16,10 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -50,13 +51,13 @@ from cli import (
     add_data_flags,
     add_model_flags,
     add_seed_flag,
-    default_device,
     first_line,
     number,
     run_script,
     set_seed,
     set_up_logging,
 )
+from distribution import average_distributed_scalar, check_same_run, one_line_for_a_lost_process, setup_distributed
 from files import remove_leftovers, write_atomically
 from handlers import StepEvents, attach_checkpoints, attach_figures, attach_validation
 from inputs import (
@@ -167,56 +168,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
         if changed := changed_arguments(saved, args):
             raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
     return args, run
-
-
-def average_distributed_scalar(scalar: float, args: Namespace | None = None) -> float:
-    """Mean of a number over all processes; the number itself where there is one process."""
-    return idist.all_reduce(scalar) / idist.get_world_size()
-
-
-def setup_distributed(args: Namespace) -> torch.device:
-    """Join the launcher's other processes, if there is a launcher; returns this process's device."""
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    device = torch.device(args.device or default_device())
-    if args.local_rank == -1:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", args.local_rank)
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:  # machines count by themselves
-        idist.initialize(backend)
-    else:  # the launcher's store still has the addresses of the processes that it restarts
-        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.PrefixStore(f"attempt {attempt}", store),
-            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-        )  # fmt: skip
-    return device
-
-
-def check_same_run(run: Path | None) -> None:
-    """Check that all processes are about to resume the same run.
-
-    Raises:
-        UserError: this one sees another run than the first process, or none.
-    """
-    first = idist.broadcast(str(run), src=0)
-    if first != str(run):
-        raise UserError(f"--resume: {first} for the first process, {run} here: all nodes must see the same run folders")
-
-
-@contextlib.contextmanager
-def one_line_for_a_lost_process() -> Iterator[None]:
-    """Turn what communication raises when another process of the run has died into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo's errors have no class
-            message = "another process of this run is gone; --resume goes on from the last checkpoint"
-            raise UserError(f"{message} ({first_line(error)[:200]})") from error
-        raise
 
 
 def get_data_loaders(
@@ -466,6 +417,8 @@ def open_run_folder(
             model.pretrained.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises no OSError, but Exception itself
+        if not run:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing has been trained
         raise UserError(f"{folder}: cannot be written to ({first_line(error)})") from error
     return folder
 

@@ -243,6 +243,8 @@ def test_no_room_for_the_first_files(gpt2, tmp_path, monkeypatch, owner, name, m
     monkeypatch.setattr(owner, name, full, raising=False)
     with pytest.raises(UserError, match=message):
         run_training(tmp_path, gpt2, *FLAGS, "--dataset_cache", "")
+    if owner is not handlers:
+        assert list((tmp_path / "runs").iterdir()) == [], "an empty run folder stays"
 
 
 @pytest.mark.parametrize(("owner", "name", "what"), [

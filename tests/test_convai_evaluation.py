@@ -379,3 +379,11 @@ def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
     defaults = vars(parser.parse_args([]))
     del defaults["model"]
     assert defaults.items() <= vars(parse_args([])).items()
+
+
+@pytest.mark.parametrize("flag", ["--report", "--details"])
+def test_a_file_that_cannot_be_written_is_said_before_the_work(checkpoint, dataset, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(convai_evaluation, "evaluate", lambda _: pytest.fail("evaluated first"))
+    for path in (tmp_path, tmp_path / "nowhere" / "file"):
+        with pytest.raises(UserError, match=f"^{flag} {path}: no file can be written there$"):
+            convai_evaluation.run(["--model", str(checkpoint), "--dataset_path", str(dataset), flag, str(path)])

@@ -32,9 +32,12 @@ MAY_IMPORT = {
     "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
     "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "tokenization", "utils"},
     "precision": {"cli"},
+    "distribution": {"cli"},
     "checkpoints": {"cli", "files"},
     "handlers": {"checkpoints", "cli", "precision"},
-    "train": {"checkpoints", "cli", "files", "handlers", "inputs", "lora", "model", "precision", "utils"},
+    "train": {
+        "checkpoints", "cli", "distribution", "files", "handlers", "inputs", "lora", "model", "precision", "utils",
+    },
     "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
     "convai_evaluation": {
@@ -107,7 +110,7 @@ def test_allowed_imports_have_no_cycle():
 def test_only_the_trainer_loads_ignite():
     """The chat and the evaluation start without the time that ignite and tensorboardX take to load."""
     loading = {path.stem for path in ROOT.glob("*.py") if imported(path, lazy=False) & {"ignite", "tensorboardX"}}
-    assert loading <= {"train", "handlers", "checkpoints"}
+    assert loading <= {"train", "handlers", "checkpoints", "distribution"}
 
 
 def test_requirements_are_what_the_project_imports():
