@@ -3,6 +3,7 @@
 Every backend's figures are made of these, so they agree to the digit.
 """
 
+import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from inputs import Example, Row, context_length, fit, make_row, pack
 from metrics import WordProbabilities, rank, read_word_counts, split_words
 from model import DoubleHeads
 from tokenization import tokenize
+
+TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of probabilities, which stay in a cache
 
 
 def add_evaluation_flags(parser: ArgumentParser) -> None:
@@ -145,18 +148,37 @@ class LabelScorer:
         words = [split_words(turn.label)[: 4 * model.n_positions] for turn in turns]
         rows, places = self._lay_out(model, turns, words)
         batch = pack(rows, self.tokenizer.pad_token_id)
+        at_words = iter(_flat_positions(rows, places, batch.input_ids.size(1)))
+        at_words = [[next(at_words) for _ in turn_words] for turn_words in words]
+        at_tokens = [part.tolist() for part in batch.lm_positions.split([len(row.replies[0]) for row in rows])]
+        labels = [row.replies[0] for row in rows]
+        hidden = model.packed_hidden_states(batch.to(model.device))
+        results = []
+        for start in range(0, len(turns), TURNS_OF_THE_HEAD):
+            part = slice(start, start + TURNS_OF_THE_HEAD)
+            results += self._read_off(model, hidden, words[part], at_words[part], at_tokens[part], labels[part])
+        return results
+
+    def _read_off(
+        self,
+        model: DoubleHeads,
+        hidden: torch.Tensor,
+        words: list[list[str]],
+        at_words: list[list[int]],
+        at_tokens: list[list[int]],
+        labels: list[list[int]],
+    ) -> list[dict]:
+        """What `score` gives, of some turns: their words and tokens, and the positions that predict them."""
         # the head once for each position: those of the words, then what else the tokens need
-        at_words, at_tokens = _flat_positions(rows, places, batch.input_ids.size(1)), batch.lm_positions.tolist()
-        positions = at_words + sorted(set(at_tokens) - set(at_words))
+        of_words, of_tokens, of_labels = (list(itertools.chain(*parts)) for parts in (at_words, at_tokens, labels))
+        positions = of_words + sorted(set(of_tokens) - set(of_words))
         place = {position: i for i, position in enumerate(positions)}
-        batch = batch.to(model.device)
-        log_p = model.lm_logits(model.packed_hidden_states(batch)[positions]).float().log_softmax(-1)
-        losses = -log_p[[place[position] for position in at_tokens], batch.lm_labels].double().cpu()
-        losses = losses.split([len(row.replies[0]) for row in rows])
-        found = iter(self._look_up(words, log_p[: len(at_words)].exp_()))
+        log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)
+        losses = -log_p[[place[position] for position in of_tokens], of_labels].double().cpu()
+        found = iter(self._look_up(words, log_p[: len(of_words)].exp_()))
         return [
             {"words": [(word, next(found)) for word in turn_words], "token_nll": (loss.sum().item(), len(loss))}
-            for turn_words, loss in zip(words, losses)
+            for turn_words, loss in zip(words, losses.split(list(map(len, labels))))
         ]
 
     @torch.inference_mode()
