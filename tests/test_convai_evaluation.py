@@ -158,7 +158,6 @@ def test_input_that_cannot_be_used(evaluate, dataset, tmp_path):
         (["--dict_file", "nowhere"], "--dict_file nowhere: No such file or directory"),
         (["--dict_file", tmp_path / "dict"], f"--dict_file {tmp_path}/dict: line 1 is not a word, a tab and its count"),
         (["--datapath", tmp_path / "none"], f"{tmp_path}/none/ConvAI2: no such file or folder"),
-        (["--report", tmp_path / "none" / "report"], f"--report {tmp_path}/none/report: No such file or directory"),
     ):
         with pytest.raises(UserError) as error:
             evaluate("--eval_type", "ppl", *argv)
