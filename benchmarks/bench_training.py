@@ -9,6 +9,7 @@ from benchmarks import reference
 from benchmarks.measure import check_close, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
 from inputs import Batch, BucketSampler, Example, make_row, pack
+from model import DoubleHeads
 from precision import make_precision
 from train import create_trainer, distributed_losses
 
@@ -24,8 +25,8 @@ class PackedTraining:
 
     multiple = 1
 
-    def __init__(self, setting: Setting, level: str = ""):
-        self.model, self.tokenizer = setting.model, setting.tokenizer
+    def __init__(self, setting: Setting, level: str = "", model: DoubleHeads | None = None):
+        self.model, self.tokenizer = model or setting.model, setting.tokenizer
         self.device = torch.device(setting.device)
         args = training_args()
         make_optimizer = lambda parameters: AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)  # noqa: E731

@@ -168,9 +168,13 @@ def test_a_tokenizer_with_parts_of_its_own(model, trap, part):
 
 
 @pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for x in range(10**9) %}"])
-def test_a_chat_template_is_not_rendered(model, template):
+def test_a_chat_template_is_not_rendered(model, template, monkeypatch):
+    """The second one would take hours."""
     (model / "chat_template.jinja").write_text(template)
-    load_finetuned(str(model), device="cpu")
+    rendered = []
+    monkeypatch.setattr("jinja2.Template.render", lambda *_, **__: rendered.append(template))
+    _, tokenizer = load_finetuned(str(model), device="cpu")
+    assert tokenizer.chat_template == template and rendered == []
 
 
 def test_temporary_files_are_private(tmp_path):
