@@ -107,6 +107,12 @@ def add_model_flags(parser: ArgumentParser, default: str) -> None:
     parser.add_argument("--device", type=device, default=None, help="cpu, cuda or cuda:N (unset = cuda if there)")
 
 
+def add_precision_flag(parser: ArgumentParser) -> None:
+    """`--fp16` of a model that is not trained."""
+    parser.add_argument("--fp16", choices=["", "bf16"], default="",
+                        help='precision of the model: bf16, which takes half the memory ("" = float32)')
+
+
 def add_decoding_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--no_sample", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")

@@ -28,7 +28,7 @@ from evaluation import Evaluator, add_evaluation_flags, by_length, make_turns, r
 from files import write_atomically
 from inputs import Example, check_personas, fit, tell_of_cut
 from metrics import count_words, distinct_n, f1, hit, split_words, write_word_counts
-from model import load_finetuned
+from model import load_finetuned, set_precision_
 from utils import TokenizedDataset, download_pretrained_model, load_dataset, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     model, tokenizer = load_finetuned(
         args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start
     )
+    set_precision_(model, args.fp16)
     dataset = load_validation(tokenizer, args)
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
     turns = make_turns(tokens, texts, args.max_history)

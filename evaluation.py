@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from cli import ArgumentParser, UserError, add_decoding_flags, add_model_flags, add_seed_flag
+from cli import ArgumentParser, UserError, add_decoding_flags, add_model_flags, add_precision_flag, add_seed_flag
 from decoding import generate
 from inputs import Example, Row, context_length, fit, make_row, pack
 from metrics import WordProbabilities, rank, read_word_counts, split_words
@@ -25,6 +25,7 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
     """Declare what is measured and how, for the script and for ParlAI's agent alike."""
     parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
     add_model_flags(parser, default="")
+    add_precision_flag(parser)
     add_decoding_flags(parser)
     parser.add_argument("--dict_file", default=None,
                         help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")

@@ -23,6 +23,7 @@ from cli import (
     add_data_flags,
     add_decoding_flags,
     add_model_flags,
+    add_precision_flag,
     add_seed_flag,
     run_script,
     set_seed,
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_data_flags(parser)
     # model and decoding
     add_model_flags(parser, default="")
+    add_precision_flag(parser)
     parser.add_argument("--force", action="store_true", help="chat with a model that was not fine-tuned on dialogs too")
     add_decoding_flags(parser)
     # session
@@ -97,16 +99,20 @@ def run(argv: list[str] | None = None) -> None:
 
 def load(args: Namespace):
     """Model and tokenizer of `--model_checkpoint`."""
-    from model import add_special_tokens_, default_device, load_finetuned, load_model
+    from model import add_special_tokens_, default_device, load_finetuned, load_model, set_precision_
     from utils import knows_dialog_tokens, load_tokenizer
 
     if not args.force or not args.model_checkpoint:
-        return load_finetuned(args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start)
-    tokenizer = load_tokenizer(args.model_checkpoint, args.gpt_tokenization)
-    model = load_model(args.model_checkpoint, args.device or default_device())
-    if not knows_dialog_tokens(tokenizer):
-        logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", args.model_checkpoint)
-        add_special_tokens_(model, tokenizer)
+        model, tokenizer = load_finetuned(
+            args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start
+        )
+    else:
+        tokenizer = load_tokenizer(args.model_checkpoint, args.gpt_tokenization)
+        model = load_model(args.model_checkpoint, args.device or default_device())
+        if not knows_dialog_tokens(tokenizer):
+            logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or none at all", args.model_checkpoint)
+            add_special_tokens_(model, tokenizer)
+    set_precision_(model, args.fp16)
     return model, tokenizer
 
 

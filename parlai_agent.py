@@ -15,7 +15,7 @@ from cli import ArgumentParser, UserError, set_seed
 from dialogs import OWN_PERSONA, PARTNER_PERSONA, dataset_files, read_dialogs
 from evaluation import Evaluator, Turn, add_evaluation_flags, read_dictionary
 from metrics import count_words
-from model import load_finetuned
+from model import load_finetuned, set_precision_
 from tokenization import tokenize
 
 try:
@@ -166,6 +166,7 @@ def load_evaluator(opt: dict) -> Evaluator:
     model, tokenizer = load_finetuned(
         args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start
     )
+    set_precision_(model, args.fp16)
 
     def counts() -> dict[str, int]:
         if args.dict_file:

@@ -83,6 +83,7 @@ from model import (
     freeze_embeddings_,
     load_model,
     save_model,
+    use_eager_attention_,
 )
 from precision import LEVELS, Precision, make_precision
 from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, load_dataset, load_tokenizer, make_logdir
@@ -138,7 +139,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
                         help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
     parser.add_argument("--gradient_checkpointing", action="store_true",
                         help="compute each layer twice, for a fraction of the memory")
-    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for GPUs")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the model with torch.compile: minutes at the start, faster steps after it")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
                         help="set by torch.distributed.launch (-1 = one process)")
     # run
@@ -201,7 +203,7 @@ def get_data_loaders(
         dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations,
         history_start,
     )  # fmt: skip
-    multiple = COMPILED_MULTIPLE if args.compile else 1
+    multiple = COMPILED_MULTIPLE if args.compile and torch.cuda.is_available() else 1
     collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
     # every process takes part in a training step, so where a share is empty one works on what does not count
     train_collate = partial(collate, filler=train[0])
@@ -391,10 +393,14 @@ def prepare_model(
     args.history_start = model.history_start
     if args.freeze_embeddings and not args.lora_rank:
         freeze_embeddings_(model, tokenizer)
+    if device.type == "cpu" and args.fp16 == "bf16":
+        use_eager_attention_(model, args.model_checkpoint)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
     if args.compile:
-        model.pretrained.base_model.compile()  # the heads' rows change in number from batch to batch
+        # not the heads, whose rows change in number from batch to batch. On a CPU code for any length costs less than
+        # rows of few lengths
+        model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
     parameters = sum(map(torch.numel, model.parameters()))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("Model: %s, %d parameters%s", model.pretrained.config.model_type, parameters,

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from conftest import FAMILIES, OTHERS
 
 import convai_evaluation
 import evaluation
@@ -97,6 +98,13 @@ def test_no_forward_has_more_examples_than_asked(evaluate, monkeypatch):
     monkeypatch.setattr(evaluation, "rank_candidates", lambda *args: sizes.append(len(args[-1])) or rank(*args))
     _, report, _ = evaluate("--batchsize", 4)
     assert max(sizes) == 4 and sum(sizes) == report["examples"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_bfloat16_changes_little(family, evaluate):
+    plain, half = (evaluate("--eval_type", "ppl", *flags)[0] for flags in ([], ["--fp16", "bf16"]))
+    assert half["token_ppl"] == pytest.approx(plain["token_ppl"], rel=0.05) and half["token_ppl"] != plain["token_ppl"]
+    assert half["ppl"] == pytest.approx(plain["ppl"], rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from torch.nn.functional import cross_entropy
 
 from cli import UserError
 from inputs import IGNORED, Example, build_input_from_segments, make_examples, make_row, pack, pad_dataset
-from model import SHORTEST, add_special_tokens_, enable_gradient_checkpointing_, load_model, save_model
+from model import (
+    SHORTEST,
+    add_special_tokens_,
+    enable_gradient_checkpointing_,
+    load_model,
+    save_model,
+    set_precision_,
+    use_eager_attention_,
+)
 from utils import load_tokenizer
 
 PADDED_CLASSES = {
@@ -135,6 +143,29 @@ def test_candidates_do_not_see_one_another(model, tokenizer):
     torch.testing.assert_close(after[0], before[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after[1][0, 1:], before[1][0, 1:], atol=1e-5, rtol=1e-5)
     assert not torch.isclose(after[1][0, 0], before[1][0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_eager_attention_is_the_same_function(family, model, tokenizer):
+    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0)
+    want = model(batch)
+    use_eager_attention_(model, family)
+    assert model.additive_mask == (family in OTHERS)
+    for got, wanted in zip(model(batch), want):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_bfloat16_has_words_rounded_but_not_scores(family, model, tokenizer):
+    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0)
+    with torch.inference_mode():
+        want_logits, want_scores = model(batch)
+        set_precision_(model, "bf16")
+        logits, scores = model(batch)
+    assert logits.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    torch.testing.assert_close(logits.float(), want_logits, atol=0.1 * want_logits.std().item(), rtol=0)
+    torch.testing.assert_close(scores, want_scores, atol=0.01, rtol=0.02)
+    assert (scores.bfloat16() != scores).any()
 
 
 def test_labels_are_the_reply_and_eos(tokenizer):
