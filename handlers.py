@@ -168,6 +168,7 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
     def request_stop(number: int, _) -> None:
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        logger.info("Asked to stop: after this step or validation, with a checkpoint; once more stops at once")
 
     before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -307,12 +307,14 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "distributed_losses", signalled)
-        patch.setattr(train.logger, "info", lambda message, *args: said.append(message % args))
+        for module in (train, handlers):
+            patch.setattr(module.logger, "info", lambda message, *args: said.append(message % args))
         with pytest.raises(SystemExit) as ending:
             run_training(tmp_path, gpt2, *flags)
     (run,) = (tmp_path / "runs").iterdir()
     assert ending.value.code == 128 + number and len(calls) == 4
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_1.pt"]
+    assert said.count("Asked to stop: after this step or validation, with a checkpoint; once more stops at once") == 1
     assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
     run_training(tmp_path, gpt2, "--resume", run)
     assert result(tmp_path) == result(alone)
