@@ -1,0 +1,35 @@
+"""What made the shipped models: the scripts in example/."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+
+from model import load_model
+from utils import load_tokenizer
+
+
+def run_script(name: str, *args: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "example" / name, *map(str, args)], check=True)
+
+
+def test_whole_dialogs_are_persona_and_turns_of_both(tmp_path):
+    turns = [{"history": ["hi !"], "candidates": ["no .", "hello !"]},
+             {"history": ["hi !", "hello !", "tea ?"], "candidates": ["no .", "yes ."]}]  # fmt: skip
+    (tmp_path / "d.json").write_text(json.dumps({"train": [{"personality": ["i like tea ."], "utterances": turns}]}))
+    run_script("whole_dialogs.py", tmp_path / "d.json", tmp_path / "whole.jsonl")
+    (line,) = (tmp_path / "whole.jsonl").read_text().splitlines()
+    (turn,) = json.loads(line)["utterances"]
+    assert turn == {"history": [], "candidates": [".", "i like tea . hi ! hello ! tea ? yes ."]}
+
+
+def test_a_shipped_model_is_half_as_large_and_the_same(checkpoint, tmp_path):
+    run_script("ship.py", checkpoint, tmp_path / "shipped")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "shipped")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.55
+    assert load_tokenizer(tmp_path / "shipped").get_vocab() == load_tokenizer(checkpoint).get_vocab()
+    want, got = (dict(load_model(folder).named_parameters()) for folder in (checkpoint, tmp_path / "shipped"))
+    assert all(torch.equal(got[name], parameter.half().float()) for name, parameter in want.items())
