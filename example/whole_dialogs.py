@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dialogs import read_dialogs  # noqa: E402
-from files import write_atomically  # noqa: E402
-from utils import locate_dataset  # noqa: E402
+from dialogs import read_dialogs
+from files import write_atomically
+from utils import locate_dataset
 
 
 def whole_text(dialog: dict) -> str:

@@ -1,10 +1,9 @@
 """What made the shipped models: the scripts in example/."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -12,11 +11,16 @@ from model import load_model
 from utils import load_tokenizer
 
 
-def run_script(name: str, *args: Path) -> None:
-    subprocess.run([sys.executable, ROOT / "example" / name, *map(str, args)], check=True)
+@pytest.fixture
+def run_script(monkeypatch):
+    def run(name: str, *args) -> None:
+        monkeypatch.setattr("sys.argv", [name, *map(str, args)])
+        runpy.run_path(str(ROOT / "example" / name), run_name="__main__")
+
+    return run
 
 
-def test_whole_dialogs_are_persona_and_turns_of_both(tmp_path):
+def test_whole_dialogs_are_persona_and_turns_of_both(run_script, tmp_path):
     turns = [{"history": ["hi !"], "candidates": ["no .", "hello !"]},
              {"history": ["hi !", "hello !", "tea ?"], "candidates": ["no .", "yes ."]}]  # fmt: skip
     (tmp_path / "d.json").write_text(json.dumps({"train": [{"personality": ["i like tea ."], "utterances": turns}]}))
@@ -26,7 +30,7 @@ def test_whole_dialogs_are_persona_and_turns_of_both(tmp_path):
     assert turn == {"history": [], "candidates": [".", "i like tea . hi ! hello ! tea ? yes ."]}
 
 
-def test_a_shipped_model_is_half_as_large_and_the_same(checkpoint, tmp_path):
+def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, tmp_path):
     run_script("ship.py", checkpoint, tmp_path / "shipped")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "shipped")]
     assert 0.45 < sizes[1] / sizes[0] < 0.55
