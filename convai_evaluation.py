@@ -145,7 +145,7 @@ def word_counts(args: Namespace, dataset: TokenizedDataset) -> dict[str, int]:
         return read_dictionary(args.dict_file)
     if "train" not in dataset.splits:
         logger.warning("no train split: the dictionary for ppl has the words of the valid split only")
-    return count_words({split: dataset.dialogs(split, dataset.texts) for split in dataset.splits})
+    return count_words(dataset.all_dialogs(dataset.texts))
 
 
 def add_result_(row: dict, result: dict, label: str) -> None:

@@ -186,7 +186,7 @@ def get_data_loaders(
     if getattr(args, "dataset_digest", content.digest) != content.digest:
         raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
     args.dataset_digest = content.digest
-    dataset = {split: content.dialogs(split, content.tokens) for split in content.splits}
+    dataset = content.all_dialogs(content.tokens)
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
     if args.train_share < 1:

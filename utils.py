@@ -238,7 +238,7 @@ def get_dataset(
         UserError: the dataset cannot be had or read.
     """
     dataset = load_dataset(tokenizer, dataset_path, dataset_cache, skip_bad_dialogs)
-    return {split: dataset.dialogs(split, dataset.tokens) for split in dataset.splits}
+    return dataset.all_dialogs(dataset.tokens)
 
 
 class TokenizedDataset:
@@ -288,6 +288,10 @@ class TokenizedDataset:
                 "utterances": list(itertools.islice(utterances, turns)),
             })  # fmt: skip
         return dialogs
+
+    def all_dialogs(self, sentences: list) -> dict[str, list[dict]]:
+        """The dialogs of each split, as `dialogs` gives them."""
+        return {split: self.dialogs(split, sentences) for split in self.splits}
 
     def _lists(self, name: str) -> Iterator[list[int]]:
         values, ends = self._arrays[name].tolist(), self._arrays[f"{name}.ends"].tolist()

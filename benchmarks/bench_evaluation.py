@@ -59,7 +59,7 @@ def word_ppl(setting: Setting, shape: Shape | None = None, name: str = "GPT's si
     tokenizer = setting.tokenizer
     model = setting.make_model(shape) if shape else setting.model
     dataset = setting.dataset
-    counts = count_words({split: dataset.dialogs(split, dataset.texts) for split in dataset.splits})
+    counts = count_words(dataset.all_dialogs(dataset.texts))
     evaluator = Evaluator(model, tokenizer, Namespace(eval_type="ppl", gpt2_ppl="spaced"), lambda: counts)
     lm = reference.lm_head(reference.double_heads(model))
     scorer = reference.WordScorer(counts, lambda word: tokenizer.backend_tokenizer.model.tokenize(word)[0].id)
