@@ -117,7 +117,31 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
                         help="candidates of a training example, the gold one included (0 = all)")
     parser.add_argument("--personality_permutations", type=number(int, 1), default=1,
                         help="passes over each training dialog an epoch, its persona rotated each time")
-    # optimisation
+    add_optimisation_flags(parser)
+    # hardware
+    parser.add_argument("--fp16", choices=LEVELS, default="",
+                        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
+    parser.add_argument("--gradient_checkpointing", action="store_true",
+                        help="compute each layer twice, for a fraction of the memory")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for GPUs")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
+                        help="set by torch.distributed.launch (-1 = one process)")
+    add_run_flags(parser)
+    add_seed_flag(parser)
+
+    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    args = parser.parse_args(argv)
+    run = find_run(args.resume, args) if args.resume else None
+    if run:
+        saved = read_arguments(run)
+        parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
+        args = parser.parse_args(argv)
+        if changed := changed_arguments(saved, args):
+            raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
+    return args, run
+
+
+def add_optimisation_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--n_epochs", type=number(int, 1), default=3, help="passes over the training examples")
     parser.add_argument("--train_batch_size", type=number(int, 1), default=4,
                         help="examples of one forward, in each process")
@@ -133,15 +157,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
                         help="norm to which longer gradients are clipped (0 = off)")
     parser.add_argument("--freeze_embeddings", action="store_true", help="of the words train the dialog tokens only")
-    # hardware
-    parser.add_argument("--fp16", choices=LEVELS, default="",
-                        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
-    parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="compute each layer twice, for a fraction of the memory")
-    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for GPUs")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
-                        help="set by torch.distributed.launch (-1 = one process)")
-    # run
+
+
+def add_run_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", default="",
                         help="run folder to go on with; auto = the newest of the same arguments, or a new one")
     parser.add_argument("--eval_before_start", action="store_true", help="validate before the first step too")
@@ -156,18 +174,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
                         help="epochs without a better validation until the run stops (0 = off)")
     parser.add_argument("--export", choices=["last", "best"], default="last",
                         help="epoch whose weights are in the run folder's model.safetensors")
-    add_seed_flag(parser)
-
-    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    args = parser.parse_args(argv)
-    run = find_run(args.resume, args) if args.resume else None
-    if run:
-        saved = read_arguments(run)
-        parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
-        args = parser.parse_args(argv)
-        if changed := changed_arguments(saved, args):
-            raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
-    return args, run
 
 
 def get_data_loaders(
@@ -423,6 +429,44 @@ def open_run_folder(
     return folder
 
 
+def attach_handlers(
+    args: Namespace,
+    folder: Path | None,
+    trainer: Engine,
+    evaluator: Engine,
+    model: DoubleHeads,
+    to_save: dict,
+    sampler: BucketSampler,
+    valid_loader: DataLoader | None,
+) -> list[int]:
+    """Attach what happens around the steps: the batches' order, figures, validation, export, checkpoints.
+
+    Args:
+        folder: the run folder, None on the processes that do not write.
+        to_save: the training state, which checkpoints hold.
+
+    Returns:
+        A list in which the signal that stopped the run will stand.
+    """
+
+    def export():
+        if folder is not None:
+            save_model(model, folder, args.merge_lora)
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch(engine: Engine):
+        done = engine.state.iteration % len(sampler)  # more than 0 where a resumed run goes on within an epoch
+        sampler.set_epoch(engine.state.epoch, done)
+
+    attach_figures(trainer, evaluator, to_save["precision"], args, folder)
+    if valid_loader is not None:
+        attach_validation(trainer, evaluator, valid_loader, to_save["best"], export, args)
+    if args.export == "last" or valid_loader is None:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
+    save = partial(save_checkpoint, folder, trainer, to_save, args.n_saved)
+    return attach_checkpoints(trainer, save, args)
+
+
 @one_line_for_a_lost_process()
 def train(argv: list[str] | None = None) -> str:
     """Train as the command line says; returns the run folder, which is a checkpoint itself.
@@ -462,23 +506,7 @@ def train(argv: list[str] | None = None) -> str:
         raise UserError(f"--resume {run}: its {trainer.state.epoch} epochs are done; --n_epochs adds more")
     folder = open_run_folder(args, run, trainer, model, tokenizer) if idist.get_rank() == 0 else None
 
-    def export():
-        if folder is not None:
-            save_model(model, folder, args.merge_lora)
-
-    @trainer.on(Events.EPOCH_STARTED)
-    def begin_epoch(engine: Engine):
-        done = engine.state.iteration % len(train_loader)  # more than 0 where a resumed run goes on within an epoch
-        sampler.set_epoch(engine.state.epoch, done)
-
-    attach_figures(trainer, evaluator, precision, args, folder)
-    if valid_loader is not None:
-        attach_validation(trainer, evaluator, valid_loader, best, export, args)
-    if args.export == "last" or valid_loader is None:
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
-    save = partial(save_checkpoint, folder, trainer, to_save, args.n_saved)
-    stopped = attach_checkpoints(trainer, save, args)
-
+    stopped = attach_handlers(args, folder, trainer, evaluator, model, to_save, sampler, valid_loader)
     model.train()
     if not done:  # else a launcher has restarted a run at its very end
         trainer.run(train_loader, max_epochs=args.n_epochs)
