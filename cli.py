@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -71,7 +72,7 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
     bounds = f" from {low} to {high}" if high != float("inf") else f" of at least {low}"
     expected = name + (bounds if low != -float("inf") else "")
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:

@@ -19,8 +19,10 @@ from argparse import Namespace
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from cli import ArgumentParser, UserError, add_data_flags, number, run_script, set_seed, set_up_logging
 from dialogs import read_dialogs, write_parlai
@@ -114,15 +116,16 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     cut = sum(fit(example, model.n_positions, model.history_start) is not example for example in examples)
     tell_of_cut(cut, len(turns), model.n_positions)
     evaluator = Evaluator(model, tokenizer, args, lambda: word_counts(args, dataset))
-    details = [{"index": i} for i in range(len(turns))]
+    labels = [turn.candidate_texts[-1] for turn in turns]
+    details: list[dict] = [{"index": i} for i in range(len(turns))]
     with tqdm(total=len(turns), desc=args.eval_type, unit=" examples", disable=None) as bar:
         for indices in by_length(turns, args.batchsize, args.eval_type):
             for i, result in zip(indices, evaluator([turns[i] for i in indices])):
-                add_result_(details[i], result, turns[i].label)
+                add_result_(details[i], result, labels[i])
             bar.update(len(indices))
     figures = {}
     if "ranking" in details[0]:
-        hits = [hit(row["ranking"], turn.candidate_texts, turn.label) for row, turn in zip(details, turns)]
+        hits = [hit(row["ranking"], turn.candidate_texts, label) for row, turn, label in zip(details, turns, labels)]
         figures["hits@1"] = sum(hits) / len(hits)
     if "words" in details[0]:
         scored = [p for row in details for _, p in row["words"] if p is not None]
@@ -132,7 +135,7 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     return details, figures
 
 
-def load_validation(tokenizer, args: Namespace) -> TokenizedDataset:
+def load_validation(tokenizer: PreTrainedTokenizerBase, args: Namespace) -> TokenizedDataset:
     dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     if "valid" not in dataset.splits:
         raise UserError(f"{args.dataset_path}: no valid split to evaluate on")
@@ -156,7 +159,7 @@ def add_result_(row: dict, result: dict, label: str) -> None:
 
 def companions(details: list[dict]) -> dict:
     """What stands beside the figures: counts of words, perplexity of tokens, distinct n-grams of the replies."""
-    report = {}
+    report: dict = {}
     if "words" in details[0]:
         words = [p for row in details for _, p in row["words"]]
         report |= {"scored_words": len(words) - words.count(None), "unknown_words": words.count(None)}
@@ -270,11 +273,11 @@ def check_data(folder: Path, names: list[str]) -> None:
 def recorder(details: list[dict], dialogs: list[dict]) -> Callable:
     """A function that adds an example's results to its row. ParlAI's batches mix the dialogs, so texts tell the row."""
     utterances = ((dialog["personality"], utterance) for dialog in dialogs for utterance in dialog["utterances"])
-    rows = defaultdict(deque)
+    rows: dict[str, deque] = defaultdict(deque)
     for row, (persona, utterance) in zip(details, utterances):
         rows[example_key(persona, utterance["history"], utterance["candidates"][-1])].append(row)
 
-    def record(dialog, result: dict) -> None:
+    def record(dialog: Any, result: dict) -> None:
         waiting = rows[example_key(dialog.persona, dialog.history, dialog.label)]
         if not waiting:
             raise UserError(f"the dataset, as ParlAI reads it, has a reply more than here: {dialog.label!r}")
@@ -306,7 +309,7 @@ def run_convai2(opt: dict, measure: str) -> float:
     opt = opt | {"batchsize": 1}  # for ppl they refuse more
     # Missing in every release, but asked to download the dictionary, which is there already
     stub = types.ModuleType("parlai.zoo.convai2.build")
-    stub.download = lambda datapath: None
+    vars(stub)["download"] = lambda datapath: None
     sys.modules[stub.__name__] = stub
     if measure == "ppl":
         return run_convai2_ppl(opt)
@@ -328,7 +331,7 @@ def run_convai2_ppl(opt: dict) -> float:
 
     opt = opt_of(setup_args(), opt, print_args=False)
     agent = create_agent(opt)
-    found = {}  # number of words before -> probabilities of the next word
+    found: dict[int, dict[str, float]] = {}  # number of words before -> probabilities of the next word
     ask = agent.next_word_probability
     agent.next_word_probability = lambda words: found.setdefault(len(words), ask(words))
     world = create_task(opt, [agent, build_dict()], default_world=PerplexityWorld)
@@ -341,7 +344,7 @@ def run_convai2_ppl(opt: dict) -> float:
     return perplexity([world.metrics["loss"]], world.metrics["num_tokens"])
 
 
-def opt_of(parser, opt: dict, flags: Iterable[str] = (), **options) -> dict:
+def opt_of(parser: Any, opt: dict, flags: Iterable[str] = (), **options: Any) -> dict:
     """ParlAI's own options with `flags`, and over them `opt`, which the agent reads."""
     flags = ["--model", "parlai_agent:TransformerAgent", "--datapath", opt["datapath"], *flags]
     parsed = parser.parse_args(flags, **options)

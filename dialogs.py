@@ -30,7 +30,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cli import UserError
 from distractors import add_distractors_
@@ -99,7 +99,8 @@ def read_dialogs(files: list[Path], skip_bad_dialogs: bool = False) -> dict[str,
     Raises:
         UserError: a file that cannot be read, or its faults: a line each for the first ten, then their number.
     """
-    splits, texts = {}, _SharedTexts()
+    splits: dict[str, list[dict]] = {}
+    texts = _SharedTexts()
     for path in files:
         with _one_line_errors(path):
             found = _read_file(Path(path), texts, skip_bad_dialogs)
@@ -211,12 +212,12 @@ def _single_json(files: list[Path]) -> list[Path]:
 class _Inflated(io.RawIOBase):
     """The content of a .gz or .xz file, up to where it is out of all proportion: a bomb of zeros would fill memory."""
 
-    def __init__(self, path: Path, inflate: Callable[[io.FileIO], BinaryIO]):
+    def __init__(self, path: Path, inflate: Callable[[io.FileIO], io.BufferedIOBase]):
         self._path = path
         self._packed = io.FileIO(path)
         self._file = inflate(self._packed)
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         if self._file.tell() > max(MAX_INFLATED, MAX_RATIO * self._packed.tell()):
             raise UserError(f"{self._path}: more than {MAX_RATIO} times larger than the compressed file: refused;"
                             " if it is a dataset all the same, give it uncompressed")
@@ -249,27 +250,28 @@ def _open(path: Path) -> io.BufferedReader:
     return open(path, "rb")
 
 
-class _Faults(list):
-    """The first faults of a file, and the count of all: a file of nothing else would fill memory with them."""
+class _Faults(list[str]):
+    """The first faults of a file, and the number of all: a file of nothing else would fill memory with them."""
 
-    count = 0
+    total = 0
 
     def append(self, fault: str) -> None:
-        self.count += 1
-        if self.count <= MAX_FAULTS:
+        self.total += 1
+        if self.total <= MAX_FAULTS:
             super().append(fault)
 
 
 def _read_file(path: Path, texts: "_SharedTexts", skip_bad_dialogs: bool) -> dict[str, list[dict]]:
     """The checked dialogs of each split in a file."""
-    faults, splits, skipped, empty = _Faults(), {}, 0, []
+    faults, skipped, empty = _Faults(), 0, []
+    splits: dict[str, list[dict]] = {}
     with _open(path) as file:
         for split, records in _records(path, file, texts, faults).items():
             splits[split] = []
             for number, (place, record, is_whole) in enumerate(records, 1):
-                before = faults.count
+                before = faults.total
                 dialog = _checked_dialog(record, f"{split} dialog {number}{place}", faults) if is_whole else None
-                if is_whole and faults.count == before:
+                if dialog and faults.total == before:
                     splits[split].append(dialog)
                 else:
                     skipped += 1
@@ -280,7 +282,7 @@ def _read_file(path: Path, texts: "_SharedTexts", skip_bad_dialogs: bool) -> dic
     elif skip_bad_dialogs and faults:
         logger.warning("%s: %d bad dialogs are left out; the first fault: %s", path, skipped, faults[0])
     if lines := empty if skip_bad_dialogs else faults or empty:
-        more = [f"and {faults.count - MAX_FAULTS} more"] if lines is faults and faults.count > MAX_FAULTS else []
+        more = [f"and {faults.total - MAX_FAULTS} more"] if lines is faults and faults.total > MAX_FAULTS else []
         raise UserError("\n".join([f"{path}: {line}" for line in lines] + more))
     return splits
 
@@ -339,7 +341,7 @@ def _decode(data: bytes, line: int = 1) -> str:
 # JSON
 
 
-class _SharedTexts(dict):
+class _SharedTexts(dict[str, str]):
     """Text -> the one object that stands for all its equals: of PersonaChat's texts one in twelve is distinct."""
 
     def __missing__(self, text: str) -> str:
@@ -408,7 +410,9 @@ def _json_lines(lines: Lines, texts: _SharedTexts, faults: _Faults) -> Records:
 
 
 def _parlai_dialogs(lines: Lines, texts: _SharedTexts, faults: _Faults) -> Records:
-    place, dialog, turns, is_whole, previous = "", None, [], True, float("inf")
+    place, is_whole, previous = "", True, float("inf")
+    dialog: dict = {}
+    turns: list[str] = []
     for line_number, line, fault in lines:
         match = PARLAI_LINE.fullmatch(line)
         if match and int(match[1]) <= previous:
@@ -438,7 +442,7 @@ def _read_parlai_line_(line: str, dialog: dict, turns: list[str], texts: _Shared
     elif fields or not text.startswith(PARTNER_PERSONA):
         if text:
             turns.extend(texts[turn] for turn in text.split("\\n"))
-        utterance = {"history": turns.copy()}
+        utterance: dict = {"history": turns.copy()}
         if fields:
             utterance["reply"] = texts[fields[0].split("|")[0]]
             turns.append(utterance["reply"])
@@ -450,7 +454,8 @@ def _read_parlai_line_(line: str, dialog: dict, turns: list[str], texts: _Shared
 def _parlai_episodes(dialog: dict) -> Iterator[list[str]]:
     """The lines, not yet numbered, of a dialog: one list where each history goes on from the one before."""
     persona = [f"{OWN_PERSONA} {_parlai_text(text)}" for text in dialog["personality"]]
-    episode, turns = [], []
+    episode: list[str] = []
+    turns: list[str] = []
     for utterance in dialog["utterances"]:
         history, candidates = utterance["history"], [_parlai_text(text, "|") for text in utterance["candidates"]]
         if episode and history[: len(turns)] != turns:

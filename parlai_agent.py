@@ -9,7 +9,7 @@ from argparse import Namespace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cli import ArgumentParser, UserError, set_seed
 from dialogs import OWN_PERSONA, PARTNER_PERSONA, dataset_files, read_dialogs
@@ -49,15 +49,16 @@ class TransformerAgent(Agent):
     """
 
     @classmethod
-    def add_cmdline_args(cls, parser, partial_opt=None):
+    def add_cmdline_args(cls, parser: Any, partial_opt: dict | None = None) -> Any:
         """Add the agent's flags to ParlAI's parser."""
         group = parser.add_argument_group("TransferTransfo")
 
-        def add_argument(*names: str, **options) -> None:
+        def add_argument(*names: str, **options: Any) -> None:
             # `--model`, elsewhere a second name of --model_checkpoint, is ParlAI's flag for the agent's class
             group.add_argument(*(name for name in names if name != "--model"), **options)
 
-        add_evaluation_flags(SimpleNamespace(add_argument=add_argument))
+        flags: Any = SimpleNamespace(add_argument=add_argument)
+        add_evaluation_flags(flags)
         return parser
 
     def __init__(self, opt: dict, shared: dict | None = None):
@@ -72,10 +73,11 @@ class TransformerAgent(Agent):
 
     def reset(self) -> None:
         """Forget the dialog."""
-        self.persona, self.history = [], []
-        self.answer = None  # to the last message: it joins the history with the next one
+        self.persona: list[str] = []
+        self.history: list[str] = []
+        self.answer: str | None = None  # to the last message: it joins the history with the next one
         self.episode_done = False
-        self.observation = None
+        self.observation: dict = {}
 
     def observe(self, observation: dict) -> dict:
         """Add a message to the dialog. What is returned carries the dialog.
@@ -106,13 +108,13 @@ class TransformerAgent(Agent):
 
     def act(self) -> dict:
         """The reply to the last message."""
-        (message,) = self.batch_act([self.observation or {}])
+        (message,) = self.batch_act([self.observation])
         self.self_observe(message)
         return message
 
     def batch_act(self, observations: list[dict]) -> list[dict]:
         """Replies to what copies of the agent have observed; to padding, which has no text, the agent's name alone."""
-        messages = [{"id": self.id} for _ in observations]
+        messages: list[dict] = [{"id": self.id} for _ in observations]
         asked = [i for i, observation in enumerate(observations) if "text" in observation]
         dialogs = [observations[i]["dialog"] for i in asked]
         for i, dialog, result in zip(asked, dialogs, self.evaluator(self._turns(dialogs))):

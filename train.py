@@ -178,7 +178,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
 
 def get_data_loaders(
     args: Namespace, tokenizer: PreTrainedTokenizerBase, n_positions: int = 512, history_start: int = 0
-):
+) -> tuple[DataLoader, DataLoader | None, BucketSampler, BucketSampler | None]:
     """Loaders of packed batches, and their samplers: train, valid, train, valid.
 
     The valid ones are None where the dataset has no such split.
@@ -211,34 +211,39 @@ def get_data_loaders(
     collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
     # every process takes part in a training step, so where a share is empty one works on what does not count
     train_collate = partial(collate, filler=train[0])
-    train_loader = make_loader(train, train_collate, args.train_batch_size, shuffle=True, seed=args.seed)
-    log_examples("train", train, train_loader)
+    train_loader, train_sampler = make_loader(train, train_collate, args.train_batch_size, shuffle=True, seed=args.seed)
+    log_examples("train", train, train_sampler)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
     if "valid" not in dataset:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
-        return train_loader, None, train_loader.batch_sampler, None
+        return train_loader, None, train_sampler, None
     # original: the persona rotates in validation too; here each validation example counts once
     valid = make_examples(dataset["valid"], args.max_history, n_positions, history_start=history_start)
-    valid_loader = make_loader(valid, collate, args.valid_batch_size, shuffle=False)
-    log_examples("valid", valid, valid_loader)
-    return train_loader, valid_loader, train_loader.batch_sampler, valid_loader.batch_sampler
+    valid_loader, valid_sampler = make_loader(valid, collate, args.valid_batch_size, shuffle=False)
+    log_examples("valid", valid, valid_sampler)
+    return train_loader, valid_loader, train_sampler, valid_sampler
 
 
 def make_loader(
-    examples: list[Example], collate: Callable[[list[Example]], Batch], batch_size: int, shuffle: bool, seed: int = 0
-) -> DataLoader:
-    """A loader of packed batches: of this process's share of the examples."""
+    examples: list[Example],
+    collate: Callable[[list[Example]], Batch | None],
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+) -> tuple[DataLoader, BucketSampler]:
+    """A loader of packed batches, of this process's share of the examples, and its sampler."""
     sampler = BucketSampler(
         [example.row_length for example in examples],
         batch_size, shuffle, seed, idist.get_rank(), idist.get_world_size(),
     )  # fmt: skip
-    return DataLoader(
-        examples,
+    loader: DataLoader = DataLoader(
+        examples,  # type: ignore[arg-type]  # torch takes any sequence
         batch_sampler=sampler,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each epoch would draw from torch's own, a resumed one too
     )
+    return loader, sampler
 
 
 def pack_examples(
@@ -255,11 +260,10 @@ def pack_examples(
     return pack(rows, tokenizer.pad_token_id, multiple) if rows else None
 
 
-def log_examples(split: str, examples: list[Example], loader: DataLoader) -> None:
-    lengths = loader.batch_sampler.lengths
+def log_examples(split: str, examples: list[Example], sampler: BucketSampler) -> None:
     candidates = max(len(example.candidates) for example in examples)
     logger.info("%s: %d examples of up to %d candidates, %d tokens in packed rows, the longest %d",
-                split, len(examples), candidates, lengths.sum(), lengths.max())
+                split, len(examples), candidates, sampler.lengths.sum(), sampler.lengths.max())
 
 
 def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace, device: torch.device) -> Engine:
@@ -282,7 +286,7 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
         micro_steps = args.gradient_accumulation_steps
         # original: what is left over at the end of the run is thrown away
         full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
-        with contextlib.nullcontext() if full or idist.get_world_size() == 1 else model.no_sync():
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not full else contextlib.nullcontext():
             with precision.autocast():
                 losses = distributed_losses(model, batch.to(device))
             loss = losses @ coefficients
@@ -334,7 +338,7 @@ def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
 
 def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
     """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
-    groups = [[], []]
+    groups: tuple[list, list] = ([], [])
     for name, parameter in zip(names, parameters, strict=True):
         groups[args.head_lr is not None and HEAD in name].append(parameter)
     return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)
@@ -359,12 +363,12 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     evaluator = Engine(step)
 
     @evaluator.on(Events.STARTED)
-    def begin():
+    def begin() -> None:
         model.eval()
         sums.zero_()
 
     @evaluator.on(Events.COMPLETED)
-    def finish(engine: Engine):
+    def finish(engine: Engine) -> None:
         nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
         nll /= max(tokens, 1)
         engine.state.metrics = {"nll": nll, "ppl": math.exp(min(nll, 700)), "accuracy": hits / examples}
@@ -449,12 +453,12 @@ def attach_handlers(
         A list in which the signal that stopped the run will stand.
     """
 
-    def export():
+    def export() -> None:
         if folder is not None:
             save_model(model, folder, args.merge_lora)
 
     @trainer.on(Events.EPOCH_STARTED)
-    def begin_epoch(engine: Engine):
+    def begin_epoch(engine: Engine) -> None:
         done = engine.state.iteration % len(sampler)  # more than 0 where a resumed run goes on within an epoch
         sampler.set_epoch(engine.state.epoch, done)
 

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -44,7 +45,7 @@ HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
-ATTR_TO_SPECIAL_TOKEN = {
+ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
     "bos_token": "<bos>",
     "eos_token": "<eos>",
     "pad_token": "<pad>",
@@ -58,7 +59,7 @@ CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
 class AttrDict(dict):
     """A dict whose keys are attributes too."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.__dict__ = self
 
@@ -111,7 +112,7 @@ def locate_gguf(path: str) -> str:
     raise UserError(f"--model_checkpoint {path}: no such file, neither here nor in an installed Python package")
 
 
-def pretrained_arguments(checkpoint: str) -> dict[str, str]:
+def pretrained_arguments(checkpoint: str) -> dict[str, Any]:
     """What transformers' `from_pretrained` methods are to be called with for a resolved checkpoint."""
     if not is_gguf(checkpoint):
         return {"pretrained_model_name_or_path": checkpoint}
@@ -188,6 +189,11 @@ def _can_be_had(name: str) -> bool:
 def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer belongs to a model that was made for dialogs."""
     return set(SPECIAL_TOKENS) <= tokenizer.get_added_vocab().keys()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of `SPECIAL_TOKENS`."""
+    return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # type: ignore[return-value]  # of a list it is a list
 
 
 def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
@@ -403,8 +409,9 @@ def make_logdir(model_name: str) -> str:
     """Make a new run folder, as `runs/Nov21_20-57-01_host_model`; a start in the same second gets another one."""
     started = datetime.now().strftime("%b%d_%H-%M-%S")
     name = f"{started}_{socket.gethostname()}_{os.path.basename(os.path.abspath(model_name))}"
-    for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
-        folder = Path("runs", name + suffix)
+    suffixes = itertools.chain([""], (f"_{i}" for i in itertools.count(2)))
+    while True:
+        folder = Path("runs", name + next(suffixes))
         try:
             folder.mkdir(parents=True)
         except FileExistsError:

@@ -75,7 +75,7 @@ def test_a_reply_is_streamed_word_by_word(chat, tokenizer):
     for text, ids in zip(sentences, tokenize(tokenizer, sentences)):
         reply = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("chat.decode", lambda *args, ids=ids: ([token] for token in ids))
+            patch.setattr("chat.decode", lambda *args, ids=ids: ([[token]] for token in ids))
             pieces = list(chat.stream(None, reply))
         assert reply == ids
         assert "".join(pieces) == chat.text_of(ids), text
@@ -100,7 +100,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
     assert transcript(chat)[-1]["stopped"]
     monkeypatch.undo()
     (words,) = tokenize(chat.tokenizer, ["i like dogs and cats"])
-    monkeypatch.setattr("chat.decode", lambda *args: ([token] for token in words))
+    monkeypatch.setattr("chat.decode", lambda *args: ([[token]] for token in words))
     with closing(answer(chat, "go on")) as pieces:
         next(pieces)
     assert 0 < len(chat.exchanges[1].reply) < len(words)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "gpt": set(),
     "heads": {"cli", "gpt"},
     "lora": {"cli"},
-    "model": {"cli", "files", "heads", "lora", "utils"},
+    "model": {"cli", "files", "heads", "inputs", "lora", "utils"},
     "decoding": {"cli", "inputs", "model", "utils"},
     "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
     "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "tokenization", "utils"},
