@@ -25,9 +25,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cli import ArgumentParser, UserError, add_data_flags, number, run_script, set_seed, set_up_logging
-from dialogs import read_dialogs, write_parlai
+from dialogs import read_dialogs
 from evaluation import Evaluator, add_evaluation_flags, by_length, make_turns, read_dictionary
 from files import write_atomically
+from formats import write_parlai
 from inputs import Example, check_personas, fit, tell_of_cut
 from metrics import count_words, distinct_n, f1, hit, split_words, write_word_counts
 from model import load_finetuned

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from cli import ArgumentParser, UserError, set_seed
-from dialogs import OWN_PERSONA, PARTNER_PERSONA, dataset_files, read_dialogs
+from dialogs import dataset_files, read_dialogs
 from evaluation import Evaluator, Turn, add_evaluation_flags, read_dictionary
+from formats import OWN_PERSONA, PARTNER_PERSONA
 from metrics import count_words
 from model import load_finetuned
 from tokenization import tokenize

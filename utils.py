@@ -30,9 +30,10 @@ from transformers import (
 from transformers.utils import has_file
 
 from cli import UserError, first_line, require
-from dialogs import SPLITS, dataset_files, read_dialogs
+from dialogs import dataset_files, read_dialogs
 from download import extract, fetch, is_url
 from files import write_atomically
+from formats import SPLITS
 from tokenization import fingerprint, tokenize
 
 logger = logging.getLogger(__name__)

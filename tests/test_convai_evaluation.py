@@ -14,7 +14,8 @@ import convai_evaluation
 import evaluation
 from cli import UserError
 from convai_evaluation import TransformerAgent, install_command, make_data_folder, parse_args, recorder, run
-from dialogs import read_dialogs, write_parlai
+from dialogs import read_dialogs
+from formats import write_parlai
 from metrics import distinct_n, f1, hit, write_word_counts
 from utils import load_dataset
 

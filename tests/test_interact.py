@@ -23,7 +23,8 @@ import interact
 from chat import COMMANDS, Chat, answer, readable
 from cli import ArgumentParser, UserError, add_decoding_flags
 from decoding import sample_sequence, score_replies
-from dialogs import draw_persona, read_dialogs, write_parlai
+from dialogs import draw_persona, read_dialogs
+from formats import write_parlai
 from model import load_model, save_model
 from tokenization import tokenize
 from utils import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer

@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "tokenization": set(),
     "download": {"cli"},
     "distractors": set(),
-    "dialogs": {"cli", "distractors"},
-    "utils": {"cli", "dialogs", "download", "files", "tokenization"},
+    "formats": {"cli"},
+    "dialogs": {"cli", "distractors", "formats"},
+    "utils": {"cli", "dialogs", "download", "files", "formats", "tokenization"},
     "inputs": {"cli", "utils"},
     "gpt": set(),
     "heads": {"cli", "gpt"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "model": {"cli", "files", "heads", "inputs", "lora", "utils"},
     "decoding": {"cli", "inputs", "model", "utils"},
     "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
-    "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "tokenization", "utils"},
+    "parlai_agent": {"cli", "dialogs", "evaluation", "formats", "metrics", "model", "tokenization", "utils"},
     "precision": {"cli"},
     "distribution": {"cli"},
     "checkpoints": {"cli", "files"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
     "convai_evaluation": {
-        "cli", "dialogs", "evaluation", "files", "inputs", "metrics", "model", "parlai_agent", "utils",
+        "cli", "dialogs", "evaluation", "files", "formats", "inputs", "metrics", "model", "parlai_agent", "utils",
     },
 }
 AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements

@@ -14,7 +14,7 @@ import pytest
 
 from cli import UserError
 from convai_evaluation import PARLAI, run
-from dialogs import write_parlai
+from formats import write_parlai
 
 try:
     VERSION = importlib.metadata.version("parlai")
