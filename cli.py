@@ -136,6 +136,19 @@ def add_seed_flag(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (0 = not seeded)")
 
 
+def add_evaluation_flags(parser: ArgumentParser) -> None:
+    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
+    add_model_flags(parser, default="")
+    add_decoding_flags(parser)
+    parser.add_argument("--dict_file", default=None,
+                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
+    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
+                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
+                        " as in the original")
+    add_seed_flag(parser)
+
+
 def device(text: str) -> str:
     """An argparse type: a torch device that this machine has."""
     import torch  # not at the top: `--help` answers without it

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from cli import ArgumentParser, UserError, add_decoding_flags, add_model_flags, add_seed_flag
+from cli import UserError
 from decoding import Context, generate
 from inputs import Example, Row, context_length, fit, make_row, pack
 from metrics import WordProbabilities, rank, read_word_counts, split_words
@@ -20,19 +20,6 @@ from model import DoubleHeads
 from tokenization import tokenize
 
 TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of probabilities, which stay in a cache
-
-
-def add_evaluation_flags(parser: ArgumentParser) -> None:
-    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
-    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
-    add_model_flags(parser, default="")
-    add_decoding_flags(parser)
-    parser.add_argument("--dict_file", default=None,
-                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
-    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
-                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
-                        " as in the original")
-    add_seed_flag(parser)
 
 
 def read_dictionary(path: str) -> dict[str, int]:

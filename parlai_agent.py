@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from cli import ArgumentParser, UserError, set_seed
+from cli import ArgumentParser, UserError, add_evaluation_flags, set_seed
 from dialogs import dataset_files, read_dialogs
-from evaluation import Evaluator, Turn, add_evaluation_flags, read_dictionary
+from evaluation import Evaluator, Turn, read_dictionary
 from formats import OWN_PERSONA, PARTNER_PERSONA
 from metrics import count_words
 from model import load_finetuned
@@ -45,7 +45,7 @@ class Perplexity(AverageMetric):
 class TransformerAgent(Agent):
     """Ranks candidates, replies, and gives probabilities of words, by the functions of the evaluation without ParlAI.
 
-    Flags of the agent are those of `evaluation.add_evaluation_flags`. `opt["record"]`, if there, is called with each
+    Flags of the agent are those of `cli.add_evaluation_flags`. `opt["record"]`, if there, is called with each
     `Dialog` and the results on it.
     """
 

@@ -458,13 +458,6 @@ def test_public_names():
         module.nothing  # noqa: B018
 
 
-def test_help_loads_no_torch():
-    """Torch and transformers take seconds to load, and `--help` waited for them."""
-    code = "import sys, interact\ntry: interact.parse_args(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("False\n") and "--block_history_ngram" in done.stdout
-
-
 def test_bytes_that_are_no_text_through_a_real_pipe(checkpoints):
     command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt2"], "--personality", "x"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}

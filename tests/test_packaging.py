@@ -41,9 +41,8 @@ MAY_IMPORT = {
     },
     "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
-    "convai_evaluation": {
-        "cli", "dialogs", "evaluation", "files", "formats", "inputs", "metrics", "model", "parlai_agent", "utils",
-    },
+    "backends": {"cli", "dialogs", "evaluation", "formats", "inputs", "metrics", "model", "utils"},
+    "convai_evaluation": {"backends", "cli", "files", "parlai_agent"},
 }
 AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from backends import PARLAI
 from cli import UserError
-from convai_evaluation import PARLAI, run
+from convai_evaluation import run
 from formats import write_parlai
 
 try:
