@@ -39,8 +39,9 @@ test-oldest: .venv-oldest/installed.stamp  ## run the tests on the oldest transf
 bench: .venv/requirements.stamp  ## measure every speed claim against the plain recipe: 15 minutes; BENCH=--quick: 2
 	$(PY) benchmarks/run.py $(BENCH)
 
-lint: .venv/requirements-dev.stamp  ## check the style of the code and of the Dockerfile
+lint: .venv/requirements-dev.stamp  ## check the code's style and types, and the Dockerfile
 	.venv/bin/ruff check
+	.venv/bin/mypy
 	.venv/bin/hadolint Dockerfile
 
 audit: .venv/requirements-dev.stamp  ## look what is installed up among known vulnerabilities; a notice where that fails

@@ -5,12 +5,12 @@ import json
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +67,7 @@ class Chat:
     def introduction(self) -> str:
         return f"Persona: {' '.join(self.persona) or '(none)'}"
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str]:
         """The model's reply to a text, in pieces as it is produced.
 
         A reply that is stopped, by an exception or by closing the iterator, is one as far as it had come.
@@ -81,7 +81,9 @@ class Chat:
             self.tell(f"(more than the model's {self.model.n_positions} positions: the oldest is left out now)")
             self.told_of_cut = True
         self.record(speaker="user", text=text)
-        candidates, reply, whole = [], [], False
+        candidates: list[list[int]] = []
+        reply: list[int] = []
+        whole = False
         try:
             if self.args.num_beams or self.args.num_samples > 1:
                 (candidates,) = candidate_replies(self.model, [context], self.tokenizer, self.args)
@@ -97,16 +99,16 @@ class Chat:
                 self.exchanges.append(Exchange(text, heard, reply, candidates or [reply]))
                 self.record(speaker="model", text=self.text_of(reply), **({} if whole else {"stopped": True}))
 
-    def stream(self, context: Context, reply: list[int]) -> Iterator[str]:
+    def stream(self, context: Context, reply: list[int]) -> Generator[str]:
         """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`.
 
         The last word is not: a later token may go on with it. Nor is an `n` before it, which may yet become `n't` and
         join the word before.
         """
         shown = ""
-        with closing(decode(self.model, [context], self.tokenizer, self.args)) as tokens:
-            for (token,) in tokens:
-                reply.append(token)
+        with closing(decode(self.model, [context], self.tokenizer, self.args)) as steps:
+            for (tokens,) in steps:
+                reply += tokens
                 certain = re.sub(r"( n)? \S*$|^\S*$", "", self.text_of(reply))
                 if len(certain) > len(shown):
                     yield certain[len(shown) :]
@@ -121,9 +123,10 @@ class Chat:
 
     def text_of(self, ids: list[int]) -> str:
         """Text as people write it, without spaces before punctuation and within contractions, on one line."""
-        return readable(self.tokenizer.clean_up_tokenization(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        (text,) = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
+        return readable(self.tokenizer.clean_up_tokenization(text))
 
-    def record(self, **turn) -> None:
+    def record(self, **turn: Any) -> None:
         """Add a line to the transcript, if there is one."""
         if self.transcript is None:
             return
@@ -140,7 +143,7 @@ def readable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).encode("utf-8", "replace").decode()
 
 
-def answer(chat: Chat, line: str) -> str | Iterator[str]:
+def answer(chat: Chat, line: str) -> str | Generator[str]:
     """What there is to show for a line of the user: the output of a command, or a reply in pieces.
 
     Raises:
@@ -157,7 +160,7 @@ def answer(chat: Chat, line: str) -> str | Iterator[str]:
     return COMMANDS[name](chat, "".join(rest).strip())
 
 
-def nearest(name: str, names) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (nearest: {found[0]})" if found else ""
 
@@ -198,7 +201,7 @@ def undo(chat: Chat, rest: str) -> str:
     return f"(taken back: {readable(chat.exchanges.pop().text)})"
 
 
-def retry(chat: Chat, rest: str) -> Iterator[str] | str:
+def retry(chat: Chat, rest: str) -> Generator[str] | str:
     """: another reply to your last turn"""
     return chat.say(chat.exchanges.pop().text) if chat.exchanges else "(nothing was said yet)"
 
@@ -233,7 +236,7 @@ SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0"
 
 
 class SettingsParser(ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument --", "/set ", 1))
 
 
@@ -278,7 +281,7 @@ def leave(chat: Chat, rest: str) -> str:
     raise EOFError
 
 
-COMMANDS: dict[str, Callable[[Chat, str], str | Iterator[str]]] = {
+COMMANDS: dict[str, Callable[[Chat, str], str | Generator[str]]] = {
     "/help": show_help,
     "/persona": change_persona,
     "/random": draw_another,

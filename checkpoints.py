@@ -33,14 +33,17 @@ class RandomState:
     """The random generators of every process, as one object that is saved and loaded."""
 
     def state_dict(self) -> dict:
-        _, keys, *rest = np.random.get_state()
+        generator = np.random.get_state(legacy=False)
         state = {
             "python": random.getstate(),
-            "numpy": (keys.tolist(), *rest),
+            "numpy": (
+                generator["state"]["key"].tolist(), generator["state"]["pos"],
+                generator["has_gauss"], generator["gauss"],
+            ),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
-        states = [state]
+        states: list[dict | None] = [state]
         if torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, state)

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -71,7 +72,7 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
     bounds = f" from {low} to {high}" if high != float("inf") else f" of at least {low}"
     expected = name + (bounds if low != -float("inf") else "")
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -139,6 +140,20 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
 
 def add_seed_flag(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (0 = not seeded)")
+
+
+def add_evaluation_flags(parser: ArgumentParser) -> None:
+    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
+    add_model_flags(parser, default="")
+    add_precision_flag(parser)
+    add_decoding_flags(parser)
+    parser.add_argument("--dict_file", default=None,
+                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
+    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
+                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
+                        " as in the original")
+    add_seed_flag(parser)
 
 
 def device(text: str) -> str:

@@ -1,7 +1,7 @@
 """Replies from a model over a key-value cache, many contexts at a time: greedy, sampled, beam search, ranked."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 from cli import UserError
 from inputs import Example, build_input_from_segments, context_positions, fit, make_row, pack
 from model import DoubleHeads
-from utils import SPECIAL_TOKENS
+from utils import special_ids
 
 OFF = {  # flags that the original does not have; arguments from scripts of its time lack them
     "num_beams": 0,
@@ -85,14 +85,13 @@ def candidate_replies(
         found = beam_search(model, contexts, tokenizer, args, prefix)
     else:
         rows = [list(prefix or []) for _ in range(len(contexts) * args.num_samples)]
-        for tokens in decode(model, contexts, tokenizer, args, prefix):
-            for reply, token in zip(rows, tokens):
-                if token is not None:
-                    reply.append(token)
+        for step in decode(model, contexts, tokenizer, args, prefix):
+            for reply, tokens in zip(rows, step):
+                reply += tokens
         found = [rows[start : start + args.num_samples] for start in range(0, len(rows), args.num_samples)]
     if args.rank:
         scores = score_replies(model, [fit_context(model, context, args) for context in contexts], found, tokenizer)
-        order = [sorted(range(len(row)), key=lambda i, row=row: -row[i]) for row in scores]
+        order = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in scores]
         found = [[replies[i] for i in places] for replies, places in zip(found, order)]
     return found
 
@@ -176,10 +175,10 @@ class RoomyLayer(DynamicLayer):
 
     ROOM = 32  # tokens
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.rooms = {}
+            self.rooms: dict[str, Tensor] = {}
         self.keys, self.values = self._extended("keys", key_states), self._extended("values", value_states)
         return self.keys, self.values
 
@@ -265,12 +264,12 @@ class AgainstRepetition:
             for _, history, earlier in (Context(*context) for context in contexts):
                 turns = [turn for turn in [*earlier, *history[-2::-2]] if len(turn) >= size]
                 # one for each turn, so that no n-gram reaches over from one to the next
-                processors = (EncoderNoRepeatNGramLogitsProcessor(size, torch.tensor(turn)) for turn in turns)
+                processors = (EncoderNoRepeatNGramLogitsProcessor(size, torch.LongTensor(turn)) for turn in turns)
                 self.history.append(LogitsProcessorList(processors))
 
     def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
         """Logits of the next tokens, (R, vocabulary), after `tokens` of the replies, (R, T)."""
-        logits = self.reply(tokens, logits)
+        logits = self.reply(tokens, logits)  # type: ignore[arg-type]  # takes any tensor of whole numbers
         if any(self.history):
             copies = len(logits) // len(self.history)
             groups = zip(self.history, tokens.split(copies), logits.split(copies))
@@ -309,14 +308,14 @@ def decode(
     tokenizer: PreTrainedTokenizerBase,
     args: Namespace,
     prefix: list[int] | None = None,
-) -> Iterator[list[int | None]]:
-    """The next token of each reply, sampled or greedy, step by step; None for a reply that has ended.
+) -> Generator[list[list[int]]]:
+    """What each reply gains, step by step: its next token, sampled or greedy, or none if it has ended.
 
     Each context has `num_samples` replies, which stand side by side. A reply ends before a special token or at
     `max_length` tokens. `prefix` are first tokens of every reply.
     """
     args = with_defaults(args)
-    special = torch.tensor(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), device=model.device)
+    special = torch.tensor(special_ids(tokenizer), device=model.device)
     # 1) prefill 2) repeat the cache
     rows, tokens, penalize = _begin(model, contexts, tokenizer, args, prefix or [], args.num_samples)
     # 3) state of the rows
@@ -327,7 +326,7 @@ def decode(
         ended |= torch.isin(chosen, special)
         if ended.all():
             return
-        yield [token if going else None for token, going in zip(chosen.tolist(), (~ended).tolist())]
+        yield [[] if done else [token] for token, done in zip(chosen.tolist(), ended.tolist())]
         if step + 1 == args.max_length:
             return
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
@@ -370,7 +369,7 @@ def beam_search(
     so one beam is greedy choice. Temperature and filters have no say, but for the one case that `_choose` tells of.
     """
     args = with_defaults(args)
-    special = torch.tensor(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), device=model.device)
+    special = torch.tensor(special_ids(tokenizer), device=model.device)
     n, width, prefix = len(contexts), args.num_beams, prefix or []
     # 1) prefill 2) repeat the cache
     rows, tokens, penalize = _begin(model, contexts, tokenizer, args, prefix, width)

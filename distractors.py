@@ -16,7 +16,7 @@ def add_distractors_(dialogs: list[dict]) -> None:
     wanting = np.flatnonzero([len(utterance["candidates"]) < 2 for utterance in utterances])
     if not wanting.size:
         return
-    numbers = {}  # distinct reply -> its number, by first appearance
+    numbers: dict[str, int] = {}  # distinct reply -> its number, by first appearance
     reply = np.array([numbers.setdefault(utterance["candidates"][-1], len(numbers)) for utterance in utterances])
     dialog = np.repeat(np.arange(len(dialogs)), [len(dialog["utterances"]) for dialog in dialogs])
 
@@ -37,7 +37,8 @@ def add_distractors_(dialogs: list[dict]) -> None:
     drawn += (drawn >= place[gold][:, None]) * shared[:, None]
     drawn += (drawn >= start[own][:, None]) * size[own][:, None]
 
-    replies = np.array([*numbers], dtype=object)[order].tolist()
+    distinct = [*numbers]
+    replies = [distinct[n] for n in order.tolist()]
     for utterance, row in zip((utterances[n] for n in wanting), drawn.tolist(), strict=True):
         utterance["candidates"][:0] = [replies[n] for n in row if n >= 0]
 

@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import requests
 import urllib3
@@ -134,8 +134,16 @@ def _download(url: str, shown: str, path: Path, sha256: str | None) -> None:
         os.replace(part, path)
 
 
+class _StatusError(requests.RequestException):
+    """The server answers, but not with the content."""
+
+    def __init__(self, status: int):
+        super().__init__(f"HTTP {status} {http.client.responses.get(status, '')}")
+        self.status = status
+
+
 def _transfer_with_retries(session: requests.Session, url: str, shown: str, file: BinaryIO) -> None:
-    earlier = CaseInsensitiveDict()
+    earlier: CaseInsensitiveDict[str] = CaseInsensitiveDict()
     for attempt in range(1, TRIES + 1):
         try:
             return _transfer(session, url, file, earlier)
@@ -146,7 +154,7 @@ def _transfer_with_retries(session: requests.Session, url: str, shown: str, file
             time.sleep(BACK_OFF * 2 ** (attempt - 1))
 
 
-def _transfer(session: requests.Session, url: str, file: BinaryIO, earlier: CaseInsensitiveDict) -> None:
+def _transfer(session: requests.Session, url: str, file: BinaryIO, earlier: CaseInsensitiveDict[str]) -> None:
     """Write the content to `file`, or the part of it that is still missing there.
 
     `earlier` holds the headers of the response that `file` comes from: they name the version of which to ask the rest.
@@ -158,7 +166,7 @@ def _transfer(session: requests.Session, url: str, file: BinaryIO, earlier: Case
         resumed = (response.status_code == 206
                    and response.headers.get("Content-Range", "").startswith(f"bytes {done}-"))
         if response.status_code != 200 and not resumed:
-            raise requests.HTTPError(response=response)
+            raise _StatusError(response.status_code)
         if not resumed:  # the server takes no ranges, or has another version by now
             done = file.seek(0)
             file.truncate()
@@ -173,8 +181,8 @@ def _transfer(session: requests.Session, url: str, file: BinaryIO, earlier: Case
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may go better."""
-    if isinstance(error, requests.HTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    if isinstance(error, _StatusError):
+        return error.status in (408, 429) or error.status >= 500
     if isinstance(error, requests.exceptions.SSLError | requests.ConnectTimeout):
         return False
     return isinstance(error, requests.ConnectionError | requests.Timeout | urllib3.exceptions.HTTPError)
@@ -182,9 +190,6 @@ def _may_pass(error: Exception) -> bool:
 
 def _reason(error: BaseException) -> str:
     """The innermost error in one line: requests wraps urllib3's errors, which wrap the system's."""
-    if isinstance(error, requests.HTTPError):
-        status = error.response.status_code
-        return f"HTTP {status} {http.client.responses.get(status, '')}".strip()
     if isinstance(error, requests.exceptions.InvalidSchema):
         return "it redirects to another scheme, which is refused"
     while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, BaseException)), None):
@@ -245,8 +250,8 @@ class _TarHeader(tarfile.TarInfo):
     """A tar header, checked before tarfile acts on it."""
 
     @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        header = super().frombuf(buf, encoding, errors)
+    def frombuf(cls, *args: Any) -> Self:
+        header = super().frombuf(*args)
         if header.type == tarfile.GNUTYPE_SPARSE:
             raise ValueError(f"{header.name!r} is a sparse file")
         if not header.isreg() and not 0 <= header.size <= MAX_HEADER:

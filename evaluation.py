@@ -6,33 +6,20 @@ Every backend's figures are made of these, so they agree to the digit.
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from cli import ArgumentParser, UserError, add_decoding_flags, add_model_flags, add_precision_flag, add_seed_flag
-from decoding import generate
+from cli import UserError
+from decoding import Context, generate
 from inputs import Example, Row, context_length, fit, make_row, pack
 from metrics import WordProbabilities, rank, read_word_counts, split_words
 from model import DoubleHeads
 from tokenization import tokenize
 
 TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of probabilities, which stay in a cache
-
-
-def add_evaluation_flags(parser: ArgumentParser) -> None:
-    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
-    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
-    add_model_flags(parser, default="")
-    add_precision_flag(parser)
-    add_decoding_flags(parser)
-    parser.add_argument("--dict_file", default=None,
-                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
-    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
-                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
-                        " as in the original")
-    add_seed_flag(parser)
 
 
 def read_dictionary(path: str) -> dict[str, int]:
@@ -108,8 +95,8 @@ def reply(
     model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], args: Namespace
 ) -> list[str]:
     """For each turn a reply of the model's own, decoded as `args` say; as text with its words spaced as they are."""
-    replies = generate(model, [(turn.persona, turn.history) for turn in turns], tokenizer, args)
-    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in replies]
+    replies = generate(model, [Context(turn.persona, turn.history) for turn in turns], tokenizer, args)
+    return tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class LabelScorer:
@@ -146,11 +133,11 @@ class LabelScorer:
             depends on the tokenizer: it compares within a family only.
         """
         # far more than the model can see: to lay out each beginning of a label without end would fill memory
-        words = [split_words(turn.label)[: 4 * model.n_positions] for turn in turns]
+        words = [split_words(turn.label or "")[: 4 * model.n_positions] for turn in turns]
         rows, places = self._lay_out(model, turns, words)
         batch = pack(rows, self.tokenizer.pad_token_id)
-        at_words = iter(_flat_positions(rows, places, batch.input_ids.size(1)))
-        at_words = [[next(at_words) for _ in turn_words] for turn_words in words]
+        positions = iter(_flat_positions(rows, places, batch.input_ids.size(1)))
+        at_words = [[next(positions) for _ in turn_words] for turn_words in words]
         at_tokens = [part.tolist() for part in batch.lm_positions.split([len(row.replies[0]) for row in rows])]
         labels = [row.replies[0] for row in rows]
         hidden = model.packed_hidden_states(batch.to(model.device))
@@ -185,8 +172,8 @@ class LabelScorer:
     @torch.inference_mode()
     def distribution(self, model: DoubleHeads, turn: Turn, words: list[str]) -> dict[str, float]:
         """Probability of every word of the dictionary as the next one after `words` of the turn's label."""
-        whole = " ".join(words if turn.label is None else split_words(turn.label))
-        before, whole = tokenize(self.tokenizer, [" ".join(words), whole])
+        text = " ".join(words if turn.label is None else split_words(turn.label))
+        before, whole = tokenize(self.tokenizer, [" ".join(words), text])
         batch = pack([self._row(model, turn, whole, [before])], self.tokenizer.pad_token_id).to(model.device)
         next_piece = model.lm_logits(model.packed_hidden_states(batch)[-1]).float().softmax(-1)
         return (self.later if words else self.first).distribution(next_piece)
@@ -283,7 +270,7 @@ class Evaluator:
         "token_nll": sum of -ln p over the label's tokens, and their number. "reply": a text.
         """
         model, tokenizer, measured = self.model, self.tokenizer, self.args.eval_type
-        results = [{} for _ in turns]
+        results: list[dict] = [{} for _ in turns]
 
         def add(chosen: list[int], function: Callable[[list[Turn]], Iterable[dict]]) -> None:
             for i, result in zip(chosen, function([turns[i] for i in chosen]) if chosen else ()):
@@ -292,9 +279,8 @@ class Evaluator:
         if measured in ("hits@1", "all"):
             add([i for i, turn in enumerate(turns) if turn.candidates],
                 lambda batch: ({"ranking": ranking} for ranking in rank_candidates(model, tokenizer, batch)))
-        if measured in ("ppl", "all"):
-            add([i for i, turn in enumerate(turns) if turn.label is not None],
-                lambda batch: self.scorer.score(model, batch))
+        if self.scorer:
+            add([i for i, turn in enumerate(turns) if turn.label is not None], partial(self.scorer.score, model))
         add([i for i, result in enumerate(results) if measured in ("f1", "all") or not result],
             lambda batch: ({"reply": text} for text in reply(model, tokenizer, batch, self.args)))
         return results

@@ -77,7 +77,7 @@ class GPTModel(OpenAIGPTModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **_,
+        **_: object,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, C). `attention_mask`: boolean (B, 1, T, keys), True where attended; None = causal."""
         x = self.tokens_embed(input_ids) if inputs_embeds is None else inputs_embeds

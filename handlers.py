@@ -87,19 +87,23 @@ def attach_validation(
 ) -> None:
     """Validate after each epoch, and before the first one if asked; export the best model; stop without progress."""
 
-    def validate(engine: Engine):
+    def validate(engine: Engine) -> None:
         evaluator.run(loader)
         logger.info("Validation: %s", ", ".join(f"{key} {value:.4f}" for key, value in evaluator.state.metrics.items()))
 
-    def judge(engine: Engine):
+    def judge(engine: Engine) -> None:
         if best.update(evaluator.state.metrics) and args.export == "best":
             export()
         if args.patience and best.since >= args.patience:
             logger.info("Stopped: %s is no better since %d epochs (--patience)", best.metric, best.since)
             engine.terminate()
 
+    def validate_first(engine: Engine) -> None:
+        if not engine.state.iteration:
+            validate(engine)
+
     if args.eval_before_start:
-        trainer.add_event_handler(Events.STARTED, lambda engine: engine.state.iteration or validate(engine))
+        trainer.add_event_handler(Events.STARTED, validate_first)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, judge)
 
@@ -115,11 +119,11 @@ def attach_figures(
 
     `folder` is None on the processes that do not write. They take part in the reductions.
     """
-    logged = StepEvents.OPTIMIZER_STEP(every=args.log_every)
+    logged = StepEvents.OPTIMIZER_STEP(every=args.log_every)  # type: ignore[operator]  # ignite's events are called
     since = {"time": time.perf_counter(), "iteration": trainer.state.iteration}
 
     @trainer.on(logged)
-    def collect(engine: Engine):
+    def collect(engine: Engine) -> None:
         loss, lm_loss, mc_loss = (idist.all_reduce(engine.state.losses) / idist.get_world_size()).tolist()
         seconds = time.perf_counter() - since["time"]
         iterations = engine.state.iteration - since["iteration"]
@@ -165,7 +169,7 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
     asked, stopped = [], []
     due = {"epoch": False}
 
-    def request_stop(number: int, _) -> None:
+    def request_stop(number: int, _: object) -> None:
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
         logger.info("Asked to stop: after this step or validation, with a checkpoint; once more stops at once")
@@ -173,7 +177,7 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
     before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     @trainer.on(Events.COMPLETED)
-    def listen_no_more():
+    def listen_no_more() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -189,12 +193,12 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
             engine.terminate()
 
     @trainer.on(StepEvents.OPTIMIZER_STEP)
-    def step_done(engine: Engine):
+    def step_done(engine: Engine) -> None:
         if engine.state.iteration % engine.state.epoch_length:  # else the epoch's end is about to be validated first
             save_if_due(engine)
 
     @trainer.on(Events.EPOCH_COMPLETED)
-    def epoch_done(engine: Engine):
+    def epoch_done(engine: Engine) -> None:
         due["epoch"] = True
         if engine.state.iteration % args.gradient_accumulation_steps == 0 or engine.state.epoch == args.n_epochs:
             save_if_due(engine)

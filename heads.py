@@ -40,7 +40,7 @@ class ChoiceHead(nn.Module):
 def with_choice_head(language_model: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A language model's class with `multiple_choice_head`, which saves itself as the class without."""
 
-    class DoubleHeadsModel(language_model):
+    class DoubleHeadsModel(language_model):  # type: ignore[valid-type,misc]  # known when it is called only
         def __init__(self, config: PretrainedConfig):
             super().__init__(config)
             self.multiple_choice_head = ChoiceHead(self.get_output_embeddings().in_features)

@@ -25,7 +25,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from cli import UserError
-from utils import SPECIAL_TOKENS, paused_collector
+from utils import paused_collector, special_ids
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def build_input_from_segments(
         `input_ids`, `token_type_ids` and `lm_labels`, lists of the sequence's length, and `mc_token_ids`, the index of
         its last token, which the choice head reads.
     """
-    bos, eos, speaker1, speaker2 = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[:-1])
+    bos, eos, speaker1, speaker2, _ = special_ids(tokenizer)
     turns = [*history, reply + [eos] * with_eos]
     speakers = [speaker1 if (len(turns) - i) % 2 else speaker2 for i in range(len(turns))]
     segments = [[bos, *chain(*persona)], *([speaker, *turn] for speaker, turn in zip(speakers, turns))]
@@ -317,7 +317,7 @@ class BucketSampler(Sampler[list[int]]):
             return list(_split(np.argsort(self.lengths, kind="stable"), size))
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.lengths))
-        batches = []
+        batches: list[np.ndarray] = []
         for window in _split(order, size * self.WINDOW):
             batches += _split(window[np.argsort(self.lengths[window], kind="stable")], size)
         return [batches[i] for i in generator.permutation(len(batches))]

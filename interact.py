@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cli import (
     ArgumentParser,
@@ -30,6 +30,13 @@ from cli import (
     set_up_logging,
 )
 
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from transformers import PreTrainedTokenizerBase
+
+    from chat import Chat
+    from model import DoubleHeads
+
 logger = logging.getLogger(__name__)
 
 PROMPT = ">>> "
@@ -37,7 +44,7 @@ COLOURS = {"reply": "\x1b[36m", "note": "\x1b[2m", "persona": "\x1b[33m"}
 GIVE_PERSONA = 'give a persona instead: --personality "i like dogs ." "i live in ohio ."'
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Callable:
     """The original's public names that live in `decoding` now: loaded, with torch, when they are asked for."""
     if name in ("sample_sequence", "top_filtering"):
         import decoding
@@ -97,7 +104,7 @@ def run(argv: list[str] | None = None) -> None:
         talk(chat, make_reader(), show)
 
 
-def load(args: Namespace):
+def load(args: Namespace) -> "tuple[DoubleHeads, PreTrainedTokenizerBase]":
     """Model and tokenizer of `--model_checkpoint`."""
     from model import add_special_tokens_, default_device, load_finetuned, load_model, set_precision_
     from utils import knows_dialog_tokens, load_tokenizer
@@ -156,7 +163,7 @@ def recorded_dataset(checkpoint: str) -> str:
 
 # ---- terminal ----
 
-def talk(chat, read: Callable[[], str], show: Callable[..., None]) -> None:
+def talk(chat: "Chat", read: Callable[[], str], show: Callable[..., None]) -> None:
     """Answer line after line until the end of the input, `/quit`, or Ctrl-C twice."""
     from chat import answer
 
@@ -217,11 +224,13 @@ def make_editor() -> Callable[[], str]:
     from chat import COMMANDS
 
     completer = WordCompleter([*COMMANDS], sentence=True)
-    session = PromptSession(history=open_history(), completer=completer, complete_while_typing=False)
-    return lambda: session.prompt(PROMPT)
+    editor: PromptSession[str] = PromptSession(
+        history=open_history(), completer=completer, complete_while_typing=False
+    )
+    return lambda: editor.prompt(PROMPT)
 
 
-def open_history():
+def open_history() -> "History":
     """The lines typed in earlier chats, and where those of this one go: a file of the user's own, if there can be."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 

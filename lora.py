@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,9 +19,10 @@ from cli import UserError, require
 
 CONFIG = "adapter_config.json"
 HEAD = "multiple_choice_head"
+Network = Any  # a PreTrainedModel, or peft's around it, an optional library's
 
 
-def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], base: str) -> nn.Module:
+def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], base: str) -> Network:
     """The model with adapters of this rank, scaled by alpha / rank = 2, at all linear layers of its blocks.
 
     Trained are those, the embeddings of `tokens` (input and output) and the choice head; nothing else.
@@ -66,12 +68,12 @@ def base_of(folder: str) -> str:
         raise UserError(f"{Path(folder, CONFIG)}: no adapter's configuration") from error
 
 
-def rank_of(network: nn.Module) -> int:
+def rank_of(network: Network) -> int:
     """The rank of a model's adapter; 0 where it has none."""
     return 0 if isinstance(network, PreTrainedModel) else network.active_peft_config.r
 
 
-def load_adapter(pretrained: PreTrainedModel, folder: str) -> nn.Module:
+def load_adapter(pretrained: PreTrainedModel, folder: str) -> Network:
     """The model with a folder's adapter, ready to be trained on."""
     require(f"--model_checkpoint {folder}", "peft")
     from peft import PeftModel
@@ -80,12 +82,12 @@ def load_adapter(pretrained: PreTrainedModel, folder: str) -> nn.Module:
         return PeftModel.from_pretrained(pretrained, folder, is_trainable=True)
 
 
-def merged(network: nn.Module) -> PreTrainedModel:
+def merged(network: Network) -> PreTrainedModel:
     """A copy of the model with its adapter worked into its weights."""
     return copy.deepcopy(network).merge_and_unload() if rank_of(network) else network
 
 
-def save_network(network: nn.Module, folder: str) -> None:
+def save_network(network: Network, folder: str) -> None:
     """Write a model, or of one with an adapter only that, as its library does."""
     if not rank_of(network):
         return network.save_pretrained(folder)

@@ -10,6 +10,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,10 +27,10 @@ from transformers.cache_utils import DynamicLayer
 from cli import UserError, default_device, first_line
 from files import TEMPORARY, move_into_place
 from heads import FAMILIES, double_heads_class
-from lora import add_adapter, base_of, is_adapter, load_adapter, merged, rank_of, save_network
+from inputs import Batch
+from lora import HEAD, Network, add_adapter, base_of, is_adapter, load_adapter, merged, rank_of, save_network
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
-    SPECIAL_TOKENS,
     cannot_load,
     download_pretrained_model,
     has_weights,
@@ -38,6 +39,7 @@ from utils import (
     load_tokenizer,
     pretrained_arguments,
     resolve_checkpoint,
+    special_ids,
 )
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class DoubleHeads(nn.Module):
         additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Network):
         super().__init__()
         self.network = network
         self.additive_mask = False
@@ -135,16 +137,16 @@ class DoubleHeads(nn.Module):
 
     def choice_scores(self, hidden: Tensor) -> Tensor:
         """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
-        head = self.pretrained.multiple_choice_head
-        return head(hidden.unsqueeze(-2).to(next(head.parameters()).dtype)).squeeze(-1)
+        head = self.pretrained.get_submodule(HEAD)
+        return head(hidden.unsqueeze(-2).to(next(head.parameters(), hidden).dtype)).squeeze(-1)
 
-    def packed_hidden_states(self, batch) -> Tensor:
-        """Hidden states of packed rows (`inputs.Batch`), in one flat line, as its positions count: (B * T, C)."""
+    def packed_hidden_states(self, batch: Batch) -> Tensor:
+        """Hidden states of packed rows, in one flat line, as its positions count: (B * T, C)."""
         hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
         return hidden.flatten(0, 1)
 
-    def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """Both heads over packed rows (`inputs.Batch`), each only where it is asked for.
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both heads over packed rows, each only where it is asked for.
 
         Returns:
             lm_logits: (number of lm_positions, vocabulary).
@@ -362,7 +364,7 @@ def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -
     pretrained = model.pretrained
     for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
         trained = torch.zeros(len(weight), 1, device=weight.device)
-        trained[tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)] = 1.0
+        trained[special_ids(tokenizer)] = 1.0
         weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
 
 
@@ -374,8 +376,7 @@ def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: i
     """
     present = rank_of(model.network)
     if not present:
-        tokens = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-        model.network = add_adapter(model.pretrained, rank, tokens, base)
+        model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
     elif present != rank:
         raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
 
@@ -392,13 +393,19 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
     Raises:
         UserError: the tokenizer has tokens that the model does not have.
     """
-    pretrained = getattr(model, "pretrained", model)
+    pretrained = model.pretrained if isinstance(model, DoubleHeads) else model
     before = len(tokenizer)
     if tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN):
-        if len(pretrained.get_input_embeddings().weight) > before:  # rows that no token has, as Qwen's
+        if embedding_rows(pretrained) > before:  # rows that no token has, as Qwen's
             pretrained.resize_token_embeddings(before)
         # original: new rows are drawn as any embedding is, not around the mean of the old ones
         pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = len(pretrained.get_input_embeddings().weight)
+    rows = embedding_rows(pretrained)
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")
+
+
+def embedding_rows(pretrained: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings for: at least its tokenizer's."""
+    embeddings: Any = pretrained.get_input_embeddings()  # torch's layer, or peft's around it
+    return len(embeddings.weight)

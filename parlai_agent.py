@@ -9,11 +9,12 @@ from argparse import Namespace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from cli import ArgumentParser, UserError, set_seed
-from dialogs import OWN_PERSONA, PARTNER_PERSONA, dataset_files, read_dialogs
-from evaluation import Evaluator, Turn, add_evaluation_flags, read_dictionary
+from cli import ArgumentParser, UserError, add_evaluation_flags, set_seed
+from dialogs import dataset_files, read_dialogs
+from evaluation import Evaluator, Turn, read_dictionary
+from formats import OWN_PERSONA, PARTNER_PERSONA
 from metrics import count_words
 from model import load_finetuned, set_precision_
 from tokenization import tokenize
@@ -44,20 +45,21 @@ class Perplexity(AverageMetric):
 class TransformerAgent(Agent):
     """Ranks candidates, replies, and gives probabilities of words, by the functions of the evaluation without ParlAI.
 
-    Flags of the agent are those of `evaluation.add_evaluation_flags`. `opt["record"]`, if there, is called with each
+    Flags of the agent are those of `cli.add_evaluation_flags`. `opt["record"]`, if there, is called with each
     `Dialog` and the results on it.
     """
 
     @classmethod
-    def add_cmdline_args(cls, parser, partial_opt=None):
+    def add_cmdline_args(cls, parser: Any, partial_opt: dict | None = None) -> Any:
         """Add the agent's flags to ParlAI's parser."""
         group = parser.add_argument_group("TransferTransfo")
 
-        def add_argument(*names: str, **options) -> None:
+        def add_argument(*names: str, **options: Any) -> None:
             # `--model`, elsewhere a second name of --model_checkpoint, is ParlAI's flag for the agent's class
             group.add_argument(*(name for name in names if name != "--model"), **options)
 
-        add_evaluation_flags(SimpleNamespace(add_argument=add_argument))
+        flags: Any = SimpleNamespace(add_argument=add_argument)
+        add_evaluation_flags(flags)
         return parser
 
     def __init__(self, opt: dict, shared: dict | None = None):
@@ -72,10 +74,11 @@ class TransformerAgent(Agent):
 
     def reset(self) -> None:
         """Forget the dialog."""
-        self.persona, self.history = [], []
-        self.answer = None  # to the last message: it joins the history with the next one
+        self.persona: list[str] = []
+        self.history: list[str] = []
+        self.answer: str | None = None  # to the last message: it joins the history with the next one
         self.episode_done = False
-        self.observation = None
+        self.observation: dict = {}
 
     def observe(self, observation: dict) -> dict:
         """Add a message to the dialog. What is returned carries the dialog.
@@ -106,13 +109,13 @@ class TransformerAgent(Agent):
 
     def act(self) -> dict:
         """The reply to the last message."""
-        (message,) = self.batch_act([self.observation or {}])
+        (message,) = self.batch_act([self.observation])
         self.self_observe(message)
         return message
 
     def batch_act(self, observations: list[dict]) -> list[dict]:
         """Replies to what copies of the agent have observed; to padding, which has no text, the agent's name alone."""
-        messages = [{"id": self.id} for _ in observations]
+        messages: list[dict] = [{"id": self.id} for _ in observations]
         asked = [i for i, observation in enumerate(observations) if "text" in observation]
         dialogs = [observations[i]["dialog"] for i in asked]
         for i, dialog, result in zip(asked, dialogs, self.evaluator(self._turns(dialogs))):

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class NativePrecision:
 class ApexPrecision:
     """A level by apex's amp, as its documentation has it: initialize, scale_loss, master_params."""
 
-    def __init__(self, level: str, model: nn.Module, make_optimizer: Callable, amp):
+    def __init__(self, level: str, model: nn.Module, make_optimizer: Callable, amp: ModuleType):
         self._amp = amp
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         _, self.optimizer = amp.initialize(model, make_optimizer(trained), opt_level=level)

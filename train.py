@@ -118,7 +118,32 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
                         help="candidates of a training example, the gold one included (0 = all)")
     parser.add_argument("--personality_permutations", type=number(int, 1), default=1,
                         help="passes over each training dialog an epoch, its persona rotated each time")
-    # optimisation
+    add_optimisation_flags(parser)
+    # hardware
+    parser.add_argument("--fp16", choices=LEVELS, default="",
+                        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
+    parser.add_argument("--gradient_checkpointing", action="store_true",
+                        help="compute each layer twice, for a fraction of the memory")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the model with torch.compile: minutes at the start, faster steps after it")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
+                        help="set by torch.distributed.launch (-1 = one process)")
+    add_run_flags(parser)
+    add_seed_flag(parser)
+
+    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    args = parser.parse_args(argv)
+    run = find_run(args.resume, args) if args.resume else None
+    if run:
+        saved = read_arguments(run)
+        parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
+        args = parser.parse_args(argv)
+        if changed := changed_arguments(saved, args):
+            raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
+    return args, run
+
+
+def add_optimisation_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--n_epochs", type=number(int, 1), default=3, help="passes over the training examples")
     parser.add_argument("--train_batch_size", type=number(int, 1), default=4,
                         help="examples of one forward, in each process")
@@ -134,16 +159,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
                         help="norm to which longer gradients are clipped (0 = off)")
     parser.add_argument("--freeze_embeddings", action="store_true", help="of the words train the dialog tokens only")
-    # hardware
-    parser.add_argument("--fp16", choices=LEVELS, default="",
-                        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
-    parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="compute each layer twice, for a fraction of the memory")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the model with torch.compile: minutes at the start, faster steps after it")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
-                        help="set by torch.distributed.launch (-1 = one process)")
-    # run
+
+
+def add_run_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", default="",
                         help="run folder to go on with; auto = the newest of the same arguments, or a new one")
     parser.add_argument("--eval_before_start", action="store_true", help="validate before the first step too")
@@ -158,23 +176,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
                         help="epochs without a better validation until the run stops (0 = off)")
     parser.add_argument("--export", choices=["last", "best"], default="last",
                         help="epoch whose weights are in the run folder's model.safetensors")
-    add_seed_flag(parser)
-
-    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    args = parser.parse_args(argv)
-    run = find_run(args.resume, args) if args.resume else None
-    if run:
-        saved = read_arguments(run)
-        parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
-        args = parser.parse_args(argv)
-        if changed := changed_arguments(saved, args):
-            raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
-    return args, run
 
 
 def get_data_loaders(
     args: Namespace, tokenizer: PreTrainedTokenizerBase, n_positions: int = 512, history_start: int = 0
-):
+) -> tuple[DataLoader, DataLoader | None, BucketSampler, BucketSampler | None]:
     """Loaders of packed batches, and their samplers: train, valid, train, valid.
 
     The valid ones are None where the dataset has no such split.
@@ -188,7 +194,7 @@ def get_data_loaders(
     if getattr(args, "dataset_digest", content.digest) != content.digest:
         raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
     args.dataset_digest = content.digest
-    dataset = {split: content.dialogs(split, content.tokens) for split in content.splits}
+    dataset = content.all_dialogs(content.tokens)
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
     if args.train_share < 1:
@@ -207,34 +213,39 @@ def get_data_loaders(
     collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
     # every process takes part in a training step, so where a share is empty one works on what does not count
     train_collate = partial(collate, filler=train[0])
-    train_loader = make_loader(train, train_collate, args.train_batch_size, shuffle=True, seed=args.seed)
-    log_examples("train", train, train_loader)
+    train_loader, train_sampler = make_loader(train, train_collate, args.train_batch_size, shuffle=True, seed=args.seed)
+    log_examples("train", train, train_sampler)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
     if "valid" not in dataset:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
-        return train_loader, None, train_loader.batch_sampler, None
+        return train_loader, None, train_sampler, None
     # original: the persona rotates in validation too; here each validation example counts once
     valid = make_examples(dataset["valid"], args.max_history, n_positions, history_start=history_start)
-    valid_loader = make_loader(valid, collate, args.valid_batch_size, shuffle=False)
-    log_examples("valid", valid, valid_loader)
-    return train_loader, valid_loader, train_loader.batch_sampler, valid_loader.batch_sampler
+    valid_loader, valid_sampler = make_loader(valid, collate, args.valid_batch_size, shuffle=False)
+    log_examples("valid", valid, valid_sampler)
+    return train_loader, valid_loader, train_sampler, valid_sampler
 
 
 def make_loader(
-    examples: list[Example], collate: Callable[[list[Example]], Batch], batch_size: int, shuffle: bool, seed: int = 0
-) -> DataLoader:
-    """A loader of packed batches: of this process's share of the examples."""
+    examples: list[Example],
+    collate: Callable[[list[Example]], Batch | None],
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+) -> tuple[DataLoader, BucketSampler]:
+    """A loader of packed batches, of this process's share of the examples, and its sampler."""
     sampler = BucketSampler(
         [example.row_length for example in examples],
         batch_size, shuffle, seed, idist.get_rank(), idist.get_world_size(),
     )  # fmt: skip
-    return DataLoader(
-        examples,
+    loader: DataLoader = DataLoader(
+        examples,  # type: ignore[arg-type]  # torch takes any sequence
         batch_sampler=sampler,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each epoch would draw from torch's own, a resumed one too
     )
+    return loader, sampler
 
 
 def pack_examples(
@@ -251,11 +262,10 @@ def pack_examples(
     return pack(rows, tokenizer.pad_token_id, multiple) if rows else None
 
 
-def log_examples(split: str, examples: list[Example], loader: DataLoader) -> None:
-    lengths = loader.batch_sampler.lengths
+def log_examples(split: str, examples: list[Example], sampler: BucketSampler) -> None:
     candidates = max(len(example.candidates) for example in examples)
     logger.info("%s: %d examples of up to %d candidates, %d tokens in packed rows, the longest %d",
-                split, len(examples), candidates, lengths.sum(), lengths.max())
+                split, len(examples), candidates, sampler.lengths.sum(), sampler.lengths.max())
 
 
 def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace, device: torch.device) -> Engine:
@@ -278,7 +288,7 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
         micro_steps = args.gradient_accumulation_steps
         # original: what is left over at the end of the run is thrown away
         full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
-        with contextlib.nullcontext() if full or idist.get_world_size() == 1 else model.no_sync():
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not full else contextlib.nullcontext():
             with precision.autocast():
                 losses = distributed_losses(model, batch.to(device))
             loss = losses @ coefficients
@@ -330,7 +340,7 @@ def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
 
 def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
     """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
-    groups = [[], []]
+    groups: tuple[list, list] = ([], [])
     for name, parameter in zip(names, parameters, strict=True):
         groups[args.head_lr is not None and HEAD in name].append(parameter)
     return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)
@@ -355,12 +365,12 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     evaluator = Engine(step)
 
     @evaluator.on(Events.STARTED)
-    def begin():
+    def begin() -> None:
         model.eval()
         sums.zero_()
 
     @evaluator.on(Events.COMPLETED)
-    def finish(engine: Engine):
+    def finish(engine: Engine) -> None:
         nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
         nll /= max(tokens, 1)
         engine.state.metrics = {"nll": nll, "ppl": math.exp(min(nll, 700)), "accuracy": hits / examples}
@@ -429,6 +439,44 @@ def open_run_folder(
     return folder
 
 
+def attach_handlers(
+    args: Namespace,
+    folder: Path | None,
+    trainer: Engine,
+    evaluator: Engine,
+    model: DoubleHeads,
+    to_save: dict,
+    sampler: BucketSampler,
+    valid_loader: DataLoader | None,
+) -> list[int]:
+    """Attach what happens around the steps: the batches' order, figures, validation, export, checkpoints.
+
+    Args:
+        folder: the run folder, None on the processes that do not write.
+        to_save: the training state, which checkpoints hold.
+
+    Returns:
+        A list in which the signal that stopped the run will stand.
+    """
+
+    def export() -> None:
+        if folder is not None:
+            save_model(model, folder, args.merge_lora)
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch(engine: Engine) -> None:
+        done = engine.state.iteration % len(sampler)  # more than 0 where a resumed run goes on within an epoch
+        sampler.set_epoch(engine.state.epoch, done)
+
+    attach_figures(trainer, evaluator, to_save["precision"], args, folder)
+    if valid_loader is not None:
+        attach_validation(trainer, evaluator, valid_loader, to_save["best"], export, args)
+    if args.export == "last" or valid_loader is None:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
+    save = partial(save_checkpoint, folder, trainer, to_save, args.n_saved)
+    return attach_checkpoints(trainer, save, args)
+
+
 @one_line_for_a_lost_process()
 def train(argv: list[str] | None = None) -> str:
     """Train as the command line says; returns the run folder, which is a checkpoint itself.
@@ -468,23 +516,7 @@ def train(argv: list[str] | None = None) -> str:
         raise UserError(f"--resume {run}: its {trainer.state.epoch} epochs are done; --n_epochs adds more")
     folder = open_run_folder(args, run, trainer, model, tokenizer) if idist.get_rank() == 0 else None
 
-    def export():
-        if folder is not None:
-            save_model(model, folder, args.merge_lora)
-
-    @trainer.on(Events.EPOCH_STARTED)
-    def begin_epoch(engine: Engine):
-        done = engine.state.iteration % len(train_loader)  # more than 0 where a resumed run goes on within an epoch
-        sampler.set_epoch(engine.state.epoch, done)
-
-    attach_figures(trainer, evaluator, precision, args, folder)
-    if valid_loader is not None:
-        attach_validation(trainer, evaluator, valid_loader, best, export, args)
-    if args.export == "last" or valid_loader is None:
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
-    save = partial(save_checkpoint, folder, trainer, to_save, args.n_saved)
-    stopped = attach_checkpoints(trainer, save, args)
-
+    stopped = attach_handlers(args, folder, trainer, evaluator, model, to_save, sampler, valid_loader)
     model.train()
     if not done:  # else a launcher has restarted a run at its very end
         trainer.run(train_loader, max_epochs=args.n_epochs)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -29,9 +30,10 @@ from transformers import (
 from transformers.utils import has_file
 
 from cli import UserError, first_line, require
-from dialogs import SPLITS, dataset_files, read_dialogs
+from dialogs import dataset_files, read_dialogs
 from download import extract, fetch, is_url
 from files import write_atomically
+from formats import SPLITS
 from tokenization import fingerprint, tokenize
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
-ATTR_TO_SPECIAL_TOKEN = {
+ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
     "bos_token": "<bos>",
     "eos_token": "<eos>",
     "pad_token": "<pad>",
@@ -58,7 +60,7 @@ CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
 class AttrDict(dict):
     """A dict whose keys are attributes too."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.__dict__ = self
 
@@ -111,7 +113,7 @@ def locate_gguf(path: str) -> str:
     raise UserError(f"--model_checkpoint {path}: no such file, neither here nor in an installed Python package")
 
 
-def pretrained_arguments(checkpoint: str) -> dict[str, str]:
+def pretrained_arguments(checkpoint: str) -> dict[str, Any]:
     """What transformers' `from_pretrained` methods are to be called with for a resolved checkpoint."""
     if not is_gguf(checkpoint):
         return {"pretrained_model_name_or_path": checkpoint}
@@ -190,6 +192,11 @@ def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     return set(SPECIAL_TOKENS) <= tokenizer.get_added_vocab().keys()
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of `SPECIAL_TOKENS`."""
+    return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # type: ignore[return-value]  # of a list it is a list
+
+
 def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
     """One line for what transformers could not load."""
     if os.path.exists(checkpoint) or is_gguf(str(checkpoint)):
@@ -238,7 +245,7 @@ def get_dataset(
         UserError: the dataset cannot be had or read.
     """
     dataset = load_dataset(tokenizer, dataset_path, dataset_cache, skip_bad_dialogs)
-    return {split: dataset.dialogs(split, dataset.tokens) for split in dataset.splits}
+    return dataset.all_dialogs(dataset.tokens)
 
 
 class TokenizedDataset:
@@ -288,6 +295,10 @@ class TokenizedDataset:
                 "utterances": list(itertools.islice(utterances, turns)),
             })  # fmt: skip
         return dialogs
+
+    def all_dialogs(self, sentences: list) -> dict[str, list[dict]]:
+        """The dialogs of each split, as `dialogs` gives them."""
+        return {split: self.dialogs(split, sentences) for split in self.splits}
 
     def _lists(self, name: str) -> Iterator[list[int]]:
         values, ends = self._arrays[name].tolist(), self._arrays[f"{name}.ends"].tolist()
@@ -399,8 +410,9 @@ def make_logdir(model_name: str) -> str:
     """Make a new run folder, as `runs/Nov21_20-57-01_host_model`; a start in the same second gets another one."""
     started = datetime.now().strftime("%b%d_%H-%M-%S")
     name = f"{started}_{socket.gethostname()}_{os.path.basename(os.path.abspath(model_name))}"
-    for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
-        folder = Path("runs", name + suffix)
+    suffixes = itertools.chain([""], (f"_{i}" for i in itertools.count(2)))
+    while True:
+        folder = Path("runs", name + next(suffixes))
         try:
             folder.mkdir(parents=True)
         except FileExistsError:

@@ -32,7 +32,7 @@ def main() -> str | None:
     return "\n".join(faults) or None
 
 
-def output(*command) -> str:
+def output(*command: str | Path) -> str:
     """What a command prints, whatever its exit status: pip-audit's is 1 where it finds something."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     if done.returncode and not done.stdout.strip():

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks import reference
 from benchmarks.measure import Seconds, check_equal, figure, in_turn, ratio, timed
 from benchmarks.setting import DECODING, Setting
-from decoding import decode, sample_sequence
+from decoding import Context, decode, sample_sequence
 from inputs import Example, context_length
 from model import DoubleHeads
 
@@ -24,7 +25,7 @@ def chat(setting: Setting) -> Iterator[dict]:
     model, tokenizer = setting.model, setting.tokenizer
     lm = reference.lm_head(reference.double_heads(model))
     example = random_example()
-    times = in_turn(
+    ours, other = in_turn(
         [
             lambda _: sample_sequence(*example[:2], tokenizer, model, DECODING),
             lambda _: reference.greedy_reply(lm, tokenizer, example, DECODING),
@@ -32,10 +33,11 @@ def chat(setting: Setting) -> Iterator[dict]:
         range(1 + ROUNDS * setting.sizes.repetitions),
         functools.partial(check_equal, "chat, reply"),
     )
-    yield ratio(f"chat, {DECODING.max_length} tokens after {CONTEXT}", *times, ">= 8")
+    yield ratio(f"chat, {DECODING.max_length} tokens after {CONTEXT}", ours, other, ">= 8")
     step = seconds_a_token(model, example, tokenizer)
     yield figure("chat: a token", 1000 * step, unit="ms")
-    read = sum(p.nbytes for p in model.parameters()) - model.pretrained.transformer.positions_embed.weight.nbytes
+    looked_up = model.pretrained.base_model.get_parameter("positions_embed.weight")
+    read = sum(p.nbytes for p in model.parameters()) - looked_up.nbytes
     bandwidth = copy_bandwidth(torch.ones(64 * 2**20))
     yield figure("chat: share of a copy's bandwidth", read / step / bandwidth, unit="ratio", gb_per_s=bandwidth / 1e9)
 
@@ -47,9 +49,9 @@ def random_example() -> Example:
     return Example(persona, history, [])
 
 
-def seconds_a_token(model: DoubleHeads, example: Example, tokenizer) -> float:
+def seconds_a_token(model: DoubleHeads, example: Example, tokenizer: PreTrainedTokenizerBase) -> float:
     """Median over a reply's tokens but the first, before which the context is encoded."""
-    times = [time.perf_counter() for _ in decode(model, [example[:2]], tokenizer, DECODING)]
+    times = [time.perf_counter() for _ in decode(model, [Context(*example[:2])], tokenizer, DECODING)]
     return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 

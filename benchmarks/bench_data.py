@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,10 +37,10 @@ def digest(dataset: dict) -> str:
 
 def ours_warm(path: str, tokenizer_path: str, cache: str) -> Callable:
     """From the cache to the first batch; the result tells the sequences and their tokens."""
-    loaders = get_data_loaders(training_args(path, cache), dialog_tokenizer(tokenizer_path))[:2]
+    loaders: tuple = get_data_loaders(training_args(path, cache), dialog_tokenizer(tokenizer_path))[:2]
     next(iter(loaders[0]))
 
-    def finish():
+    def finish() -> list[tuple[int, int]]:
         lengths = [
             [context_length(example.persona, example.history) + len(candidate) + 1
              for example in loader.dataset for candidate in example.candidates]
@@ -78,18 +79,18 @@ def data(setting: Setting) -> Iterator[dict]:
         ]
         for own, other in runs:
             check_equal(f"data, {kind}", own[2], other[2])
-        times, peaks = ([[run[side][part] for run in runs] for side in (0, 1)] for part in (0, 1))
-        row = ratio(f"data, {kind}", *times, goals[0], reference_peak_mb=max(peaks[1]))
+        (times, peaks, _), (other_times, other_peaks, _) = (zip(*side) for side in zip(*runs))
+        row = ratio(f"data, {kind}", times, other_times, goals[0], reference_peak_mb=max(other_peaks))
         yield row
         yield figure(f"data, {kind}: seconds", row["ours_s"], goals[1], "s")
-        yield figure(f"data, {kind}: peak memory", max(peaks[0]), goals[2], "MB")
+        yield figure(f"data, {kind}: peak memory", max(peaks), goals[2], "MB")
 
 
 def training_start(path: str, tokenizer_path: str, cache: str) -> Callable:
     """All that a trainer does before its first step, with the order of the whole epoch; gives the packed tokens."""
-    loaders = get_data_loaders(training_args(path, cache), dialog_tokenizer(tokenizer_path))[:2]
-    next(iter(loaders[0]))
-    return lambda: sum(int(loader.batch_sampler.lengths.sum()) for loader in loaders if loader)
+    loader, _, *samplers = get_data_loaders(training_args(path, cache), dialog_tokenizer(tokenizer_path))
+    next(iter(loader))
+    return lambda: sum(int(sampler.lengths.sum()) for sampler in samplers if sampler)
 
 
 def scaling(setting: Setting) -> Iterator[dict]:
@@ -97,7 +98,7 @@ def scaling(setting: Setting) -> Iterator[dict]:
     with open(setting.path) as file:
         dataset = json.load(file)
     path, cache = str(setting.folder / "repeated.json"), str(setting.folder / "repeated.bin")
-    runs = {"cold": [], "warm": []}
+    runs: dict[str, list[tuple]] = {"cold": [], "warm": []}
     for factor in setting.sizes.factors:
         with open(path, "w") as file:
             write_repeated(dataset, factor, file)
@@ -114,7 +115,7 @@ def scaling(setting: Setting) -> Iterator[dict]:
         yield figure(f"data, {kind}: time a token, largest over 1x", per_token[-1] / per_token[0], "<= 1.2", "ratio")
 
 
-def write_repeated(dataset: dict, factor: int, file) -> None:
+def write_repeated(dataset: dict, factor: int, file: TextIO) -> None:
     """The dialogs of each split `factor` times, written dialog by dialog: the whole would be large."""
     for before, (split, dialogs) in zip(itertools.chain("{", itertools.repeat(",")), dataset.items()):
         texts = [json.dumps(dialog) for dialog in dialogs]

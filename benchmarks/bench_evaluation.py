@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, in_turn, ratio
 from benchmarks.setting import DECODING, Setting, Shape, spread
-from decoding import generate
+from decoding import Context, generate
 from evaluation import Evaluator, Turn, by_length
 from inputs import Example
 from metrics import count_words, split_words
@@ -35,8 +35,8 @@ def time_turns(
 
     one_by_one = lambda turns: [theirs(turn) for turn in turns]  # noqa: E731
     warm_up = batches[0][:2]
-    times = in_turn([ours, one_by_one], [warm_up, *batches], check)
-    return ratio(benchmark, *times, goal, turns=size)
+    own, other = in_turn([ours, one_by_one], [warm_up, *batches], check)
+    return ratio(benchmark, own, other, goal, turns=size)
 
 
 def example_of(turn: Turn) -> Example:
@@ -55,11 +55,13 @@ def hits(setting: Setting) -> Iterator[dict]:
     )  # fmt: skip
 
 
-def word_ppl(setting: Setting, shape: Shape | None = None, name: str = "GPT's size", goal: str = ">= 20"):
+def word_ppl(
+    setting: Setting, shape: Shape | None = None, name: str = "GPT's size", goal: str = ">= 20"
+) -> Iterator[dict]:
     tokenizer = setting.tokenizer
     model = setting.make_model(shape) if shape else setting.model
     dataset = setting.dataset
-    counts = count_words({split: dataset.dialogs(split, dataset.texts) for split in dataset.splits})
+    counts = count_words(dataset.all_dialogs(dataset.texts))
     evaluator = Evaluator(model, tokenizer, Namespace(eval_type="ppl", gpt2_ppl="spaced"), lambda: counts)
     lm = reference.lm_head(reference.double_heads(model))
     scorer = reference.WordScorer(counts, lambda word: tokenizer.backend_tokenizer.model.tokenize(word)[0].id)
@@ -91,7 +93,7 @@ def f1(setting: Setting, gold_lengths: bool = False) -> Iterator[dict]:
     up_to = lambda length: Namespace(**vars(DECODING) | {"max_length": length})  # noqa: E731
 
     def ours(turns: list[Turn]) -> list[list[int]]:
-        contexts = [(turn.persona, turn.history) for turn in turns]
+        contexts = [Context(turn.persona, turn.history) for turn in turns]
         replies = generate(model, contexts, tokenizer, up_to(max(map(length_of, turns))))
         return [reply[: length_of(turn)] for reply, turn in zip(replies, turns)]
 

@@ -6,7 +6,7 @@ import torch
 from torch.optim import AdamW
 
 from benchmarks import reference
-from benchmarks.measure import check_close, figure, in_turn, ratio
+from benchmarks.measure import check_close, check_equal, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
 from inputs import Batch, BucketSampler, Example, make_row, pack
 from model import DoubleHeads
@@ -83,10 +83,11 @@ def check_training(packed: PackedTraining, padded: PaddedTraining, examples: lis
         losses = side.losses(examples)
         losses.sum().backward()
         parameters = getattr(side.model, "pretrained", side.model).named_parameters()
-        norms.append({name: parameter.grad.norm().item() for name, parameter in parameters})
+        norms.append({name: p.grad.norm().item() for name, p in parameters if p.grad is not None})
         norms[-1] |= {"lm loss": losses[0].item(), "choice loss": losses[1].item()}
         side.model.zero_grad()
         side.model.train()
+    check_equal("training, parameters", norms[0].keys(), norms[1].keys())
     for name, value in norms[0].items():
         check_close(f"training, {name}", value, norms[1][name], tolerance)
 

@@ -6,11 +6,12 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class Bench:
         self.cuda = setting.device == "cuda"
         self.levels = ("", "bf16", "O1") if self.cuda else ("", "bf16")  # float16 needs a GPU
         self.examples = setting.examples()
-        self.peaks = {}  # precision -> FLOP/s of a large matrix product
+        self.peaks: dict[str, float] = {}  # precision -> FLOP/s of a large matrix product
 
     # ------------------------------------------------------------------------------------------------------ the parts
 
@@ -67,7 +68,7 @@ class Bench:
                                   ("bf16", torch.bfloat16, False)):  # fmt: skip
             a, b = (torch.randn(size, size, device=self.setting.device, dtype=dtype) for _ in range(2))
             with matmul_precision(tf32):
-                count, seconds = self.for_seconds(lambda a=a, b=b: a @ b, min(2.0, self.plan.steady))
+                count, seconds = self.for_seconds(functools.partial(torch.matmul, a, b), min(2.0, self.plan.steady))
             self.peaks[name] = 2 * size**3 * count / seconds
             yield figure(f"matmul, {name or 'float32'}", self.peaks[name] / 1e12, unit="TFLOP/s")
 
@@ -89,7 +90,7 @@ class Bench:
         """Examples a second and utilisation, by precision and batch size; then compiled; then the reference."""
         sizes = self.plan.batches
         runs = [("", False, sizes[0]), ("", True, sizes[0]), *(("bf16", False, size) for size in sizes)]
-        speeds = {}
+        speeds: dict[tuple[str, bool, int], float] = {}
         for level, tf32, size in runs:
             speeds[level, tf32, size] = yield from self.speed(level, tf32, size)
         for level, tf32 in (("", False), ("", True), ("bf16", False)):
@@ -97,7 +98,7 @@ class Bench:
             yield figure(f"training, {precision_name(level, tf32)}", speeds[level, tf32, sizes[0]] / theirs, ">= 10")
         yield from self.speed("bf16", False, sizes[1], compiled=True)
 
-    def reference_speed(self, level: str, tf32: bool) -> Iterator[dict]:
+    def reference_speed(self, level: str, tf32: bool) -> Generator[dict, None, float]:
         size = self.plan.reference_batch
         padded = PaddedTraining(self.setting, self.setting.sizes.longest)
         padded.model.train()
@@ -108,7 +109,9 @@ class Bench:
                      unit="examples/s")  # fmt: skip
         return size * count / seconds
 
-    def speed(self, level: str, tf32: bool, size: int, compiled: bool = False, seconds: float = 0) -> Iterator[dict]:
+    def speed(
+        self, level: str, tf32: bool, size: int, compiled: bool = False, seconds: float = 0
+    ) -> Generator[dict, None, float]:
         """Steps of the project's own trainer on batches of all lengths, packing included."""
         setting = self.setting
         if self.cuda:
@@ -198,7 +201,7 @@ class Bench:
     def autocast(self, level: str) -> contextlib.AbstractContextManager:
         return torch.autocast(self.setting.device, DTYPES[level]) if level else contextlib.nullcontext()
 
-    def for_seconds(self, function, seconds: float) -> tuple[int, float]:
+    def for_seconds(self, function: Callable[[], object], seconds: float) -> tuple[int, float]:
         """Number of calls in about so many seconds, and the exact time; two calls before it are warm-up."""
         for _ in range(2):
             function()
@@ -213,11 +216,11 @@ class Bench:
 
     def flops(self, batch: list[Example]) -> float:
         """Of a step on real tokens: 6 a weight of a matrix and token, the head at the labels; attention left out."""
-        backbone = self.setting.model.pretrained.transformer
-        weights = sum(p.numel() for p in backbone.h.parameters() if p.dim() == 2)
+        backbone = self.setting.model.pretrained.base_model
+        weights = sum(p.numel() for p in backbone.get_submodule("h").parameters() if p.dim() == 2)
         labels = sum(len(example.candidates[-1]) + 1 for example in batch)
         return 6 * (weights * sum(example.row_length for example in batch)
-                    + backbone.tokens_embed.weight.numel() * labels)  # fmt: skip
+                    + backbone.get_parameter("tokens_embed.weight").numel() * labels)  # fmt: skip
 
 
 def precision_name(level: str, tf32: bool) -> str:

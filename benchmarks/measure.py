@@ -6,11 +6,12 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
-def figure(benchmark: str, value: float, goal: str = "", unit: str = "ratio", **more) -> dict:
+def figure(benchmark: str, value: float, goal: str = "", unit: str = "ratio", **more: Any) -> dict:
     """One measured number. `goal` is "" or as ">= 10"; `more` is what the number was made of."""
     met = None
     if goal:
@@ -36,7 +37,7 @@ def timed(times: list[Seconds], synchronize: Callable = lambda: None) -> Iterato
     times.append(Seconds(time.perf_counter() - wall, time.process_time() - cpu))
 
 
-def ratio(benchmark: str, ours: Sequence[Seconds], reference: Sequence[Seconds], goal: str = "", **more) -> dict:
+def ratio(benchmark: str, ours: Sequence[Seconds], reference: Sequence[Seconds], goal: str = "", **more: Any) -> dict:
     """Ratio of the medians of both sides' times, with both, and the lowest and highest ratio of one repetition."""
     (own, own_cpu), (other, other_cpu) = (map(statistics.median, zip(*side)) for side in (ours, reference))
     pairs = [b.wall / a.wall for a, b in zip(ours, reference)]
@@ -55,7 +56,7 @@ def in_turn(
         same: called with the results of all sides on one input; raises where they differ.
         synchronize: waits for the device.
     """
-    times = [[] for _ in sides]
+    times: list[list[Seconds]] = [[] for _ in sides]
     for item in inputs:
         results = []
         for side, own_times in zip(sides, times):
@@ -70,7 +71,7 @@ class Difference(Exception):
     """Both sides do not give the same answer, so their times compare nothing."""
 
 
-def check_equal(what: str, ours, reference) -> None:
+def check_equal(what: str, ours: object, reference: object) -> None:
     if ours != reference:
         raise Difference(f"{what}: the sides differ: {str(ours)[:200]} and {str(reference)[:200]}")
 
@@ -81,7 +82,7 @@ def check_close(what: str, ours: float, reference: float, tolerance: float) -> N
         raise Difference(f"{what}: the sides differ: {ours} and {reference}")
 
 
-def in_child(function: Callable, *args) -> tuple[Seconds, float, object]:
+def in_child(function: Callable, *args: object) -> tuple[Seconds, float, Any]:
     """Time and peak memory (MB) of `function(*args)` in a process of its own, and its result.
 
     The time begins after the imports. The process itself and what it imports are part of the peak.
@@ -99,8 +100,8 @@ def in_child(function: Callable, *args) -> tuple[Seconds, float, object]:
         process.join()
 
 
-def _child(sender, function: Callable, args: tuple) -> None:
-    times = []
+def _child(sender: Connection, function: Callable, args: tuple) -> None:
+    times: list[Seconds] = []
     with timed(times):
         finish = function(*args)
     sender.send((times[0], peak_memory(), finish()))

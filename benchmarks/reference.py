@@ -9,6 +9,8 @@ has no handicap that the original did not have, and takes the same batches, thre
 import json
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from decoding import top_filtering
 from inputs import IGNORED, MODEL_INPUTS, PADDED_INPUTS, Example, build_input_from_segments
 from metrics import SMOOTHING
 from model import DoubleHeads
-from utils import SPECIAL_TOKENS
+from utils import special_ids
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
 LM_HEAD = {"openai-gpt": OpenAIGPTLMHeadModel, "gpt2": GPT2LMHeadModel}
@@ -64,7 +66,7 @@ def read_dataset(tokenizer: PreTrainedTokenizerBase, path: str, cache: str) -> d
     return dataset
 
 
-def tokenize(content, tokenizer: PreTrainedTokenizerBase):
+def tokenize(content: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Any nesting of lists and dicts, its strings as token ids."""
     if isinstance(content, str):
         return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(content))
@@ -107,11 +109,11 @@ def to_tensors(
                 columns[name].append(values)
         columns["mc_labels"].append(last)
     longest = max(length, max(map(len, columns["input_ids"])))
-    pad = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[-1])
+    pad = tokenizer.pad_token_id
     for name in PADDED_INPUTS:
         filler = [IGNORED if name == "lm_labels" else pad]
         columns[name] = [values + filler * (longest - len(values)) for values in columns[name]]
-    shapes = {name: (len(examples), -1, longest) for name in PADDED_INPUTS}
+    shapes: dict[str, tuple[int, ...]] = {name: (len(examples), -1, longest) for name in PADDED_INPUTS}
     shapes |= {"mc_token_ids": (len(examples), -1), "mc_labels": (-1,)}
     return {name: torch.tensor(columns[name], device=device).view(shapes[name]) for name in MODEL_INPUTS}
 
@@ -169,11 +171,11 @@ def greedy_reply(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example, args: Namespace
 ) -> list[int]:
     """A reply's token ids, the likeliest each, by one forward a token, filtered as if one were drawn."""
-    special = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    reply = []
+    special = special_ids(tokenizer)
+    reply: list[int] = []
     for _ in range(args.max_length):
         logits = next_token_logits(lm, tokenizer, example, reply) / args.temperature
-        token = top_filtering(logits, args.top_k, args.top_p).softmax(-1).argmax().item()
+        token = int(top_filtering(logits, args.top_k, args.top_p).softmax(-1).argmax())
         if token in special:
             break
         reply.append(token)
@@ -188,9 +190,9 @@ class WordScorer:
         first_piece: gives a word's first piece as a token id.
     """
 
-    def __init__(self, counts: dict[str, int], first_piece):
+    def __init__(self, counts: dict[str, int], first_piece: Callable[[str], int]):
         self.known = set(counts)
-        self.words_of = defaultdict(dict)  # first piece -> word -> count, then ratio
+        self.words_of: dict[int, dict[str, float]] = defaultdict(dict)  # first piece -> word -> count, then ratio
         for word, count in counts.items():
             self.words_of[first_piece(word)][word] = count + SMOOTHING
         for words in self.words_of.values():
@@ -204,7 +206,9 @@ class WordScorer:
         """Each word of a reply with its probability, None for one that the dictionary does not have."""
         return [(word, self._probability(lm, tokenizer, example, words[:i], word)) for i, word in enumerate(words)]
 
-    def _probability(self, lm, tokenizer, example: Example, before: list[str], word: str) -> float | None:
+    def _probability(
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example, before: list[str], word: str
+    ) -> float | None:
         if word not in self.known:
             return None
         next_piece = next_token_logits(lm, tokenizer, example, tokenize(" ".join(before), tokenizer)).softmax(-1)

@@ -11,6 +11,7 @@ import platform
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[dict]]] = {
 }
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser("Measure every speed claim against the plain recipe, in one run.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} (none = all)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, once: does it run?")

@@ -15,7 +15,7 @@ from gpt import OpenAIGPTDoubleHeadsModel
 from inputs import Example, make_examples
 from model import DoubleHeads
 from train import parse_args
-from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, TokenizedDataset, load_dataset, load_tokenizer, locate_dataset
+from utils import ATTR_TO_SPECIAL_TOKEN, TokenizedDataset, load_dataset, load_tokenizer, locate_dataset, special_ids
 
 
 class Shape(NamedTuple):
@@ -79,11 +79,13 @@ class Setting:
         its input, and `<speaker1>` is added to all of it as a token type.
         """
         torch.manual_seed(0)
-        names = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
-        model = DoubleHeads(OpenAIGPTDoubleHeadsModel(OpenAIGPTConfig(**dict(zip(names, shape)))))
-        embeddings = model.pretrained.get_input_embeddings().weight
+        config = OpenAIGPTConfig(
+            n_layer=shape.n_layer, n_embd=shape.n_embd, n_head=shape.n_head,
+            vocab_size=shape.vocabulary, n_positions=shape.n_positions,
+        )  # fmt: skip
+        model = DoubleHeads(OpenAIGPTDoubleHeadsModel(config))
         with torch.no_grad():
-            embeddings[self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)] = 0
+            model.pretrained.get_input_embeddings().get_parameter("weight")[special_ids(self.tokenizer)] = 0
         return model.to(self.device).eval()
 
     def examples(self, num_candidates: int = 4) -> list[Example]:

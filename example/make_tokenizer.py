@@ -55,7 +55,11 @@ def train_tokenizer(texts: list[str]) -> OpenAIGPTTokenizer:
     bpe.train_from_iterator(split_both_ways(texts), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return OpenAIGPTTokenizer(vocab=model["vocab"], merges=merges, gpt_tokenization="spacy")
+    return OpenAIGPTTokenizer(
+        vocab=model["vocab"],
+        merges=merges,  # type: ignore[arg-type]  # pairs, as tokenizers' BPE takes them
+        gpt_tokenization="spacy",
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FLAGS = ["--personality", "i work as a nurse .", "i have two dogs .", "i love to
 
 def session(checkpoint: str) -> list[str]:
     """The lines that a chat prints."""
-    command = [sys.executable, ROOT / "interact.py", "--model_checkpoint", checkpoint, *FLAGS]
+    command = [sys.executable, str(ROOT / "interact.py"), "--model_checkpoint", checkpoint, *FLAGS]
     typed = "".join(f"{line}\n" for line in LINES)
     return subprocess.run(command, input=typed, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 

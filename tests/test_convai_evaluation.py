@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import FAMILIES, OTHERS
 
+import backends
 import convai_evaluation
 import evaluation
+from backends import install_command, make_data_folder, recorder
 from cli import UserError
-from convai_evaluation import TransformerAgent, install_command, make_data_folder, parse_args, recorder, run
-from dialogs import read_dialogs, write_parlai
+from convai_evaluation import TransformerAgent, parse_args, run
+from dialogs import read_dialogs
+from formats import write_parlai
 from metrics import distinct_n, f1, hit, write_word_counts
 from utils import load_dataset
 
@@ -241,7 +244,7 @@ def test_a_backend_that_is_not_installed(arguments, monkeypatch, backend, instal
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(UserError) as error:
-        convai_evaluation.evaluate_in_parlai(arguments("--backend", backend))
+        backends.evaluate_in_parlai(arguments("--backend", backend))
     assert str(error.value).endswith(install_command(backend))
     assert "\n" not in str(error.value)
 
@@ -261,10 +264,10 @@ def test_the_temporary_folder_is_private_and_removed(arguments, monkeypatch, tmp
         found.update(folder=folder, mode=stat.S_IMODE(folder.stat().st_mode))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convai_evaluation, "check_installed", lambda backend: None)
-    monkeypatch.setattr(convai_evaluation, "run_parlai", look)
+    monkeypatch.setattr(backends, "check_installed", lambda backend: None)
+    monkeypatch.setattr(backends, "run_parlai", look)
     with pytest.raises(KeyboardInterrupt):
-        convai_evaluation.evaluate_in_parlai(arguments("--backend", "parlai"))
+        backends.evaluate_in_parlai(arguments("--backend", "parlai"))
     assert found["mode"] == 0o700
     assert not found["folder"].exists()
 
@@ -390,7 +393,7 @@ def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
 
 @pytest.mark.parametrize("flag", ["--report", "--details"])
 def test_a_file_that_cannot_be_written_is_said_before_the_work(checkpoint, dataset, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr(convai_evaluation, "evaluate", lambda _: pytest.fail("evaluated first"))
+    monkeypatch.setattr(backends, "evaluate", lambda _: pytest.fail("evaluated first"))
     for path in (tmp_path, tmp_path / "nowhere" / "file"):
         with pytest.raises(UserError, match=f"^{flag} {path}: no file can be written there$"):
             convai_evaluation.run(["--model", str(checkpoint), "--dataset_path", str(dataset), flag, str(path)])

@@ -348,5 +348,5 @@ def test_rows_that_have_ended_say_so(model, tokenizer):
     args = options(max_length=12, min_length=0)
     want = generate(model, CONTEXTS, tokenizer, args)
     steps = list(decode(model, CONTEXTS, tokenizer, args))
-    assert [[token for token in row if token is not None] for row in zip(*steps)] == want
+    assert [list(itertools.chain(*gained)) for gained in zip(*steps)] == want
     assert len(steps) == max(map(len, want))

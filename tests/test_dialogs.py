@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 
 from cli import UserError
-from dialogs import MAX_TURNS, dataset_files, draw_persona, read_dialogs, write_parlai
+from dialogs import dataset_files, draw_persona, read_dialogs
 from distractors import NUM_DISTRACTORS
 from example_entry import EXAMPLE_ENTRY
+from formats import MAX_TURNS, write_parlai
 
 
 def dialog(*replies, personality=("i like tea .",), distractors=("no .", "why ?")):
@@ -433,14 +434,14 @@ def test_a_persona_is_drawn_from_the_good_dialogs(tmp_path, caplog):
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
 @pytest.mark.parametrize("content", [b'{"train": [' + b" " * 10**5, b"1 " + b"0" * 10**5, b"1 0\n" * 25_000])
 def test_a_file_out_of_proportion_is_refused(fault, read, monkeypatch, compress, content):
-    monkeypatch.setattr("dialogs.CHUNK", 2**12)
-    monkeypatch.setattr("dialogs.MAX_INFLATED", 10**4)
+    monkeypatch.setattr("formats.CHUNK", 2**12)
+    monkeypatch.setattr("formats.MAX_INFLATED", 10**4)
     message = "more than 100 times larger than the compressed file: refused"
     assert fault(compress(content)).startswith(message)
     assert fault(compress(content), skip_bad_dialogs=True).startswith(message)
-    monkeypatch.setattr("dialogs.MAX_INFLATED", 2 * 10**5)
+    monkeypatch.setattr("formats.MAX_INFLATED", 2 * 10**5)
     assert not fault(compress(content)).startswith(message)
-    monkeypatch.setattr("dialogs.MAX_INFLATED", 0)
+    monkeypatch.setattr("formats.MAX_INFLATED", 0)
     assert read(compress(PARLAI.encode() * 9)) == {"train": DATASET["train"] * 9}
 
 

@@ -21,16 +21,17 @@ MAY_IMPORT = {
     "tokenization": set(),
     "download": {"cli"},
     "distractors": set(),
-    "dialogs": {"cli", "distractors"},
-    "utils": {"cli", "dialogs", "download", "files", "tokenization"},
+    "formats": {"cli"},
+    "dialogs": {"cli", "distractors", "formats"},
+    "utils": {"cli", "dialogs", "download", "files", "formats", "tokenization"},
     "inputs": {"cli", "utils"},
     "gpt": set(),
     "heads": {"cli", "gpt"},
     "lora": {"cli"},
-    "model": {"cli", "files", "heads", "lora", "utils"},
+    "model": {"cli", "files", "heads", "inputs", "lora", "utils"},
     "decoding": {"cli", "inputs", "model", "utils"},
     "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
-    "parlai_agent": {"cli", "dialogs", "evaluation", "metrics", "model", "tokenization", "utils"},
+    "parlai_agent": {"cli", "dialogs", "evaluation", "formats", "metrics", "model", "tokenization", "utils"},
     "precision": {"cli"},
     "distribution": {"cli"},
     "checkpoints": {"cli", "files"},
@@ -40,9 +41,8 @@ MAY_IMPORT = {
     },
     "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
-    "convai_evaluation": {
-        "cli", "dialogs", "evaluation", "files", "inputs", "metrics", "model", "parlai_agent", "utils",
-    },
+    "backends": {"cli", "dialogs", "evaluation", "formats", "inputs", "metrics", "model", "utils"},
+    "convai_evaluation": {"backends", "cli", "files", "parlai_agent"},
 }
 AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.

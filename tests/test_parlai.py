@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from backends import PARLAI
 from cli import UserError
-from convai_evaluation import PARLAI, run
-from dialogs import write_parlai
+from convai_evaluation import run
+from formats import write_parlai
 
 try:
     VERSION = importlib.metadata.version("parlai")

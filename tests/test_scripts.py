@@ -241,6 +241,15 @@ def test_a_fine_tuned_checkpoint_without_weights(complaint, model, dataset, scri
 # Flags
 
 
+@pytest.mark.parametrize("script", ["interact", "convai_evaluation"])
+def test_help_loads_no_torch(script):
+    """Torch and transformers take seconds to load, and `--help` waited for them."""
+    code = f"import sys, {script} as script\ntry: script.parse_args(['-h'])\nexcept SystemExit: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    *help_lines, modules = done.stdout.splitlines()
+    assert "--block_history_ngram" in "".join(help_lines) and not {"numpy", "torch"} & {*modules.split()}
+
+
 @pytest.mark.parametrize(
     ("script", "argv", "message"),
     [
