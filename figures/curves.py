@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--out", default=ROOT / "figures" / "curves.svg", type=Path, help="file to write")
     args = parser.parse_args()
     figure, (language, choice) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    hits = choice.twinx()
     for number, run in enumerate(args.runs):
         steps, validations = read_figures(run)
         label = run.name if len(args.runs) > 1 else None
@@ -44,7 +45,6 @@ def main() -> None:
         language.plot(at, smooth([row["lm_loss"] for row in steps]), **line, alpha=0.5, label=label)
         language.plot(when, [row["nll"] for row in validations], "o-", **line)
         choice.plot(at, smooth([row["mc_loss"] for row in steps]), **line, alpha=0.5)
-        hits = choice.twinx() if number == 0 else hits  # noqa: F821
         hits.plot(when, [100 * row["accuracy"] for row in validations], "o-", **line)
     language.set(xlabel="optimizer step", ylabel="nats a token", title="Language model: training, validation (dots)")
     choice.set(xlabel="optimizer step", ylabel="nats", title="Choice: training loss, validation hits@1 (dots)")
