@@ -155,10 +155,11 @@ def prepare(top: Path, short: bool) -> list[str]:
     example = json.loads((ROOT / "example" / "personachat.json").read_text())
     dialogs = {"train": example["train"][: 2 if short else 6], "valid": example["valid"][: 1 if short else 2]}
     (top / "dialogs.json").write_text(json.dumps(dialogs))
-    model = shutil.copytree(ROOT / "example" / "model", top / "model")
-    if short:
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"n_layer": 1, "n_embd": 12}))
+    weights = shutil.ignore_patterns("*.safetensors")
+    model = shutil.copytree(ROOT / "example" / "model", top / "model", ignore=weights)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"n_layer": 1, "n_embd": 12} if short else {"n_layer": 4, "n_embd": 192}
+    (model / "config.json").write_text(json.dumps(config))
     return ["--dataset_path", str(top / "dialogs.json"), "--dataset_cache", str(top / "cache.bin"), "--device", "cpu",
             "--model", str(model), "--lr", "1e-3", "--n_epochs", "2" if short else "3", "--train_batch_size", "2",
             "--gradient_accumulation_steps", "3", "--save_every", "1"]  # fmt: skip
