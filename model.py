@@ -5,7 +5,9 @@ choice head that reads one token of each candidate. Parameters keep transformers
 exchanged with transformers' own classes in both directions.
 """
 
+import contextlib
 import copy
+import io
 import logging
 import sys
 import tempfile
@@ -232,7 +234,9 @@ def read_weights(family: type[PreTrainedModel], checkpoint: str, config: Pretrai
     if "gguf_file" not in arguments:
         return family.from_pretrained(**arguments, config=config, weights_only=True)
     unpacked = transformers.GgufConfig(dequantize=True)
-    quantized = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
+    # transformers shows a bar here that it has no switch for
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        quantized = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
     pretrained = family(config)  # one that transformers does not take for quantized, and so saves
     pretrained.load_state_dict(quantized.state_dict())
     return pretrained

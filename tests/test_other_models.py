@@ -270,7 +270,7 @@ def write_gguf(path, tokenizer, model: torch.nn.Module) -> None:
     writer.close()
 
 
-def test_a_gguf_file_is_the_model_that_was_written(bases, tmp_path):
+def test_a_gguf_file_is_the_model_that_was_written(bases, tmp_path, capsys):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     file = tmp_path / "tiny.gguf"
@@ -279,6 +279,7 @@ def test_a_gguf_file_is_the_model_that_was_written(bases, tmp_path):
     texts = ["i like tea .", "<|endoftext|> <s> hi", ""]
     assert tokenize(load_tokenizer(file), texts) == tokenize(tokenizer, texts)
     state = load_model(file).pretrained.state_dict()
+    assert "de-quantizing" not in capsys.readouterr().err, "a bar where there is no terminal"
     for name, tensor in model.pretrained.state_dict().items():
         torch.testing.assert_close(state[name], tensor, msg=name)
     run = run_training(tmp_path, file, *FLAGS, "--eval_before_start")
