@@ -47,9 +47,10 @@ lint: .venv/requirements-dev.stamp  ## check the code's style and types, and the
 audit: .venv/requirements-dev.stamp  ## look what is installed up among known vulnerabilities; a notice where that fails
 	$(PYTHON) .ci/audit.py
 
-figures: .venv/requirements-dev.stamp  ## make the README's pictures; RUN=runs/NAME: those of a run too
+figures: .venv/requirements-dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN=runs/NAME: its curves too
 	$(PY) figures/packed_row.py
-	$(if $(RUN),$(PY) figures/chat.py $(RUN) && $(PY) figures/curves.py $(RUN))
+	$(PY) figures/chat.py
+	$(if $(RUN),$(PY) figures/curves.py $(RUN))
 
 .venv/%.stamp: %.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -145,7 +145,7 @@ def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
 
     path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if path and not args.dataset_path:
-        tell(f"(a persona from {path}, on which the model was trained)")
+        tell(f"(a persona from {path})")
     try:
         return dialogs.draw_persona(locate_dataset(path), args.skip_bad_dialogs)
     except UserError as error:

@@ -1,5 +1,6 @@
-"""Make figures/chat.svg, the picture of a chat with a run of train.py, from what interact.py really prints.
+"""Make figures/chat.svg, the picture of a chat, from what interact.py really prints.
 
+    python figures/chat.py                                    # with example/smollm2, as `make chat`
     python figures/chat.py runs/Nov21_20-57-01_host_model
 """
 
@@ -35,7 +36,8 @@ def session(checkpoint: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make figures/chat.svg from a chat with a trained model.")
-    parser.add_argument("checkpoint", help="run folder of train.py")
+    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "example" / "smollm2"),
+                        help="run folder of train.py (not given = example/smollm2)")
     console = Console(record=True, width=90, file=io.StringIO())
     style = "yellow"  # of the persona
     for line in session(parser.parse_args().checkpoint):
@@ -44,7 +46,7 @@ def main() -> None:
             style = "bright_black" if line.startswith(">>> /") else "cyan"
         else:
             console.print(Text(line, style=style))
-    console.save_svg(str(ROOT / "figures" / "chat.svg"), title="python interact.py --model_checkpoint runs/...")
+    console.save_svg(str(ROOT / "figures" / "chat.svg"), title="python interact.py")
 
 
 if __name__ == "__main__":

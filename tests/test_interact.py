@@ -358,7 +358,7 @@ def test_a_run_folder_tells_its_dataset(tmp_path):
     args = arguments("", model_checkpoint=str(tmp_path))
     (tmp_path / "training_args.json").write_text(json.dumps({"dataset_path": str(EXAMPLE)}))
     assert interact.draw_persona(args, told.append)
-    assert told == [f"(a persona from {EXAMPLE}, on which the model was trained)"]
+    assert told == [f"(a persona from {EXAMPLE})"]
     for content in ('{"dataset_path": "/no/such"}', "[]", "{", '{"dataset_path": null}', "{}"):
         (tmp_path / "training_args.json").write_text(content)
         assert interact.recorded_dataset(str(tmp_path)) == ""
