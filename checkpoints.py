@@ -127,15 +127,13 @@ def load_checkpoint(folder: Path, to_load: Mapping) -> None:
     """Load the newest checkpoint of a run folder into the objects of `to_load`.
 
     Raises:
-        UserError: it is damaged, or of another dataset.
+        UserError: it is damaged.
     """
     path = list_checkpoints(folder)[-1]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, item in to_load.items():
             item.load_state_dict(state[name])
-    except UserError:
-        raise
     except Exception as error:  # whatever unpickling met
         message = f"--resume {path}: damaged ({first_line(error)}); delete it to go on from an older one"
         raise UserError(message) from error

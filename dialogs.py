@@ -127,7 +127,7 @@ def _single_json(files: list[Path]) -> list[Path]:
     return matching if len(matching) == 1 else []
 
 
-def _read_file(path: Path, texts: "SharedTexts", skip_bad_dialogs: bool) -> dict[str, list[dict]]:
+def _read_file(path: Path, texts: SharedTexts, skip_bad_dialogs: bool) -> dict[str, list[dict]]:
     """The checked dialogs of each split in a file."""
     faults, skipped, empty = Faults(), 0, []
     splits: dict[str, list[dict]] = {}

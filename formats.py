@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cli import UserError
+from files import open_atomically
 
 SPLITS = ("train", "valid")
 MAX_FAULTS = 10  # listed in one message
@@ -143,16 +144,12 @@ def write_parlai(dialogs: list[dict], path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open_atomically(Path(path)) as file:
             for dialog in dialogs:
                 for episode in _parlai_episodes(dialog):
-                    file.writelines(f"{number} {line}\n" for number, line in enumerate(episode, 1))
-        os.replace(temporary, path)
+                    file.writelines(f"{number} {line}\n".encode() for number, line in enumerate(episode, 1))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -250,7 +250,7 @@ class Batch(NamedTuple):
 def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
     """Lay rows out as a batch, padded on the right with the token id `pad` to a multiple of so many tokens.
 
-    A compiled model is compiled for each row length, so a large multiple makes few of them.
+    On a GPU a compiled model is compiled for each row length, so a large multiple makes few of them.
     """
     longest = max(len(row.context) + sum(map(len, row.replies)) for row in rows)
     size = (len(rows), -(-longest // multiple) * multiple)

@@ -32,10 +32,8 @@ from cli import (
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
-    from transformers import PreTrainedTokenizerBase
 
     from chat import Chat
-    from model import DoubleHeads
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +79,7 @@ def run(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from chat import Chat
+    from model import load_finetuned
 
     set_up_logging(logging.WARNING)
     set_seed(args.seed)
@@ -97,30 +96,13 @@ def run(argv: list[str] | None = None) -> None:
 
     persona = given_persona(args)
     persona = draw() if persona is None else persona
-    model, tokenizer = load(args)
+    model, tokenizer = load_finetuned(
+        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16, args.force
+    )
     with open_transcript(args.transcript) as transcript:
         chat = Chat(model, tokenizer, args, persona, draw, tell, transcript)
         show(f"{chat.introduction()}\n", "persona")
         talk(chat, make_reader(), show)
-
-
-def load(args: Namespace) -> "tuple[DoubleHeads, PreTrainedTokenizerBase]":
-    """Model and tokenizer of `--model_checkpoint`."""
-    from model import add_special_tokens_, default_device, load_finetuned, load_model, set_precision_
-    from utils import knows_dialog_tokens, load_tokenizer
-
-    if not args.force or not args.model_checkpoint:
-        model, tokenizer = load_finetuned(
-            args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start
-        )
-    else:
-        tokenizer = load_tokenizer(args.model_checkpoint, args.gpt_tokenization)
-        model = load_model(args.model_checkpoint, args.device or default_device())
-        if not knows_dialog_tokens(tokenizer):
-            logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or none at all", args.model_checkpoint)
-            add_special_tokens_(model, tokenizer)
-    set_precision_(model, args.fp16)
-    return model, tokenizer
 
 
 # ---- persona ----

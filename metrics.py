@@ -9,9 +9,12 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -138,10 +141,8 @@ def read_word_counts(path: str | os.PathLike) -> dict[str, int]:
 
 def write_word_counts(path: str | os.PathLike, counts: Mapping[str, int]) -> None:
     """Write a dictionary in ParlAI's format and order: the highest count first, equal counts by word."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(f"{word}\t{count}\n" for word, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])))
-    os.replace(temporary, path)
+    lines = (f"{word}\t{count}\n" for word, count in sorted(counts.items(), key=lambda x: (-x[1], x[0])))
+    write_atomically(Path(path), "".join(lines))
 
 
 class WordProbabilities:

@@ -31,6 +31,7 @@ from files import TEMPORARY, move_into_place
 from heads import FAMILIES, double_heads_class
 from inputs import Batch
 from lora import HEAD, Network, add_adapter, base_of, is_adapter, load_adapter, merged, rank_of, save_network
+from precision import limit_kernel_caches
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     cannot_load,
@@ -274,8 +275,8 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
     positions, segments = torch.tensor([[*range(3 + n), 3, 4]]), torch.tensor([0] * 3 + [1] * n + [2] * 2)
     alone = [0, 1, 2, n + 3, n + 4]
     mask = torch.ones(n + 5, n + 5, dtype=torch.bool).tril() & ((segments == 0) | (segments == segments[:, None]))
-    on, model.token_types = model.token_types, False
     error = None
+    on, model.token_types = model.token_types, False
     for model.additive_mask in (False, True):
         try:
             want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
@@ -287,9 +288,10 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
         except Exception as raised:  # whatever a model's code does with arguments that it does not expect
             error = raised
             continue
-        model.token_types = on
         if (got - want[[0, 1, 1]]).norm() < 1e-3 * want.norm():
+            model.token_types = on
             return
+    model.token_types = on
     reason = f" ({first_line(error)})" if error else ""
     raise UserError(
         f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
@@ -297,14 +299,21 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
     )
 
 
-def use_eager_attention_(model: DoubleHeads, checkpoint: str) -> None:
-    """Have a decoder of transformers attend by plain matrix products.
+def use_eager_attention_(model: DoubleHeads) -> None:
+    """Have a decoder of transformers attend by plain matrix products, where it computes the same by them.
 
     On a CPU in bfloat16 they take half the time of torch's fused kernel, forward and backward.
     """
-    if model.pretrained.config.model_type not in FAMILIES:
-        model.pretrained.set_attn_implementation("eager")
-        check_packing_(model, checkpoint)
+    pretrained = model.pretrained
+    if pretrained.config.model_type in FAMILIES:
+        return
+    before = pretrained.config._attn_implementation, model.additive_mask
+    pretrained.set_attn_implementation("eager")
+    try:
+        check_packing_(model, "")
+    except UserError:
+        pretrained.set_attn_implementation(before[0])
+        model.additive_mask = before[1]
 
 
 def load_finetuned(
@@ -312,11 +321,13 @@ def load_finetuned(
     gpt_tokenization: str | None = None,
     device: str | None = None,
     history_start: int | None = None,
+    fp16: str = "",
+    force: bool = False,
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
 
     `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given. An adapter is
-    worked into the weights.
+    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken.
 
     Raises:
         UserError: as `load_model`, or the checkpoint does not know the dialog tokens.
@@ -324,21 +335,25 @@ def load_finetuned(
     checkpoint = checkpoint or download_pretrained_model()
     tokenizer = load_tokenizer(checkpoint, gpt_tokenization)
     if not knows_dialog_tokens(tokenizer):
-        raise UserError(f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py")
+        if not force:
+            message = f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py"
+            raise UserError(message)
+        logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
     model = load_model(checkpoint, device or default_device())
     add_special_tokens_(model, tokenizer)
     if history_start is not None:
         model.history_start = history_start
     if rank_of(model.network):
         model.network = model.network.merge_and_unload()
+    if fp16:
+        halve_(model)
     return model, tokenizer
 
 
-def set_precision_(model: DoubleHeads, fp16: str) -> None:
-    """Give a model that is not trained the precision of `cli.add_precision_flag`: "" = float32, as it is, or bf16."""
-    if not fp16:
-        return
-    # the choice head stays: of scores that are rounded so, some are equal
+def halve_(model: DoubleHeads) -> None:
+    """Keep the weights of a model that is not trained in bfloat16."""
+    limit_kernel_caches(model.device)
+    # but for the choice head: of scores that are rounded so, some are equal
     for part in (model.pretrained.base_model, model.pretrained.get_output_embeddings()):
         for parameter in part.parameters():
             parameter.data = parameter.data.bfloat16()  # buffers stay: rotary angles need float32

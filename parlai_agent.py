@@ -16,7 +16,7 @@ from dialogs import dataset_files, read_dialogs
 from evaluation import Evaluator, Turn, read_dictionary
 from formats import OWN_PERSONA, PARTNER_PERSONA
 from metrics import count_words
-from model import load_finetuned, set_precision_
+from model import load_finetuned
 from tokenization import tokenize
 
 try:
@@ -167,9 +167,8 @@ def load_evaluator(opt: dict) -> Evaluator:
     args = Namespace(**vars(parser.parse_args([])) | opt)
     set_seed(args.seed)
     model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start
+        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
     )
-    set_precision_(model, args.fp16)
 
     def counts() -> dict[str, int]:
         if args.dict_file:

@@ -50,11 +50,16 @@ def make_precision(
         else:
             logger.info("--fp16 %s: by apex's amp", level)
             return ApexPrecision(level, model, make_optimizer, amp)
-    if level == "bf16" and device.type == "cpu":
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            # else torch and its oneDNN keep kernels of 1024 shapes each, and rows of all lengths have as many: 8 GB
-            os.environ.setdefault(cache, "64")
+    if level == "bf16":
+        limit_kernel_caches(device)
     return NativePrecision(level, model, make_optimizer, device)
+
+
+def limit_kernel_caches(device: torch.device) -> None:
+    """Have a CPU keep fewer of its bfloat16 kernels, of which there is one a shape: rows of all lengths filled 8 GB."""
+    if device.type == "cpu":
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "64")  # not 1024
 
 
 class NativePrecision:

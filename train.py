@@ -51,6 +51,7 @@ from cli import (
     add_data_flags,
     add_model_flags,
     add_seed_flag,
+    default_device,
     first_line,
     number,
     run_script,
@@ -95,7 +96,7 @@ __all__ = [  # the original's public names, wherever they are defined now
 
 logger = logging.getLogger(__name__)
 
-COMPILED_MULTIPLE = 64  # tokens; a model is compiled anew for each row length
+COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
@@ -125,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--gradient_checkpointing", action="store_true",
                         help="compute each layer twice, for a fraction of the memory")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the model with torch.compile: minutes at the start, faster steps after it")
+                        help="compile the model with torch.compile: minutes at the start, then faster steps")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
                         help="set by torch.distributed.launch (-1 = one process)")
     add_run_flags(parser)
@@ -209,7 +210,7 @@ def get_data_loaders(
         dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations,
         history_start,
     )  # fmt: skip
-    multiple = COMPILED_MULTIPLE if args.compile and torch.cuda.is_available() else 1
+    multiple = COMPILED_MULTIPLE if args.compile and (args.device or default_device()) != "cpu" else 1
     collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
     # every process takes part in a training step, so where a share is empty one works on what does not count
     train_collate = partial(collate, filler=train[0])
@@ -404,7 +405,7 @@ def prepare_model(
     if args.freeze_embeddings and not args.lora_rank:
         freeze_embeddings_(model, tokenizer)
     if device.type == "cpu" and args.fp16 == "bf16":
-        use_eager_attention_(model, args.model_checkpoint)
+        use_eager_attention_(model)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
     if args.compile:

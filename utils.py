@@ -232,7 +232,7 @@ def get_dataset(
 
     Args:
         tokenizer: from `load_tokenizer`, or any fast tokenizer of transformers.
-        dataset_path: a file, a folder or a URL; "" downloads PersonaChat. See `dialogs` for the formats.
+        dataset_path: a file, a folder or a URL; "" downloads PersonaChat. See `formats`.
         dataset_cache: stem of the cache file; "" = no cache.
         skip_bad_dialogs: leave dialogs with a fault out.
 

@@ -1,8 +1,8 @@
 """Train the example model's tokenizer on the training texts of a dataset.
 
-    python example/make_tokenizer.py DATASET [FOLDER]
+    python example/make_tokenizer.py DATASET FOLDER
 
-The same texts give the same files. FOLDER is where they go, example/model unless given.
+The same texts give the same files.
 """
 
 import json
@@ -15,11 +15,11 @@ import spacy
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import OpenAIGPTTokenizer
 
-EXAMPLE = Path(__file__).parent
-sys.path.insert(0, str(EXAMPLE.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dialogs import read_dialogs  # noqa: E402
-from utils import locate_dataset  # noqa: E402
+from cli import ArgumentParser, UserError, run_script
+from dialogs import read_dialogs
+from utils import locate_dataset
 
 VOCAB_SIZE = 8000
 CHARACTERS = sorted(set((string.ascii_letters + string.digits + string.punctuation).lower()))
@@ -62,7 +62,16 @@ def train_tokenizer(texts: list[str]) -> OpenAIGPTTokenizer:
     )
 
 
+def main() -> None:
+    parser = ArgumentParser("Train the example model's tokenizer on the training texts of a dataset.")
+    parser.add_argument("dataset", help="dataset: a file, a folder or a URL")
+    parser.add_argument("folder", help="folder to write the tokenizer's files to")
+    args = parser.parse_args()
+    dialogs = read_dialogs(locate_dataset(args.dataset)).get("train")
+    if not dialogs:
+        raise UserError(f"{args.dataset}: no train split")
+    train_tokenizer(read_texts(dialogs)).save_pretrained(args.folder)
+
+
 if __name__ == "__main__":
-    dataset, *folder = sys.argv[1:]
-    texts = read_texts(read_dialogs(locate_dataset(dataset))["train"])
-    train_tokenizer(texts).save_pretrained(folder[0] if folder else EXAMPLE / "model")
+    run_script(main)

@@ -9,18 +9,32 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cli import ArgumentParser, UserError, run_script
+
 FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def ship(run: Path, folder: Path) -> None:
+    weights = next(run.glob("*model.safetensors"), None)
+    if weights is None:
+        raise UserError(f"{run}: no model.safetensors or adapter_model.safetensors there")
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (run / name).exists():
             shutil.copy(run / name, folder)
-    for weights in run.glob("*.safetensors"):
-        halved = {name: tensor.half() for name, tensor in load_file(weights).items()}
-        save_file(halved, folder / weights.name, metadata={"format": "pt"})
+    halved = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(halved, folder / weights.name, metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = ArgumentParser("Copy a run folder's model in float16.")
+    parser.add_argument("run", type=Path, help="run folder of train.py")
+    parser.add_argument("folder", type=Path, help="folder to copy it to")
+    args = parser.parse_args()
+    ship(args.run, args.folder)
 
 
 if __name__ == "__main__":
-    ship(*map(Path, sys.argv[1:]))
+    run_script(main)

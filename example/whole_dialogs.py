@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cli import ArgumentParser, UserError, run_script
 from dialogs import read_dialogs
 from files import write_atomically
 from utils import locate_dataset
@@ -22,8 +23,17 @@ def whole_text(dialog: dict) -> str:
     return " ".join([*dialog["personality"], *last["history"], last["candidates"][-1]])
 
 
+def main() -> None:
+    parser = ArgumentParser("Write each training dialog of a dataset as one text.")
+    parser.add_argument("dataset", help="dataset: a file, a folder or a URL")
+    parser.add_argument("file", type=Path, help="file to write, FILE.jsonl")
+    args = parser.parse_args()
+    dialogs = read_dialogs(locate_dataset(args.dataset)).get("train")
+    if not dialogs:
+        raise UserError(f"{args.dataset}: no train split")
+    turns = ({"history": [], "candidates": [".", whole_text(dialog)]} for dialog in dialogs)
+    write_atomically(args.file, "".join(json.dumps({"utterances": [turn]}) + "\n" for turn in turns))
+
+
 if __name__ == "__main__":
-    dataset, path = sys.argv[1:]
-    texts = map(whole_text, read_dialogs(locate_dataset(dataset))["train"])
-    lines = [json.dumps({"utterances": [{"history": [], "candidates": [".", text]}]}) + "\n" for text in texts]
-    write_atomically(Path(path), "".join(lines))
+    run_script(main)

@@ -37,3 +37,15 @@ def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, t
     assert load_tokenizer(tmp_path / "shipped").get_vocab() == load_tokenizer(checkpoint).get_vocab()
     want, got = (dict(load_model(folder).named_parameters()) for folder in (checkpoint, tmp_path / "shipped"))
     assert all(torch.equal(got[name], parameter.half().float()) for name, parameter in want.items())
+
+
+@pytest.mark.parametrize(("name", "args", "line"), [
+    ("ship.py", [".", "f"], "ship.py: error: .: no model.safetensors or adapter_model.safetensors there\n"),
+    ("whole_dialogs.py", ["none.json", "f"], "whole_dialogs.py: error: none.json: no such file or folder\n"),
+    ("make_tokenizer.py", [], "make_tokenizer.py: error: the following arguments are required: dataset, folder\n"),
+])  # fmt: skip
+def test_bad_input_is_one_line(run_script, tmp_path, monkeypatch, capsys, name, args, line):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        run_script(name, *args)
+    assert (ending.value.code, capsys.readouterr().err) == (2, line)

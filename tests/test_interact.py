@@ -25,7 +25,7 @@ from cli import ArgumentParser, UserError, add_decoding_flags
 from decoding import sample_sequence, score_replies
 from dialogs import draw_persona, read_dialogs
 from formats import write_parlai
-from model import load_model, save_model
+from model import load_finetuned, load_model, save_model
 from tokenization import tokenize
 from utils import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer
 
@@ -433,7 +433,7 @@ def test_a_model_that_knows_no_dialogs(monkeypatch, capsys, base_checkpoints, ch
     with pytest.raises(UserError, match="not fine-tuned on dialogs"):
         chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags)
     assert ">>> hello\n" in chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags, "--force")
-    model, tokenizer = interact.load(interact.parse_args([*map(str, flags), "--force", "--device", "cpu"]))
+    model, tokenizer = load_finetuned(tmp_path, device="cpu", force=True)
     assert knows_dialog_tokens(tokenizer) and model.pretrained.config.vocab_size == len(tokenizer)
 
 

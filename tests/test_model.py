@@ -16,9 +16,9 @@ from model import (
     SHORTEST,
     add_special_tokens_,
     enable_gradient_checkpointing_,
+    halve_,
     load_model,
     save_model,
-    set_precision_,
     use_eager_attention_,
 )
 from utils import load_tokenizer
@@ -145,11 +145,13 @@ def test_candidates_do_not_see_one_another(model, tokenizer):
     assert not torch.isclose(after[1][0, 0], before[1][0, 0], atol=1e-4)
 
 
+@pytest.mark.parametrize("token_types", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_eager_attention_is_the_same_function(family, model, tokenizer):
+def test_eager_attention_is_the_same_function(family, token_types, model, tokenizer):
+    model.token_types = token_types
     batch = pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0)
     want = model(batch)
-    use_eager_attention_(model, family)
+    use_eager_attention_(model)
     assert model.additive_mask == (family in OTHERS)
     for got, wanted in zip(model(batch), want):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
@@ -160,12 +162,23 @@ def test_bfloat16_has_words_rounded_but_not_scores(family, model, tokenizer):
     batch = pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0)
     with torch.inference_mode():
         want_logits, want_scores = model(batch)
-        set_precision_(model, "bf16")
+        halve_(model)
         logits, scores = model(batch)
     assert logits.dtype == torch.bfloat16 and scores.dtype == torch.float32
     torch.testing.assert_close(logits.float(), want_logits, atol=0.1 * want_logits.std().item(), rtol=0)
     torch.testing.assert_close(scores, want_scores, atol=0.01, rtol=0.02)
     assert (scores.bfloat16() != scores).any()
+
+
+def test_where_eager_attention_is_another_function_the_model_keeps_its_own(checkpoints, tokenizer, monkeypatch):
+    model = load_model(checkpoints["llama"])
+    monkeypatch.setattr("model.check_packing_", raise_user_error)
+    use_eager_attention_(model)
+    assert model.pretrained.config._attn_implementation == "sdpa" and not model.additive_mask
+
+
+def raise_user_error(*_) -> None:
+    raise UserError("of another kind")
 
 
 def test_labels_are_the_reply_and_eos(tokenizer):
