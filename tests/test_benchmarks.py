@@ -12,7 +12,7 @@ from benchmarks.setting import QUICK, Setting, Shape
 
 ROOT = Path(__file__).parent.parent
 losses = reference.losses
-TINY = QUICK._replace(shape=Shape(1, 16, 2, 2048), small=Shape(1, 16, 2, 2048), turns=2, longest=0)
+TINY = QUICK._replace(shape=Shape(1, 16, 2, 8192), small=Shape(1, 16, 2, 8192), turns=2, longest=0)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_repeated_dataset_is_the_dialogs_again(setting, tmp_path):
     ("hits@1", "rank_candidates", lambda *_: list(range(20))),
     ("f1", "greedy_reply", lambda *_: [7] * 20),
     ("chat", "greedy_reply", lambda *_: [7] * 20),
-    ("ppl", "next_token_logits", lambda *_: torch.zeros(2048)),
+    ("ppl", "next_token_logits", lambda *_: torch.zeros(8192)),
     ("training", "losses", lambda plain, batch: losses(plain, batch | {"lm_labels": batch["lm_labels"].roll(1, -1)})),
 ])  # fmt: skip
 def test_a_side_that_differs_is_caught(name, function, wrong, setting, monkeypatch):
