@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ignite.distributed as idist
-from ignite.engine import Engine, EventEnum, Events
+from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from checkpoints import METRICS, Best
 from cli import UserError
+from engines import StepEvents
 from precision import MAX_BAD_STEPS, Precision
 
 logger = logging.getLogger(__name__)
@@ -74,12 +75,6 @@ class FigureWriter:
         except OSError as error:
             message = f"{path}: not written ({error.strerror}); go on from the last checkpoint with --resume"
             raise UserError(message) from error
-
-
-class StepEvents(EventEnum):
-    """Fired by the trainer when the parameters have changed: once in `gradient_accumulation_steps` iterations."""
-
-    OPTIMIZER_STEP = "optimizer_step"
 
 
 def attach_validation(

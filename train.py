@@ -11,10 +11,8 @@
         --num_candidates 4 --personality_permutations 2 --train_batch_size 2 --valid_batch_size 2
 """
 
-import contextlib
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -26,7 +24,6 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
@@ -59,8 +56,9 @@ from cli import (
     set_up_logging,
 )
 from distribution import average_distributed_scalar, check_same_run, one_line_for_a_lost_process, setup_distributed
+from engines import create_evaluator, create_trainer
 from files import remove_leftovers, write_atomically
-from handlers import StepEvents, attach_checkpoints, attach_figures, attach_validation
+from handlers import attach_checkpoints, attach_figures, attach_validation
 from inputs import (
     IGNORED,
     MODEL_INPUTS,
@@ -86,7 +84,7 @@ from model import (
     save_model,
     use_eager_attention_,
 )
-from precision import LEVELS, Precision, make_precision
+from precision import LEVELS, make_precision
 from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, load_dataset, load_tokenizer, make_logdir
 
 __all__ = [  # the original's public names, wherever they are defined now
@@ -269,115 +267,12 @@ def log_examples(split: str, examples: list[Example], sampler: BucketSampler) ->
                 split, len(examples), candidates, sampler.lengths.sum(), sampler.lengths.max())
 
 
-def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace, device: torch.device) -> Engine:
-    """An engine whose iteration is one forward and backward, and every so many of them an optimizer step.
-
-    It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
-    the language-model and the choice loss, of this process.
-    """
-    accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
-    coefficients = torch.tensor([args.lm_coef, args.mc_coef], device=device)
-
-    def step(engine: Engine, batch: Batch) -> None:
-        state = engine.state
-        n_iterations = state.max_epochs * state.epoch_length
-        share = 1 - (state.iteration - 1) / n_iterations
-        if args.warmup_steps:
-            share *= min(1, (state.optimizer_step + 1) / args.warmup_steps)
-        for group, lr in zip(precision.optimizer.param_groups, (args.lr, args.head_lr)):
-            group["lr"] = lr * share
-        micro_steps = args.gradient_accumulation_steps
-        # original: what is left over at the end of the run is thrown away
-        full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not full else contextlib.nullcontext():
-            with precision.autocast():
-                losses = distributed_losses(model, batch.to(device))
-            loss = losses @ coefficients
-            precision.backward(loss / micro_steps)
-        accumulated.append(torch.cat([loss[None], losses]).detach())
-        if not full:
-            return
-        state.optimizer_step += 1
-        set_adam_eps_(precision.optimizer, state.optimizer_step)
-        precision.step(args.max_norm)
-        state.losses = torch.stack(accumulated).mean(0)
-        accumulated.clear()
-        engine.fire_event(StepEvents.OPTIMIZER_STEP)
-
-    trainer = Engine(step)
-    trainer.register_events(*StepEvents, event_to_attr={StepEvents.OPTIMIZER_STEP: "optimizer_step"})
-    trainer.state_dict_user_keys.append("optimizer_step")
-    return trainer
-
-
-def distributed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """(2,): language-model and choice loss, whose mean over processes is the loss of all their rows in one batch.
-
-    Each is a sum divided by what all processes count, not a mean of means: k processes are one with a k-fold batch.
-    """
-    counts = count_labels(batch)
-    # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
-    reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
-    lm_logits, choice_scores = model(batch)
-    sums = torch.stack([
-        cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum"),
-        cross_entropy(choice_scores.float(), batch.choice_labels, reduction="sum"),
-    ])  # fmt: skip
-    if reduction:
-        reduction.wait()
-    return sums * idist.get_world_size() / counts
-
-
-def count_labels(batch: Batch) -> torch.Tensor:
-    """(2,), int64: number of the labels of each head, made on the device: a copy to it would wait for it."""
-    return torch.stack([(labels != IGNORED).sum() for labels in (batch.lm_labels, batch.choice_labels)])
-
-
-def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
-    """Make torch's AdamW at step `step`, from 1 on, that of transformers 2: eps added before the bias correction."""
-    for group in optimizer.param_groups:
-        group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** step)
-
-
 def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
     """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
     groups: tuple[list, list] = ([], [])
     for name, parameter in zip(names, parameters, strict=True):
         groups[args.head_lr is not None and HEAD in name].append(parameter)
     return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)
-
-
-def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch.device) -> Engine:
-    """An engine that leaves `nll` (nats a token), `ppl` and `accuracy` (hits@1) of all examples in `state.metrics`."""
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nll, tokens, hits, examples
-
-    @torch.inference_mode()
-    def step(engine: Engine, batch: Batch | None) -> None:
-        if batch is None:
-            return
-        batch = batch.to(device)
-        with precision.autocast():
-            lm_logits, choice_scores = model(batch)
-        nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
-        hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
-        tokens, examples = count_labels(batch)
-        sums.add_(torch.stack([nll, tokens, hits, examples]))
-
-    evaluator = Engine(step)
-
-    @evaluator.on(Events.STARTED)
-    def begin() -> None:
-        model.eval()
-        sums.zero_()
-
-    @evaluator.on(Events.COMPLETED)
-    def finish(engine: Engine) -> None:
-        nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
-        nll /= max(tokens, 1)
-        engine.state.metrics = {"nll": nll, "ppl": math.exp(min(nll, 700)), "accuracy": hits / examples}
-        model.train()
-
-    return evaluator
 
 
 def prepare_model(

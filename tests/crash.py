@@ -31,6 +31,7 @@ from ignite.engine import Events  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
 
 import train  # noqa: E402
+from engines import StepEvents  # noqa: E402
 
 PHASES = ("training", "validating", "saving")
 TIMES = ("examples_per_second", "ms_per_step")  # figures that differ from run to run
@@ -70,7 +71,7 @@ class Phases:
     def watch(self) -> None:
         """Have the trainer, the evaluator and both kinds of saving report here."""
         for maker, phase, begin, end in (
-            ("create_trainer", "training", Events.GET_BATCH_STARTED, train.StepEvents.OPTIMIZER_STEP),
+            ("create_trainer", "training", Events.GET_BATCH_STARTED, StepEvents.OPTIMIZER_STEP),
             ("create_evaluator", "validating", Events.STARTED, Events.COMPLETED),
         ):
             setattr(train, maker, self._watched_engine(getattr(train, maker), phase, begin, end))

@@ -16,6 +16,7 @@ from crash import leftovers, read_events, result
 from test_train import DATASET, Run, run_training
 
 import checkpoints
+import engines
 import files
 import handlers
 import model
@@ -75,7 +76,7 @@ def ended(gpt2, tmp_path_factory) -> Run:
 
 
 @pytest.mark.parametrize(("owner", "name", "calls"), [
-    (train, "distributed_losses", 7),  # within an optimizer step
+    (engines, "distributed_losses", 7),  # within an optimizer step
     (train, "save_checkpoint", 1),
     (train, "save_checkpoint", 3),
     (Best, "update", 1),  # an epoch's validation is written, and the newest checkpoint of the same step is older
@@ -253,7 +254,7 @@ def test_no_room_for_the_first_files(gpt2, tmp_path, monkeypatch, owner, name, m
 def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owner, name, what):
     """It ends with one line, and is resumed as one that was killed."""
     with monkeypatch.context() as patch:
-        losses, calls = train.distributed_losses, []
+        losses, calls = engines.distributed_losses, []
 
         def fill_the_disk(*args):
             calls.append(None)
@@ -261,7 +262,7 @@ def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owne
                 patch.setattr(owner, name, full, raising=False)
             return losses(*args)
 
-        patch.setattr(train, "distributed_losses", fill_the_disk)
+        patch.setattr(engines, "distributed_losses", fill_the_disk)
         with pytest.raises(UserError, match=rf"^runs/.*/{what}: not written \(.*No space left on device"):
             run_training(tmp_path, gpt2, *FLAGS)
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
@@ -273,14 +274,14 @@ def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owne
 
 def test_ten_bad_steps_in_a_row_end_the_run(gpt2, tmp_path, monkeypatch):
     flags = ["--n_epochs", 3, "--train_batch_size", 2, "--gradient_accumulation_steps", 1, "--save_every", 3]
-    losses, calls = train.distributed_losses, []
+    losses, calls = engines.distributed_losses, []
 
     def spoiled(*args):
         calls.append(None)
         return losses(*args) * (float("nan") if len(calls) == 2 or len(calls) > 4 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "distributed_losses", spoiled)
+        patch.setattr(engines, "distributed_losses", spoiled)
         message = "^step 14: 10 steps in a row had no finite gradient; lower --lr, .* with --resume$"
         with pytest.raises(UserError, match=message):
             run_training(tmp_path, gpt2, *flags)
@@ -297,7 +298,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(gpt2, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkeypatch, number):
     flags = [*FLAGS, "--save_every", 0]
-    losses, calls, said = train.distributed_losses, [], []
+    losses, calls, said = engines.distributed_losses, [], []
 
     def signalled(*args):
         calls.append(None)
@@ -306,7 +307,7 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
         return losses(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "distributed_losses", signalled)
+        patch.setattr(engines, "distributed_losses", signalled)
         for module in (train, handlers):
             patch.setattr(module.logger, "info", lambda message, *args: said.append(message % args))
         with pytest.raises(SystemExit) as ending:

@@ -35,9 +35,11 @@ MAY_IMPORT = {
     "parlai_agent": {"cli", "dialogs", "evaluation", "formats", "metrics", "model", "tokenization", "utils"},
     "distribution": {"cli"},
     "checkpoints": {"cli", "files"},
-    "handlers": {"checkpoints", "cli", "precision"},
+    "engines": {"inputs", "precision"},
+    "handlers": {"checkpoints", "cli", "engines", "precision"},
     "train": {
-        "checkpoints", "cli", "distribution", "files", "handlers", "inputs", "lora", "model", "precision", "utils",
+        "checkpoints", "cli", "distribution", "engines", "files", "handlers", "inputs", "lora", "model", "precision",
+        "utils",
     },
     "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
     "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
@@ -110,7 +112,7 @@ def test_allowed_imports_have_no_cycle():
 def test_only_the_trainer_loads_ignite():
     """The chat and the evaluation start without the time that ignite and tensorboardX take to load."""
     loading = {path.stem for path in ROOT.glob("*.py") if imported(path, lazy=False) & {"ignite", "tensorboardX"}}
-    assert loading <= {"train", "handlers", "checkpoints", "distribution"}
+    assert loading <= {"train", "engines", "handlers", "checkpoints", "distribution"}
 
 
 def test_requirements_are_what_the_project_imports():
