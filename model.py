@@ -343,8 +343,7 @@ def load_finetuned(
     add_special_tokens_(model, tokenizer)
     if history_start is not None:
         model.history_start = history_start
-    if rank_of(model.network):
-        model.network = model.network.merge_and_unload()
+    merge_adapter_(model)
     if fp16:
         halve_(model)
     return model, tokenizer
@@ -398,6 +397,12 @@ def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: i
         model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
     elif present != rank:
         raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
+
+
+def merge_adapter_(model: DoubleHeads) -> None:
+    """Work a model's adapter, if it has one, into its weights, all of which are trained from then on."""
+    if rank_of(model.network):
+        model.network = model.network.merge_and_unload().requires_grad_()
 
 
 def enable_gradient_checkpointing_(model: DoubleHeads) -> None:

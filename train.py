@@ -81,6 +81,7 @@ from model import (
     enable_gradient_checkpointing_,
     freeze_embeddings_,
     load_model,
+    merge_adapter_,
     save_model,
     use_eager_attention_,
 )
@@ -109,8 +110,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--token_types", choices=["on", "off"],
                         help="whether the speakers' embeddings are added to those of their words (unset = as the"
                         " checkpoint records; where it does not, on for GPT and GPT-2, off for others)")
-    parser.add_argument("--lora_rank", type=number(int, 0), default=0,
-                        help="train adapters of this rank beside the frozen weights, scaled by 2 (0 = all weights)")
+    parser.add_argument("--lora_rank", type=number(int, 0),
+                        help="train adapters of this rank beside the frozen weights, scaled by 2 (0 = all weights;"
+                        " unset = the checkpoint's adapters, if it has some)")
     parser.add_argument("--merge_lora", action="store_true",
                         help="write the whole model with its adapters worked in, instead of the adapters")
     parser.add_argument("--num_candidates", type=number(int, 0), default=2,
@@ -290,6 +292,8 @@ def prepare_model(
     add_special_tokens_(model, tokenizer)
     if args.lora_rank:
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
+    elif args.lora_rank == 0:
+        merge_adapter_(model)
     args.lora_rank = rank_of(model.network)
     if args.token_types is not None:
         model.token_types = args.token_types == "on"

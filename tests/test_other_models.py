@@ -170,8 +170,6 @@ def test_what_an_adapter_needs(bases, base_checkpoints, tmp_path, monkeypatch):
         run = run_training(tmp_path, base, *FLAGS, "--lora_rank", 2)
         with pytest.raises(UserError, match=r"^--lora_rank 3: .* has an adapter of rank 2, which goes on without"):
             run_training(tmp_path, run.folder, *FLAGS, "--lora_rank", 3)
-        longer = run_training(tmp_path, run.folder, *FLAGS)
-        assert weights_of(longer).keys() == weights_of(run).keys()
     finally:
         base.rename(bases["llama"])
     with pytest.raises(UserError, match=f"^{run.folder} adapts another model: .* {base}: no such folder$"):
@@ -179,6 +177,22 @@ def test_what_an_adapter_needs(bases, base_checkpoints, tmp_path, monkeypatch):
     (run.folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"adapter_config.json: no adapter's configuration$"):
         load_finetuned(run.folder)
+
+
+def test_training_goes_on_from_an_adapter_or_with_all_weights(bases, tmp_path):
+    pytest.importorskip("peft")
+    run = run_training(tmp_path, bases["llama"], *FLAGS, "--lora_rank", 2)
+    longer = run_training(tmp_path, run.folder, *FLAGS, "--eval_before_start")
+    assert longer.validations[0]["nll"] == pytest.approx(run.validations[-1]["nll"], rel=1e-5)
+    assert weights_of(longer).keys() == weights_of(run).keys()
+    resumed = run_training(tmp_path, run.folder, *FLAGS, "--n_epochs", 3, "--resume", "auto")
+    assert resumed.folder == longer.folder
+
+    whole = run_training(tmp_path, run.folder, *FLAGS, "--lora_rank", 0, "--eval_before_start")
+    assert whole.validations[0]["nll"] == pytest.approx(run.validations[-1]["nll"], rel=1e-4)
+    assert not (whole.folder / "adapter_config.json").exists()
+    old, new = load_file(bases["llama"] / "model.safetensors"), weights_of(whole)
+    assert all((tensor != new[name][: len(tensor)]).any() for name, tensor in old.items())
 
 
 def test_a_package_that_is_missing():
