@@ -74,7 +74,8 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
 def load_validation(tokenizer: PreTrainedTokenizerBase, args: Namespace) -> TokenizedDataset:
     dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     if "valid" not in dataset.splits:
-        raise UserError(f"{args.dataset_path}: no valid split to evaluate on")
+        raise UserError(f"{args.dataset_path}: no valid split to evaluate on; a file of one split is"
+                        " valid if its name begins so")
     return dataset
 
 

@@ -84,9 +84,8 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
     return parse
 
 
-def add_data_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--dataset_path", default="",
-                        help='dataset: a file, a folder or a URL ("" = download PersonaChat)')
+def add_data_flags(parser: ArgumentParser, default: str = "download PersonaChat") -> None:
+    parser.add_argument("--dataset_path", default="", help=f'dataset: a file, a folder or a URL ("" = {default})')
     parser.add_argument("--dataset_cache", default=DATASET_CACHE,
                         help="stem of the tokenised dataset's file; its name gets a key of the content")
     parser.add_argument("--skip_bad_dialogs", action="store_true",

@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--personality", nargs="+", metavar="SENTENCE",
                         help="the model's persona (unset = one drawn from the dataset)")
     parser.add_argument("--personality_file", metavar="FILE", help="the same, a sentence a line")
-    add_data_flags(parser)
+    add_data_flags(parser, default="the one the model was trained on, else PersonaChat, downloaded")
     # model and decoding
     add_model_flags(parser, default="")
     add_precision_flag(parser)

@@ -124,7 +124,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser.add_argument("--fp16", choices=LEVELS, default="",
                         help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
     parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="compute each layer twice, for a fraction of the memory")
+                        help="save memory by computing each layer twice")
     parser.add_argument("--compile", action="store_true",
                         help="compile the model with torch.compile: minutes at the start, then faster steps")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
@@ -159,7 +159,8 @@ def add_optimisation_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
                         help="norm to which longer gradients are clipped (0 = off)")
-    parser.add_argument("--freeze_embeddings", action="store_true", help="of the words train the dialog tokens only")
+    parser.add_argument("--freeze_embeddings", action="store_true",
+                        help="of the word embeddings train those of the dialog tokens only")
 
 
 def add_run_flags(parser: ArgumentParser) -> None:

