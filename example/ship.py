@@ -1,8 +1,11 @@
 """Copy a run folder's model in float16, which is half the size, to the folder that it is shipped in.
 
     python example/ship.py runs/NAME FOLDER
+
+A chat with it draws its persona from the example's dialogs: those that it was trained on are not shipped.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from checkpoints import ARGUMENTS
 from cli import ArgumentParser, UserError, run_script
 
 FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -26,6 +30,7 @@ def ship(run: Path, folder: Path) -> None:
             shutil.copy(run / name, folder)
     halved = {name: tensor.half() for name, tensor in load_file(weights).items()}
     save_file(halved, folder / weights.name, metadata={"format": "pt"})
+    (folder / ARGUMENTS).write_text(json.dumps({"dataset_path": "example/personachat.json"}) + "\n")
 
 
 def main() -> None:

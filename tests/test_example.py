@@ -35,6 +35,8 @@ def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, t
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "shipped")]
     assert 0.45 < sizes[1] / sizes[0] < 0.55
     assert load_tokenizer(tmp_path / "shipped").get_vocab() == load_tokenizer(checkpoint).get_vocab()
+    shipped = ROOT / "example" / "model", tmp_path / "shipped"
+    assert len({(folder / "training_args.json").read_text() for folder in shipped}) == 1
     want, got = (dict(load_model(folder).named_parameters()) for folder in (checkpoint, tmp_path / "shipped"))
     assert all(torch.equal(got[name], parameter.half().float()) for name, parameter in want.items())
 
