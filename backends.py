@@ -24,8 +24,8 @@ from cli import UserError
 from dialogs import read_dialogs
 from evaluation import Evaluator, by_length, make_turns, read_dictionary
 from formats import write_parlai
-from inputs import Example, check_personas, fit, tell_of_cut
-from metrics import count_words, distinct_n, f1, hit, split_words, write_word_counts
+from inputs import fit, tell_of_cut
+from metrics import count_words, distinct_n, f1, hit, perplexity, split_words, write_word_counts
 from model import load_finetuned
 from utils import TokenizedDataset, download_pretrained_model, load_dataset, load_tokenizer
 
@@ -47,8 +47,7 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     dataset = load_validation(tokenizer, args)
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
     turns = make_turns(tokens, texts, args.max_history)
-    check_personas([turn.persona for turn in turns], model.history_start, model.n_positions)
-    examples = [Example(turn.persona, turn.history, turn.candidates) for turn in turns]
+    examples = [turn.example for turn in turns]
     cut = sum(fit(example, model.n_positions, model.history_start) is not example for example in examples)
     tell_of_cut(cut, len(turns), model.n_positions)
     evaluator = Evaluator(model, tokenizer, args, lambda: word_counts(args, dataset))
@@ -65,7 +64,7 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
         figures["hits@1"] = sum(hits) / len(hits)
     if "words" in details[0]:
         scored = [p for row in details for _, p in row["words"] if p is not None]
-        figures["ppl"] = perplexity((-math.log(p) if p else math.inf for p in scored), len(scored))
+        figures["ppl"] = perplexity(math.fsum(-math.log(p) if p else math.inf for p in scored), len(scored))
     if "reply" in details[0]:
         figures["f1"] = sum(row["f1"] for row in details) / len(details)
     return details, figures
@@ -102,16 +101,11 @@ def companions(details: list[dict]) -> dict:
         report |= {"scored_words": len(words) - words.count(None), "unknown_words": words.count(None)}
     if "token_nll" in details[0]:
         losses, tokens = zip(*(row["token_nll"] for row in details))
-        report["token_ppl"] = perplexity(losses, sum(tokens))
+        report["token_ppl"] = perplexity(math.fsum(losses), sum(tokens))
     if "reply" in details[0]:
         replies = [row["reply"].lower().split() for row in details]
         report |= {f"distinct-{n}": distinct_n(replies, n) for n in (1, 2)}
     return report
-
-
-def perplexity(losses: Iterable[float], count: int) -> float:
-    """exp of the sum of -ln p over their number; NaN where there is none."""
-    return math.exp(math.fsum(losses) / count) if count else math.nan
 
 
 # -------------------------------------------------------------------------------------------------------- in ParlAI
@@ -278,7 +272,7 @@ def run_convai2_ppl(opt: dict) -> float:
         dialog = agent.observation["dialog"]
         words = [(word, found[i][word] if i in found else None) for i, word in enumerate(split_words(dialog.label))]
         opt["record"](dialog, {"words": words})
-    return perplexity([world.metrics["loss"]], world.metrics["num_tokens"])
+    return perplexity(world.metrics["loss"], world.metrics["num_tokens"])
 
 
 def opt_of(parser: Any, opt: dict, flags: Iterable[str] = (), **options: Any) -> dict:

@@ -99,6 +99,16 @@ class Chat:
                 self.exchanges.append(Exchange(text, heard, reply, candidates or [reply]))
                 self.record(speaker="model", text=self.text_of(reply), **({} if whole else {"stopped": True}))
 
+    def say_again(self) -> Generator[str]:
+        """Another reply in place of the last one, which stays where none comes."""
+        last = self.exchanges.pop()
+        kept = len(self.exchanges)
+        try:
+            yield from self.say(last.text)
+        finally:
+            if len(self.exchanges) == kept:
+                self.exchanges.append(last)
+
     def stream(self, context: Context, reply: list[int]) -> Generator[str]:
         """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`.
 
@@ -203,7 +213,7 @@ def undo(chat: Chat, rest: str) -> str:
 
 def retry(chat: Chat, rest: str) -> Generator[str] | str:
     """: another reply to your last turn"""
-    return chat.say(chat.exchanges.pop().text) if chat.exchanges else "(nothing was said yet)"
+    return chat.say_again() if chat.exchanges else "(nothing was said yet)"
 
 
 def show_history(chat: Chat, rest: str) -> str:
@@ -253,13 +263,13 @@ def save(chat: Chat, rest: str) -> str:
         turns.append(reply)
     if not utterances:
         raise UserError("/save: nothing was said yet")
-    path = Path(rest).expanduser()
-    if path.exists():
-        raise UserError(f"/save {path}: is there already; give another name")
     try:
+        path = Path(rest).expanduser()
+        if path.exists():
+            raise UserError(f"/save {path}: is there already; give another name")
         write_atomically(path, json.dumps({"personality": chat.persona, "utterances": utterances}) + "\n")
-    except OSError as error:
-        raise UserError(f"/save {path}: {error.strerror}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # no such file can be; no such user's folder
+        raise UserError(f"/save {readable(rest)}: {getattr(error, 'strerror', None) or error}") from error
     return f"(written to {path})"
 
 

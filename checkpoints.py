@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 # What may differ between a run and its resumption; all else decides what is computed.
 CHANGEABLE = {
     "resume", "n_epochs", "valid_batch_size", "eval_before_start", "log_every", "save_every", "n_saved", "patience",
-    "device", "local_rank", "dataset_cache", "export", "compile",
+    "device", "local_rank", "dataset_cache", "export", "compile", "unset",
 }  # fmt: skip
 NOT_RESUMED = {"resume", "local_rank", "device", "world_size"}  # of them a resumption takes its own
 
@@ -119,8 +119,9 @@ def save_checkpoint(folder: Path | None, trainer: Engine, to_save: Mapping, n_sa
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, the newest last."""
-    return sorted(folder.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+    """The checkpoints of a run folder, the newest last; files of other names are the user's own."""
+    steps = {path: path.stem.removeprefix("checkpoint_") for path in folder.glob("checkpoint_*.pt")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def load_checkpoint(folder: Path, to_load: Mapping) -> None:
@@ -155,7 +156,15 @@ def find_run(resume: str, args: Namespace) -> Path | None:
         return folder
     runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
-        if list_checkpoints(file.parent) and not changed_arguments(read_arguments(file.parent), args):
+        try:
+            saved = read_arguments(file.parent)
+        except UserError as error:  # another program's, or a damaged one
+            logger.warning("%s", error)
+            continue
+        # what is unset here means what it meant there only if it was unset there too
+        same_defaults = all(value is not None or name in saved.get("unset", ()) for name, value in vars(args).items()
+                            if saved.get(name) is not None and name not in CHANGEABLE)
+        if same_defaults and list_checkpoints(file.parent) and not changed_arguments(saved, args):
             return file.parent
     return None
 

@@ -131,8 +131,8 @@ def with_defaults(args: Namespace) -> Namespace:
 def fit_context(model: DoubleHeads, context: Context, args: Namespace) -> Context:
     """The context as the model sees it: shortened, the oldest turns first, where it leaves no room for a reply."""
     persona, history, *_ = context
-    example = Example(persona, history, [[0] * args.max_length])
-    persona, history, _ = fit(example, model.n_positions, model.history_start)
+    reply = [0] * min(args.max_length, model.n_positions)  # any of that length
+    persona, history, _ = fit(Example(persona, history, [reply]), model.n_positions, model.history_start)
     return Context(*context)._replace(persona=persona, history=history)
 
 

@@ -1,6 +1,7 @@
 """Several processes of one run: how they find one another, and what one says when another is gone."""
 
 import contextlib
+import functools
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def setup_distributed(args: Namespace) -> torch.device:
     if args.local_rank == -1:
         return device
     if device.type == "cuda":
+        if args.local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"--nproc_per_node: more processes than this machine has GPUs, {gpus}")
         device = torch.device("cuda", args.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -49,6 +52,28 @@ def check_same_run(run: Path | None) -> None:
     first = idist.broadcast(str(run), src=0)
     if first != str(run):
         raise UserError(f"--resume: {first} for the first process, {run} here: all nodes must see the same run folders")
+
+
+def share_weights_(model: torch.nn.Module) -> None:
+    """Give every process the first one's parameters and buffers."""
+    if idist.get_world_size() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), src=0)
+
+
+def greatest(number: int) -> int:
+    """The greatest of all processes' numbers. It goes from CPU to CPU: no process waits for its GPU."""
+    if idist.get_world_size() == 1:
+        return number
+    tensor = torch.tensor(number)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, _cpu_group())
+    return int(tensor)
+
+
+@functools.cache
+def _cpu_group() -> torch.distributed.ProcessGroup | None:
+    """A group of all processes that has CPUs talk; None = the default one, if it does."""
+    return None if torch.distributed.get_backend() == "gloo" else torch.distributed.new_group(backend="gloo")
 
 
 @contextlib.contextmanager

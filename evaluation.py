@@ -47,9 +47,8 @@ class Turn(NamedTuple):
     label_ids: list[int]
 
     @property
-    def length(self) -> int:
-        """Tokens of the packed row: what it costs."""
-        return context_length(self.persona, self.history) + sum(len(candidate) + 1 for candidate in self.candidates)
+    def example(self) -> Example:
+        return Example(self.persona, self.history, self.candidates)
 
 
 def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history: int) -> list[Turn]:
@@ -71,10 +70,7 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
 @torch.inference_mode()
 def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[int]]:
     """For each turn the indices of its candidates, the best choice score first."""
-    examples = [
-        fit(Example(turn.persona, turn.history, turn.candidates), model.n_positions, model.history_start)
-        for turn in turns
-    ]
+    examples = [fit(turn.example, model.n_positions, model.history_start) for turn in turns]
     # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
     distinct = [list(dict.fromkeys(map(tuple, example.candidates))) for example in examples]
     rows = [
@@ -240,7 +236,7 @@ def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterat
         label = measured == "ppl"
         lengths = [context_length(turn.persona, turn.history) + label * len(turn.label_ids) for turn in turns]
     else:
-        lengths = [turn.length for turn in turns]
+        lengths = [turn.example.row_length for turn in turns]
     order = sorted(range(len(turns)), key=lambda i: -lengths[i])
     return (order[start : start + size] for start in range(0, len(order), size))
 

@@ -28,8 +28,6 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(descriptor, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down may keep the new name without the content
         move_into_place(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -44,6 +42,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def move_into_place(temporary: str | Path, path: Path) -> None:
     """Rename a finished temporary file, which is private, to a file that others may read as any other new one."""
+    with open(temporary, "r+b") as file:
+        os.fsync(file.fileno())  # else a machine that goes down may keep the new name without the content
     umask = os.umask(0)  # the only way to read it
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)

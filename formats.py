@@ -91,9 +91,11 @@ def read_records(path: Path, file: BinaryIO, texts: "SharedTexts", faults: Fault
     if start[:1] not in b"{[":
         raise UserError(f"{path}: neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)")
     value = _first_json(path, file, texts)
-    if value is JSON_LINES or _is_dialog(value):
+    if value is JSON_LINES:
         file.seek(0)
         return {split: _json_lines(_lines(file), texts, faults)}
+    if _is_dialog(value):
+        return {split: iter([("", value, True)])}
     if not (type(value) is dict and value.keys() & set(SPLITS)):
         without = " without them" if type(value) is dict else ""
         raise UserError(f'{path}: expected an object with "train" or "valid", got {kind(value)}{without}')
@@ -258,9 +260,10 @@ def _load_json(text: str, texts: SharedTexts, line: int = 1) -> object:
 
 
 def _first_json(path: Path, file: BinaryIO, texts: SharedTexts) -> object:
-    """The value of the first line, or else of the whole file; JSON_LINES where it is neither, but of lines."""
+    """The value of the first line, or else of the whole file; JSON_LINES where each line is a dialog of its own."""
     with contextlib.suppress(ValueError):
-        return _load_json(_decode(file.readline()), texts)
+        value = _load_json(_decode(file.readline()), texts)
+        return JSON_LINES if _is_dialog(value) else value
     file.seek(0)
     try:
         return _load_json(_decode(file.read()), texts)

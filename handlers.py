@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from checkpoints import METRICS, Best
 from cli import UserError
+from distribution import greatest
 from engines import StepEvents
 from precision import MAX_BAD_STEPS, Precision
 
@@ -117,6 +118,10 @@ def attach_figures(
     logged = StepEvents.OPTIMIZER_STEP(every=args.log_every)  # type: ignore[operator]  # ignite's events are called
     since = {"time": time.perf_counter(), "iteration": trainer.state.iteration}
 
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch(engine: Engine) -> None:  # what was validated and saved in between is no part of a step
+        since.update(time=time.perf_counter(), iteration=engine.state.iteration)
+
     @trainer.on(logged)
     def collect(engine: Engine) -> None:
         loss, lm_loss, mc_loss = (idist.all_reduce(engine.state.losses) / idist.get_world_size()).tolist()
@@ -128,7 +133,7 @@ def attach_figures(
             "mc_loss": mc_loss,
             "lr": precision.optimizer.param_groups[0]["lr"],
             "examples_per_second": iterations * args.train_batch_size * idist.get_world_size() / seconds,
-            "ms_per_step": 1000 * seconds / args.log_every,
+            "ms_per_step": 1000 * seconds / iterations * args.gradient_accumulation_steps,
             "skipped_steps": int(precision.skipped_steps),
         }
         since.update(time=time.perf_counter(), iteration=engine.state.iteration)
@@ -156,7 +161,7 @@ def attach_figures(
 def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespace) -> list[int]:
     """Save after each epoch, every `save_every` steps (0 = off), and when SIGINT or SIGTERM asks the run to stop.
 
-    Only between optimizer steps: a checkpoint holds no gradients.
+    Only between optimizer steps, or at the run's end: a checkpoint holds no gradients.
 
     Returns:
         A list in which the signal that stopped the run will stand, in every process.
@@ -178,12 +183,12 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
 
     def save_if_due(engine: Engine) -> None:
         # launchers signal their processes one after another: they stop together, at the first one's wish
-        stop = int(idist.all_reduce(max(asked, default=0), "MAX"))
+        stop = greatest(max(asked, default=0))
         every = args.save_every and engine.state.optimizer_step % args.save_every == 0
         if stop or every or due["epoch"]:
             save()
             due["epoch"] = False
-        if stop:
+        if stop and engine.state.epoch_length * args.n_epochs > engine.state.iteration:  # else it is done anyway
             stopped.append(stop)
             engine.terminate()
 
@@ -195,7 +200,9 @@ def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespac
     @trainer.on(Events.EPOCH_COMPLETED)
     def epoch_done(engine: Engine) -> None:
         due["epoch"] = True
-        if engine.state.iteration % args.gradient_accumulation_steps == 0 or engine.state.epoch == args.n_epochs:
+        between_steps = engine.state.iteration % args.gradient_accumulation_steps == 0
+        # where --patience ends the run in the midst of a step, that step is never taken
+        if between_steps or engine.state.epoch == args.n_epochs or engine.should_terminate:
             save_if_due(engine)
 
     return stopped

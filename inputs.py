@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from cli import UserError
 from utils import paused_collector, special_ids
 
 logger = logging.getLogger(__name__)
@@ -111,11 +110,7 @@ def make_examples(
         num_candidates: the last candidates kept, gold included; 0 = all.
         personality_permutations: how often each dialog occurs, its persona rotated by one sentence each time.
         history_start: as in `context_positions`.
-
-    Raises:
-        UserError: a persona is longer than `history_start` allows.
     """
-    check_personas([dialog["personality"] for dialog in dialogs], history_start, n_positions)
     examples = []
     cut = 0
     for dialog in dialogs:
@@ -135,8 +130,8 @@ def tell_of_cut(count: int, total: int, n_positions: int) -> None:
     """Say, once for a split, how many examples `fit` has shortened."""
     if count:
         logger.warning(
-            "%d of %d examples are longer than the model's %d positions: their oldest turns are left out, then the"
-            " persona from its end", count, total, n_positions,
+            "%d of %d examples are too long for the model's %d positions: their oldest turns are left out, then the"
+            " persona from its end, or first of all where it reaches beyond --history_start", count, total, n_positions,
         )  # fmt: skip
 
 
@@ -156,26 +151,15 @@ def context_positions(persona: list[list[int]], history: list[list[int]], histor
     return [*range(persona_length), *range(start, start + context_length(persona, history) - persona_length)]
 
 
-def check_personas(personas: list[list[list[int]]], history_start: int, n_positions: int) -> None:
-    """Check that personas, with `<bos>`, end before `history_start`, if that is on.
-
-    Raises:
-        UserError: one does not, or no room is left for a history.
-    """
-    longest = max((1 + sum(map(len, persona)) for persona in personas), default=0)
-    if history_start and longest > history_start:
-        raise UserError(f"--history_start {history_start}: shorter than a persona; the smallest that fits is {longest}")
-    if history_start > n_positions // 2:
-        raise UserError(f"--history_start {history_start}: leaves too few of the model's {n_positions} positions")
-
-
 def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
     """The example, shortened if its longest sequence reaches beyond `n_positions`.
 
     The oldest turns go first, then the persona from its end, then the beginning of the last turn. A reply is cut only
-    where it alone is too long.
+    where it alone is too long. A persona that reaches beyond `history_start` loses its end before all else.
     """
     persona, history, candidates = example
+    while history_start and 1 + sum(map(len, persona)) > history_start:  # 1 for <bos>
+        persona = persona[:-1]
 
     def context_end() -> int:  # the position that a reply begins at
         gap = history_start - 1 - sum(map(len, persona)) if history_start else 0
@@ -183,7 +167,7 @@ def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
 
     room = n_positions - 1 - max(map(len, candidates), default=0)  # for the context; 1 for <eos>
     if context_end() <= room:
-        return example
+        return example if persona is example.persona else example._replace(persona=persona)
     while len(history) > 1 and context_end() > room:
         history = history[2:] or history[-1:]  # by twos: token types count from the persona, so an odd number stays odd
     while persona and not history_start and context_end() > room:

@@ -135,11 +135,13 @@ def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
 
 
 def recorded_dataset(checkpoint: str) -> str:
-    """The dataset that a run folder was trained on, as far as it is still there; "" = PersonaChat."""
+    """The dataset that a run folder was trained on, a URL or a path that is still there; "" = PersonaChat."""
+    from download import is_url
+
     try:
         recorded = json.loads(Path(checkpoint, "training_args.json").read_text())["dataset_path"]
-        return recorded if os.path.exists(recorded) else ""
-    except (OSError, ValueError, KeyError, TypeError):  # no run folder of this project
+        return recorded if is_url(recorded) or os.path.exists(recorded) else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no run folder of this project
         return ""
 
 

@@ -3,6 +3,7 @@
 They give the numbers of ConvAI2's official evaluation (ParlAI, `projects/convai2`) to the last digit.
 """
 
+import math
 import os
 import re
 import string
@@ -26,6 +27,13 @@ SMOOTHING = 5  # added to each word's count; ConvAI2's evaluation of TransferTra
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _SPACED = re.compile(r"([.,;:!?])")
+
+
+def perplexity(nll: float, count: int) -> float:
+    """exp of a sum of -ln p over their number: NaN where there is none, inf where it is too large for a number."""
+    if not count:
+        return math.nan
+    return math.exp(nll / count) if nll / count < 709 else math.inf
 
 
 @dataclass

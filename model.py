@@ -87,6 +87,8 @@ class DoubleHeads(nn.Module):
 
     @history_start.setter
     def history_start(self, position: int) -> None:
+        if position > self.n_positions // 2:
+            raise UserError(f"--history_start {position}: leaves too few of the model's {self.n_positions} positions")
         self.pretrained.config.history_start = position
 
     @property
@@ -185,7 +187,7 @@ def load_model(
         if has_weights(folder):
             pretrained = read_weights(family, folder, config)
         else:
-            logger.info("%s holds no weights: training from scratch", checkpoint)
+            logger.info("%s holds no weights: the model begins with random ones", checkpoint)
             pretrained = family(config)
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
@@ -207,10 +209,12 @@ def check_settings(model: DoubleHeads) -> None:
     Raises:
         ValueError: a value that is none.
     """
-    if type(model.history_start) is not int or model.history_start < 0:
-        raise ValueError(f"history_start: expected a position, got {model.history_start!r}")
     if model.n_positions < SHORTEST:
         raise ValueError(f"n_positions: at least {SHORTEST} are needed, got {model.n_positions}")
+    if type(model.history_start) is not int or not 0 <= model.history_start <= model.n_positions // 2:
+        raise ValueError(
+            f"history_start: expected one of the first {model.n_positions // 2} positions, got {model.history_start!r}"
+        )
     if (kind := getattr(model.pretrained.config, "summary_type", "last")) not in SUMMARY_TYPES:
         raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
 
@@ -250,13 +254,16 @@ def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) 
         model = load_model(base)
     except UserError as error:
         raise UserError(f"{checkpoint} adapts another model: {error}") from error
-    model.pretrained.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
     for name in ("history_start", "token_types"):
         if hasattr(config, name):
             setattr(model.pretrained.config, name, getattr(config, name))
     try:
+        check_settings(model)
+        model.pretrained.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
         model.network = load_adapter(model.pretrained, folder)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except UserError:  # no peft
+        raise
+    except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "adapter", error)) from error
     return model
 

@@ -15,7 +15,7 @@ from cli import ArgumentParser, UserError, add_evaluation_flags, set_seed
 from dialogs import dataset_files, read_dialogs
 from evaluation import Evaluator, Turn, read_dictionary
 from formats import OWN_PERSONA, PARTNER_PERSONA
-from metrics import count_words
+from metrics import count_words, perplexity
 from model import load_finetuned
 from tokenization import tokenize
 
@@ -39,7 +39,7 @@ class Perplexity(AverageMetric):
     """A sum of -ln p over a number of words, shown as their perplexity."""
 
     def value(self) -> float:
-        return math.exp(super().value())
+        return perplexity(super().value(), 1)
 
 
 class TransformerAgent(Agent):

@@ -55,7 +55,13 @@ from cli import (
     set_seed,
     set_up_logging,
 )
-from distribution import average_distributed_scalar, check_same_run, one_line_for_a_lost_process, setup_distributed
+from distribution import (
+    average_distributed_scalar,
+    check_same_run,
+    one_line_for_a_lost_process,
+    setup_distributed,
+    share_weights_,
+)
 from engines import create_evaluator, create_trainer
 from files import remove_leftovers, write_atomically
 from handlers import attach_checkpoints, attach_figures, attach_validation
@@ -103,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     parser = ArgumentParser("Fine-tune a decoder with two heads on dialogs with personas.")
     add_data_flags(parser)
     parser.add_argument("--train_share", type=number(float, 1e-6, 1), default=1.0,
-                        help="share of the training dialogs to train on, the first ones")
+                        help="share of the training dialogs to train on, the first ones of those not held out")
     parser.add_argument("--valid_share", type=number(float, 0, 0.9), default=0.0,
                         help="share of the training dialogs held out where the dataset has no valid split (0 = off)")
     add_model_flags(parser, default="openai-gpt")
@@ -134,9 +140,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
 
     parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
     args = parser.parse_args(argv)
+    args.unset = [name for name, value in vars(args).items() if value is None]
     run = find_run(args.resume, args) if args.resume else None
     if run:
-        saved = read_arguments(run)
+        saved = {"unset": []} | read_arguments(run)
         parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
         args = parser.parse_args(argv)
         if changed := changed_arguments(saved, args):
@@ -199,14 +206,14 @@ def get_data_loaders(
     dataset = content.all_dialogs(content.tokens)
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
-    if args.train_share < 1:
-        dataset["train"] = dataset["train"][: max(1, round(len(dataset["train"]) * args.train_share))]
     if "valid" not in dataset and args.valid_share:
         held_out = max(1, round(len(dataset["train"]) * args.valid_share))
         dataset["train"], dataset["valid"] = dataset["train"][:-held_out], dataset["train"][-held_out:]
         logger.info("%s: the last %d training dialogs are held out for validation", name, held_out)
         if not dataset["train"]:
             raise UserError(f"--valid_share {args.valid_share}: {name} has too few dialogs to hold some out")
+    if args.train_share < 1:
+        dataset["train"] = dataset["train"][: max(1, round(len(dataset["train"]) * args.train_share))]
     train = make_examples(
         dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations,
         history_start,
@@ -388,7 +395,7 @@ def train(argv: list[str] | None = None) -> str:
     args, run = parse_args(argv)
     device = setup_distributed(args)
     check_same_run(run)
-    set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.WARNING)
+    set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
 
     model, tokenizer = prepare_model(args, run, device)
@@ -399,6 +406,7 @@ def train(argv: list[str] | None = None) -> str:
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     make_optimizer = partial(make_adamw, args=args, names=names)
+    share_weights_(model)  # before their float32 copies are made: --seed 0 draws others in each process
     precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
     distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
     trainer = create_trainer(distributed, precision, args, device)
@@ -408,13 +416,15 @@ def train(argv: list[str] | None = None) -> str:
         "trainer": trainer, "model": TrainedParameters(model.pretrained), "optimizer": precision.optimizer,
         "precision": precision, "best": best, "random": RandomState(),
     }  # fmt: skip
-    set_seed(args.seed and args.seed + idist.get_rank())  # each process drops out units of its own
+    set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
         load_checkpoint(run, to_save)
         trainer.state.max_epochs = args.n_epochs
-    done = trainer.state.epoch >= args.n_epochs or 0 < args.patience <= best.since
+    stale = 0 < args.patience <= best.since
+    done = stale or trainer.state.epoch >= args.n_epochs
     if done and args.resume != "auto":
-        raise UserError(f"--resume {run}: its {trainer.state.epoch} epochs are done; --n_epochs adds more")
+        done_by = "--patience" if stale else "--n_epochs"
+        raise UserError(f"--resume {run}: it is done; a greater {done_by} adds more")
     folder = open_run_folder(args, run, trainer, model, tokenizer) if idist.get_rank() == 0 else None
 
     stopped = attach_handlers(args, folder, trainer, evaluator, model, to_save, sampler, valid_loader)

@@ -276,10 +276,6 @@ class TokenizedDataset:
         ends = self._arrays["texts.ends"].tolist()
         return [text[start:end].decode() for start, end in itertools.pairwise([0, *ends])]
 
-    def personalities(self) -> list[list[list[int]]]:
-        """The personas of all dialogs of all splits, in token ids."""
-        return [[self.tokens[i] for i in row] for split in self.splits for row in self._lists(f"{split}.personality")]
-
     @paused_collector()
     def dialogs(self, split: str, sentences: list) -> list[dict]:
         """The dialogs of a split, each sentence taken from `sentences`: `self.texts` or `self.tokens`."""
@@ -320,7 +316,7 @@ def load_dataset(
     if not dataset_cache:
         return TokenizedDataset(_tokenized_arrays(tokenizer, files, skip_bad_dialogs))
     cache = _cache_file(dataset_cache, tokenizer, files, skip_bad_dialogs)
-    arrays = _read_cache(cache)
+    arrays = _read_cache(cache, ", which bad dialogs are left out of" if skip_bad_dialogs else "")
     if arrays is None:
         arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
         _write_cache(cache, arrays)
@@ -373,7 +369,7 @@ def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path]
     return path.with_name(f"{path.stem}_{key.hexdigest()}{path.suffix}")
 
 
-def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
+def _read_cache(path: Path, note: str = "") -> dict[str, np.ndarray] | None:
     """The arrays of a cache file, or None, with one line said, if it is not as it was written."""
     try:
         content = path.read_bytes()
@@ -389,7 +385,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
     except SafetensorError as error:
         logger.warning("%s is damaged (%s): built anew", path, error)
         return None
-    logger.info("Using the tokenised dataset in %s", path)
+    logger.info("Using the tokenised dataset in %s%s", path, note)
     return arrays
 
 

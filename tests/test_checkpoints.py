@@ -184,10 +184,46 @@ def test_nothing_to_resume(tmp_path, monkeypatch, resume, message):
 def test_a_run_that_is_done(gpt2, ended):
     """A launcher that restarts a job in its last instant is content; who asks for more than there is, is told."""
     top, before = ended.folder.parent.parent, result(ended.folder.parent.parent)
-    with pytest.raises(UserError, match="its 1 epochs are done; --n_epochs adds more"):
+    with pytest.raises(UserError, match="it is done; a greater --n_epochs adds more"):
         run_training(top, gpt2, "--resume", ended.folder)
     again = run_training(top, gpt2, *FLAGS, "--n_epochs", 1, "--resume", "auto")
     assert again.folder == ended.folder and result(top) == before
+
+
+def test_auto_takes_a_run_whose_unset_flags_were_unset_too(ended, tmp_path, monkeypatch, caplog):
+    shutil.copytree(ended.folder.parent, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    (arguments,) = (tmp_path / "runs").glob("*/training_args.json")
+    saved = json.loads(arguments.read_text())
+    start = ["--model", saved["model_checkpoint"], "--dataset_path", "dataset.json", "--device", "cpu",
+             *map(str, FLAGS), "--n_epochs", "1", "--resume", "auto"]  # fmt: skip
+    assert train.parse_args(start)[1] == arguments.parent.relative_to(tmp_path)
+    assert train.parse_args([*start, "--token_types", "on"])[1]  # what it had been by itself
+    for name, value in (("token_types", "on"), ("head_lr", 0.5)):  # given there, and not here
+        unset = [other for other in saved["unset"] if other != name]
+        arguments.write_text(json.dumps(saved | {"unset": unset, name: value}))
+        assert train.parse_args(start)[1] is None
+    arguments.write_text("[]")
+    assert train.parse_args(start)[1] is None and "expected an object" in caplog.text
+
+
+def test_a_run_that_patience_ended(gpt2, tmp_path):
+    """Within a step of 8 forwards: of an epoch of 6, or of the second one."""
+    flags = [*FLAGS, "--gradient_accumulation_steps", 8, "--lr", 0, "--patience", 1, "--save_every", 0]
+    run = run_training(tmp_path, gpt2, *flags)
+    assert len(run.validations) == 2 and [path.name for path in list_checkpoints(run.folder)] == ["checkpoint_1.pt"]
+    with pytest.raises(UserError, match=r"it is done; a greater --patience adds more$"):
+        run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 20)
+    assert len(run_training(tmp_path, gpt2, "--resume", run.folder, "--patience", 2).validations) == 3
+
+
+def test_files_beside_the_checkpoints_are_the_users_own(ended):
+    kept = ended.folder / "checkpoint_best.pt"
+    kept.write_bytes(b"")
+    try:
+        assert kept not in list_checkpoints(ended.folder) != []
+    finally:
+        kept.unlink()
 
 
 def test_a_damaged_checkpoint(gpt2, ended, tmp_path):
@@ -319,3 +355,14 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
     assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
     run_training(tmp_path, gpt2, "--resume", run)
     assert result(tmp_path) == result(alone)
+
+
+def test_a_signal_in_the_last_validation_comes_too_late(gpt2, tmp_path, monkeypatch):
+    update = Best.update
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(Best, "update", signalled)
+    assert "Done; chat with it" in run_training(tmp_path, gpt2, *FLAGS, "--n_epochs", 1).log

@@ -77,6 +77,12 @@ def test_every_format_under_any_name_gives_the_same_dialogs(read, name, compress
         assert read(compress(content.encode()), name) == expected
 
 
+def test_a_file_of_one_dialog_on_any_number_of_lines(read):
+    (dialog, *_) = DATASET["train"]
+    for content in (json.dumps(dialog), json.dumps(dialog) + "\n\n", json.dumps(dialog, indent=1)):
+        assert read(content, "valid.json") == {"valid": [dialog]}
+
+
 def test_both_splits_and_extra_fields(read):
     extended = json.loads(json.dumps(DATASET))
     extended["version"] = 2

@@ -35,6 +35,25 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
 
+# Each process draws weights of its own, as with --seed 0, and has a number of its own.
+SHARED = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from argparse import Namespace
+import torch
+from distribution import greatest, setup_distributed, share_weights_
+setup_distributed(Namespace(local_rank=-1, device="cpu"))
+rank = int(os.environ["RANK"])
+torch.manual_seed(rank)
+layer = torch.nn.BatchNorm1d(3)
+torch.nn.init.normal_(layer.weight)
+layer.running_mean.fill_(rank)
+share_weights_(layer)
+with open(f"{{rank}}.json", "w") as file:
+    json.dump({{"greatest": greatest(5 + rank), "weights": [t.tolist() for t in layer.state_dict().values()]}}, file)
+"""
+
+
 def documented(*parts: str) -> list[str]:
     """The one command of the README's blocks that has these parts, for two processes a machine instead of eight."""
     (command,) = [words for words in map(shlex.split, commands()) if all(part in words for part in parts)]
@@ -137,6 +156,14 @@ def test_two_machines_of_two_processes_equal_one_with_four_times_the_batch(one_p
     for machine in machines:
         finish(machine)
     check_equal(one_process, tmp_path)
+
+
+@pytest.mark.slow
+def test_weights_and_signals_are_shared(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    finish(start(["torchrun", "--nproc_per_node=2", tmp_path / "shared.py"], tmp_path))
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert seen[0] == seen[1] and seen[0]["greatest"] == 6
 
 
 @pytest.mark.slow

@@ -267,6 +267,6 @@ def test_nothing_to_measure_asks_for_a_reply(model, tokenizer):
 def test_batches_hold_like_lengths_and_every_turn_once(turns):
     batches = list(by_length(turns, 3))
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    lengths = [turns[i].length for batch in batches for i in batch]
+    lengths = [turns[i].example.row_length for batch in batches for i in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(i for batch in batches for i in batch) == list(range(7))

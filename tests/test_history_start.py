@@ -44,14 +44,27 @@ def test_a_start_that_is_the_personas_length_changes_nothing(model, tokenizer):
         assert not torch.allclose(want, changed, atol=1e-4)
 
 
-def test_too_long_a_persona_names_the_smallest_start_that_fits():
+def test_a_persona_that_is_too_long_loses_its_end(model, tokenizer, caplog):
+    """A chat ended in a traceback, or laid the persona over the history."""
     dialogs = [{"personality": persona, "utterances": [{"history": HISTORY, "candidates": [[7], [8]]}]}
                for persona in PERSONAS]  # fmt: skip
-    with pytest.raises(UserError, match=r"--history_start 5: .* smallest that fits is 6"):
-        make_examples(dialogs, 2, 128, history_start=5)
-    assert len(make_examples(dialogs, 2, 128, history_start=6)) == 3
-    with pytest.raises(UserError, match="128 positions"):
-        make_examples(dialogs, 2, 128, history_start=100)
+    kept = [example.persona for example in make_examples(dialogs, 2, 128, history_start=5)]
+    assert kept == [PERSONAS[0], PERSONAS[1], PERSONAS[2][:1]]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "1 of 3 examples are too long for the model's 128 positions"
+    ]
+    assert [example.persona for example in make_examples(dialogs, 2, 128, history_start=6)] == PERSONAS
+
+    model.history_start = START
+    args = Namespace(max_length=5, min_length=1, no_sample=True, temperature=1.0, top_k=0, top_p=0.0)
+    long, short = [[5] * 18, [6] * 500], [[5] * 18]
+    assert generate(model, [(long, HISTORY)], tokenizer, args) == generate(model, [(short, HISTORY)], tokenizer, args)
+
+
+def test_a_start_that_leaves_too_little_room(model):
+    with pytest.raises(UserError, match="--history_start 65: leaves too few of the model's 128 positions"):
+        model.history_start = 65
+    model.history_start = 64
 
 
 def test_what_does_not_fit_loses_its_oldest_turns_not_its_persona():

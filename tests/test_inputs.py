@@ -168,7 +168,7 @@ def test_cut_examples_are_counted_once(caplog):
     assert not caplog.records
     make_examples([numbered_dialog(turns=3)], 2, n_positions=10, personality_permutations=2)  # 7 + 2 * turns
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "4 of 6 examples are longer than the model's 10 positions"
+        "4 of 6 examples are too long for the model's 10 positions"
     ]
 
 

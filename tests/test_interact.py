@@ -217,6 +217,16 @@ def test_random_reset_undo_retry_history(chat):
         assert say(chat, name) == "(nothing was said yet)"
 
 
+def test_a_reply_stays_where_no_other_comes(chat):
+    say(chat, "hello")
+    exchanges = chat.exchanges.copy()
+    for length in (600, 10**12):
+        chat.args.max_length = length
+        with pytest.raises(UserError, match=f"--max_length {length}: more than the model's 128 positions hold"):
+            say(chat, "/retry")
+        assert chat.exchanges == exchanges
+
+
 def test_settings(chat):
     assert say(chat, "/set temperature 0.9") == "temperature = 0.9" and chat.args.temperature == 0.9
     assert say(chat, "/set temperature") == "temperature = 0.9"
@@ -279,6 +289,9 @@ def test_a_saved_dialog_is_a_dataset(chat, tokenizer, tmp_path):
     assert get_dataset(tokenizer, str(path), "")["train"][0]["personality"] == tokenize(tokenizer, PERSONA)
     with pytest.raises(UserError, match=f"^/save {path}: is there already"):
         say(chat, f"/save {path}")
+    for odd in ("~nosuchuser/x", "x" * 300, "x\0y"):
+        with pytest.raises(UserError, match=r"^/save "):
+            say(chat, f"/save {odd}")
 
 
 def test_what_cannot_be_saved(chat, tmp_path):

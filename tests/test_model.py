@@ -234,7 +234,8 @@ def test_gradient_checkpointing_changes_no_gradient(model, tokenizer):
         ({"resid_pdrop": 5}, "dropout probability has to be between 0 and 1, but got 5"),
         ({"summary_type": "best"}, "summary_type: expected one of cls_index, last, first, mean, got 'best'"),
         ({"summary_use_proj": False}, "summary_use_proj, summary_proj_to_labels: the choice head does not give one"),
-        ({"history_start": None}, "history_start: expected a position, got None"),
+        ({"history_start": None}, "history_start: expected one of the first 64 positions, got None"),
+        ({"history_start": 65}, "history_start: expected one of the first 64 positions, got 65"),
     ],
 )
 def test_a_configuration_that_cannot_be_run_is_one_clear_line(

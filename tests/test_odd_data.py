@@ -124,4 +124,4 @@ def test_contexts_far_beyond_the_model(through, tmp_path, caplog):
     assert [len(example.history) for example in examples] == [1, 1, 1, 1]
     assert examples[0].history[0] == whole[0].history[-1][-len(examples[0].history[0]) :]
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert line.startswith("3 of 4 examples are longer than the model's 128 positions: their oldest turns are left out")
+    assert line.startswith("3 of 4 examples are too long for the model's 128 positions: their oldest turns are left")

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "distribution": {"cli"},
     "checkpoints": {"cli", "files"},
     "engines": {"inputs", "precision"},
-    "handlers": {"checkpoints", "cli", "engines", "precision"},
+    "handlers": {"checkpoints", "cli", "distribution", "engines", "precision"},
     "train": {
         "checkpoints", "cli", "distribution", "engines", "files", "handlers", "inputs", "lora", "model", "precision",
         "utils",

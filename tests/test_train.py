@@ -335,6 +335,14 @@ def test_a_share_of_train_is_held_out(base_checkpoints, tmp_path):
     assert len(figures[0]) == 1 and figures[0] == figures[1]
 
 
+def test_shares_of_train_are_validated_on_the_same_dialogs(base_checkpoints, tmp_path):
+    flags = ["--n_epochs", 1, "--lr", 0, "--valid_share", 0.3]
+    runs = [run_training(tmp_path / share, base_checkpoints["gpt2"], *flags, "--train_share", share,
+                         dataset={"train": DATASET["train"]}) for share in ("1", "0.5")]  # fmt: skip
+    assert "train: 8 examples" in runs[0].log and "train: 4 examples" in runs[1].log
+    assert runs[0].validations[0]["nll"] == runs[1].validations[0]["nll"]
+
+
 def test_a_valid_split_makes_valid_share_void(base_checkpoints, tmp_path):
     run = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 1, "--valid_share", 0.5)
     assert "held out" not in run.log and "train: 12 examples" in run.log
