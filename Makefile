@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-# A small model on a small dataset: about a minute on two cores.
+# A small model on a small dataset: about a minute on two cores
 DEMO_DATA := --dataset_path example/personachat.json --dataset_cache build/demo/dataset_cache.bin
 DEMO_TRAIN := --model_checkpoint example/model --n_epochs 3 --lr 3e-4 --num_candidates 4 \
 	--train_batch_size 8 --gradient_accumulation_steps 1 --valid_batch_size 8
@@ -37,7 +37,7 @@ test-parlai: .venv-parlai/installed.stamp .venv-convai2/installed.stamp  ## run 
 test-oldest: .venv-oldest/installed.stamp  ## run the tests on the oldest transformers and ignite that work
 	.venv-oldest/bin/python -m pytest
 
-bench: .venv/requirements.stamp  ## measure every speed claim against the plain recipe: 15 minutes; BENCH=--quick: 2
+bench: .venv/requirements.stamp  ## measure every speed claim against the plain recipe: 12 minutes; BENCH=--quick: 2
 	$(PY) benchmarks/run.py $(BENCH)
 
 lint: .venv/requirements-dev.stamp  ## check the code's style and types, and the Dockerfile

@@ -15,11 +15,17 @@ from metrics import (
     f1,
     hit,
     normalize,
+    perplexity,
     rank,
     read_word_counts,
     split_words,
     write_word_counts,
 )
+
+
+def test_perplexity():
+    assert perplexity(2 * math.log(3), 2) == pytest.approx(3)
+    assert math.isnan(perplexity(0.0, 0)) and perplexity(1e4, 1) == perplexity(math.inf, 1) == math.inf
 
 
 @pytest.mark.parametrize(

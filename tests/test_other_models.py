@@ -128,6 +128,13 @@ def bases(base_checkpoints, tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="module")
+def adapter(bases, tmp_path_factory):
+    """A run with an adapter."""
+    pytest.importorskip("peft")
+    return run_training(tmp_path_factory.mktemp("adapter"), bases["llama"], *FLAGS, "--lora_rank", 2)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_an_adapter_is_trained_resumed_measured_and_merged(family, bases, tmp_path):
     pytest.importorskip("peft")
@@ -179,9 +186,20 @@ def test_what_an_adapter_needs(bases, base_checkpoints, tmp_path, monkeypatch):
         load_finetuned(run.folder)
 
 
-def test_training_goes_on_from_an_adapter_or_with_all_weights(bases, tmp_path):
-    pytest.importorskip("peft")
-    run = run_training(tmp_path, bases["llama"], *FLAGS, "--lora_rank", 2)
+@pytest.mark.parametrize(("name", "changed"), [
+    ("config.json", {"history_start": "85"}), ("config.json", {"vocab_size": 10**13}),
+    ("adapter_config.json", {"r": "x"}),
+])  # fmt: skip
+def test_a_damaged_adapter_is_one_line(adapter, tmp_path, name, changed):
+    folder = shutil.copytree(adapter.folder, tmp_path / "run")
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
+    with pytest.raises(UserError, match=f"^--model_checkpoint {folder}: no usable adapter there") as error:
+        load_finetuned(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_training_goes_on_from_an_adapter_or_with_all_weights(adapter, bases, tmp_path):
+    run = adapter
     longer = run_training(tmp_path, run.folder, *FLAGS, "--eval_before_start")
     assert longer.validations[0]["nll"] == pytest.approx(run.validations[-1]["nll"], rel=1e-5)
     assert weights_of(longer).keys() == weights_of(run).keys()
