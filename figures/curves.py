@@ -48,7 +48,7 @@ def main() -> None:
         hits.plot(when, [100 * row["accuracy"] for row in validations], "o-", **line)
     language.set(xlabel="optimizer step", ylabel="nats a token", title="Language model: training, validation (dots)")
     choice.set(xlabel="optimizer step", ylabel="nats", title="Choice: training loss, validation hits@1 (dots)")
-    hits.set(ylabel="hits@1, %", ylim=(0, None))
+    hits.set(ylabel="hits@1, %", ylim=(0, 100))
     if len(args.runs) > 1:
         language.legend(frameon=False)
     figure.savefig(args.out, metadata={"Date": None})
