@@ -555,7 +555,7 @@ def read_until(terminal: int, pattern: str, seconds: float = 60) -> str:
     return shown
 
 
-@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("term", ["xterm", pytest.param("dumb", marks=pytest.mark.slow)])
 def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
     ours, theirs = pty.openpty()
     environment = os.environ | {

@@ -278,7 +278,9 @@ def test_a_gpu_that_is_not_there(complaint, monkeypatch, script):
 # As the shell sees it
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [
+    pytest.param(name, marks=() if name == "train" else pytest.mark.slow) for name in SCRIPTS
+])  # fmt: skip
 def test_a_real_start_with_a_model_that_nobody_knows(workplace, dataset, script):
     """Without network the hub was tried for 50 seconds, in 30 lines of warnings."""
     done = subprocess.run(
