@@ -43,7 +43,7 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
         full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not full else contextlib.nullcontext():
             with precision.autocast():
-                losses = distributed_losses(model, batch.to(device))
+                losses = distributed_losses(model, batch.to(device), args.label_smoothing)
             loss = losses @ coefficients
             precision.backward(loss / micro_steps)
         accumulated.append(torch.cat([loss[None], losses]).detach())
@@ -62,17 +62,18 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
     return trainer
 
 
-def distributed_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def distributed_losses(model: torch.nn.Module, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
     """(2,): language-model and choice loss, whose mean over processes is the loss of all their rows in one batch.
 
     Each is a sum divided by what all processes count, not a mean of means: k processes are one with a k-fold batch.
+    Label smoothing (Szegedy et al. 2016, section 7) is of the language model's.
     """
     counts = count_labels(batch)
     # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
     reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
     lm_logits, choice_scores = model(batch)
     sums = torch.stack([
-        cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum"),
+        cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum", label_smoothing=label_smoothing),
         cross_entropy(choice_scores.float(), batch.choice_labels, reduction="sum"),
     ])  # fmt: skip
     if reduction:
@@ -118,7 +119,8 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     def finish(engine: Engine) -> None:
         nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
         nll /= max(tokens, 1)
-        engine.state.metrics = {"nll": nll, "ppl": math.exp(min(nll, 700)), "accuracy": hits / examples}
+        ppl = math.exp(min(nll, 700))  # JSON, in which it is written, has no infinity
+        engine.state.metrics = {"nll": nll, "ppl": ppl, "accuracy": hits / examples}
         model.train()
 
     return evaluator

@@ -164,6 +164,8 @@ def add_optimisation_flags(parser: ArgumentParser) -> None:
                         help="optimizer steps over which the learning rates rise from 0 (0 = off)")
     parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-model loss")
     parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
+    parser.add_argument("--label_smoothing", type=number(float, 0, 0.99), default=0.0,
+                        help="probability of a word that training spreads over the vocabulary (0 = off)")
     parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
                         help="norm to which longer gradients are clipped (0 = off)")
     parser.add_argument("--freeze_embeddings", action="store_true",

@@ -469,6 +469,18 @@ def test_what_is_left_over_makes_a_smaller_last_step(characters, tmp_path):
     assert [line["loss"] for line in run.steps] == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])], rel=1e-5)
 
 
+def test_label_smoothing_is_of_the_language_model_in_training(characters, tmp_path):
+    """Nothing is learnt at a rate of 0; a smoothed loss is linear in the share, of which 0.99 is nearly the whole."""
+    flags = ["--lr", 0, "--n_epochs", 1, "--train_batch_size", 12, "--gradient_accumulation_steps", 1]
+    runs = [run_training(tmp_path / str(share), characters, *flags, "--label_smoothing", share)
+            for share in (0, 0.1, 0.99)]  # fmt: skip
+    plain, tenth, whole = (run.steps[0]["lm_loss"] for run in runs)
+    assert whole - plain == pytest.approx(9.9 * (tenth - plain), rel=1e-4) and abs(whole - plain) > 0.1
+    for run in runs[1:]:
+        assert run.steps[0]["mc_loss"] == runs[0].steps[0]["mc_loss"]
+        assert run.validations[0]["nll"] == runs[0].validations[0]["nll"]
+
+
 @pytest.mark.parametrize("splits", [("train", "valid"), ("train",)])
 def test_dropout_is_on_in_training_and_off_in_validation(base_checkpoints, tmp_path, splits):
     """Nothing is learnt at a rate of 0, and each step is over all examples, so that only dropout makes a difference."""
