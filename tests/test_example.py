@@ -23,11 +23,14 @@ def run_script(monkeypatch):
 def test_whole_dialogs_are_persona_and_turns_of_both(run_script, tmp_path):
     turns = [{"history": ["hi !"], "candidates": ["no .", "hello !"]},
              {"history": ["hi !", "hello !", "tea ?"], "candidates": ["no .", "yes ."]}]  # fmt: skip
-    (tmp_path / "d.json").write_text(json.dumps({"train": [{"personality": ["i like tea ."], "utterances": turns}]}))
-    run_script("whole_dialogs.py", tmp_path / "d.json", tmp_path / "whole.jsonl")
-    (line,) = (tmp_path / "whole.jsonl").read_text().splitlines()
-    (turn,) = json.loads(line)["utterances"]
-    assert turn == {"history": [], "candidates": [".", "i like tea . hi ! hello ! tea ? yes ."]}
+    dialog = {"personality": ["i like tea .", "i run .", "i ski ."], "utterances": turns}
+    (tmp_path / "d.json").write_text(json.dumps({"train": [dialog]}))
+    run_script("whole_dialogs.py", tmp_path / "d.json", tmp_path / "whole.jsonl", "--permutations", 2)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"utterances": [{"history": [], "candidates": [".", f"{persona} hi ! hello ! tea ? yes ."]}]}
+        for persona in ("i like tea . i run . i ski .", "i ski . i like tea . i run .")
+    ]
 
 
 def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, tmp_path):
