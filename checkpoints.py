@@ -154,6 +154,7 @@ def find_run(resume: str, args: Namespace) -> Path | None:
         if not list_checkpoints(folder):
             raise UserError(f"--resume {resume}: the run has no checkpoint yet; start it anew")
         return folder
+    here = vars(args)
     runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
         try:
@@ -161,10 +162,9 @@ def find_run(resume: str, args: Namespace) -> Path | None:
         except UserError as error:  # another program's, or a damaged one
             logger.warning("%s", error)
             continue
-        # what is unset here means what it meant there only if it was unset there too
-        same_defaults = all(value is not None or name in saved.get("unset", ()) for name, value in vars(args).items()
-                            if saved.get(name) is not None and name not in CHANGEABLE)
-        if same_defaults and list_checkpoints(file.parent) and not changed_arguments(saved, args):
+        given = saved | dict.fromkeys(saved.get("unset", ()))  # before the model's own took the place of unset ones
+        same = all(here[name] in (given[name], saved[name]) for name in saved.keys() & here.keys() - CHANGEABLE)
+        if same and list_checkpoints(file.parent):
             return file.parent
     return None
 

@@ -116,7 +116,7 @@ def attach_figures(
     `folder` is None on the processes that do not write. They take part in the reductions.
     """
     logged = StepEvents.OPTIMIZER_STEP(every=args.log_every)  # type: ignore[operator]  # ignite's events are called
-    since = {"time": time.perf_counter(), "iteration": trainer.state.iteration}
+    since = {"time": 0.0, "iteration": 0}  # set where an epoch begins or goes on
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin_epoch(engine: Engine) -> None:  # what was validated and saved in between is no part of a step

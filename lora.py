@@ -3,7 +3,6 @@
 A run folder then holds these matrices, the dialog tokens' embeddings, the choice head, and where the model is.
 """
 
-import copy
 import json
 import os
 import warnings
@@ -82,9 +81,9 @@ def load_adapter(pretrained: PreTrainedModel, folder: str) -> Network:
         return PeftModel.from_pretrained(pretrained, folder, is_trainable=True)
 
 
-def merged(network: Network) -> PreTrainedModel:
-    """A copy of the model with its adapter worked into its weights."""
-    return copy.deepcopy(network).merge_and_unload() if rank_of(network) else network
+def merge(network: Network) -> PreTrainedModel:
+    """The model with its adapter, if it has one, worked into its weights; `network` is of no use then."""
+    return network.merge_and_unload() if rank_of(network) else network
 
 
 def save_network(network: Network, folder: str) -> None:

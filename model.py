@@ -30,7 +30,7 @@ from cli import UserError, default_device, first_line
 from files import TEMPORARY, move_into_place
 from heads import FAMILIES, double_heads_class
 from inputs import Batch
-from lora import HEAD, Network, add_adapter, base_of, is_adapter, load_adapter, merged, rank_of, save_network
+from lora import HEAD, Network, add_adapter, base_of, is_adapter, load_adapter, merge, rank_of, save_network
 from precision import limit_kernel_caches
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
@@ -81,13 +81,18 @@ class DoubleHeads(nn.Module):
         return min(getattr(config, name, None) or sys.maxsize for name in ("max_position_embeddings", "sliding_window"))
 
     @property
+    def latest_history_start(self) -> int:
+        """Half of the positions: the rest is for the history and the reply."""
+        return self.n_positions // 2
+
+    @property
     def history_start(self) -> int:
         """Position at which the history begins (`inputs.context_positions`); saved with the model."""
         return getattr(self.pretrained.config, "history_start", 0)
 
     @history_start.setter
     def history_start(self, position: int) -> None:
-        if position > self.n_positions // 2:
+        if position > self.latest_history_start:
             raise UserError(f"--history_start {position}: leaves too few of the model's {self.n_positions} positions")
         self.pretrained.config.history_start = position
 
@@ -211,10 +216,9 @@ def check_settings(model: DoubleHeads) -> None:
     """
     if model.n_positions < SHORTEST:
         raise ValueError(f"n_positions: at least {SHORTEST} are needed, got {model.n_positions}")
-    if type(model.history_start) is not int or not 0 <= model.history_start <= model.n_positions // 2:
-        raise ValueError(
-            f"history_start: expected one of the first {model.n_positions // 2} positions, got {model.history_start!r}"
-        )
+    if type(model.history_start) is not int or not 0 <= model.history_start <= model.latest_history_start:
+        first = f"expected one of the first {model.latest_history_start} positions"
+        raise ValueError(f"history_start: {first}, got {model.history_start!r}")
     if (kind := getattr(model.pretrained.config, "summary_type", "last")) not in SUMMARY_TYPES:
         raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
 
@@ -365,11 +369,11 @@ def halve_(model: DoubleHeads) -> None:
             parameter.data = parameter.data.bfloat16()  # buffers stay: rotary angles need float32
 
 
-def save_model(model: DoubleHeads, folder: Path, merge: bool = False) -> None:
+def save_model(model: DoubleHeads, folder: Path, merge_lora: bool = False) -> None:
     """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
 
     Of an adapted model `adapter_model.safetensors` and `adapter_config.json` are written in its place, as peft does,
-    unless `merge` asks for the whole model that they make.
+    unless `merge_lora` asks for the whole model that they make.
 
     Raises:
         UserError: they cannot be written.
@@ -377,7 +381,7 @@ def save_model(model: DoubleHeads, folder: Path, merge: bool = False) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
-            save_network(merged(model.network) if merge else model.network, temporary)
+            save_network(merge(copy.deepcopy(model.network)) if merge_lora else model.network, temporary)
             for file in Path(temporary).iterdir():
                 move_into_place(file, folder / file.name)
     except (OSError, SafetensorError) as error:
@@ -408,8 +412,7 @@ def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: i
 
 def merge_adapter_(model: DoubleHeads) -> None:
     """Work a model's adapter, if it has one, into its weights, all of which are trained from then on."""
-    if rank_of(model.network):
-        model.network = model.network.merge_and_unload().requires_grad_()
+    model.network = merge(model.network).requires_grad_()
 
 
 def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
