@@ -33,6 +33,22 @@ def test_whole_dialogs_are_persona_and_turns_of_both(run_script, tmp_path):
     ]
 
 
+def test_both_sides_turn_the_dialogs_around_that_are_not_held_out(run_script, tmp_path):
+    def dialog(*turns: str) -> dict:
+        utterances = [{"history": list(turns[:i]), "candidates": ["no .", turns[i]]} for i in range(1, len(turns), 2)]
+        return {"personality": ["i like tea ."], "utterances": utterances}
+
+    dialogs = [dialog("hi !", "hello !", "tea ?", "yes .", "me too .", "good ."), dialog("hi !", "bye !"),
+               dialog("who ?", "me .", "oh .", "yes !")]  # fmt: skip
+    (tmp_path / "d.json").write_text(json.dumps({"train": dialogs}))
+    run_script("both_sides.py", tmp_path / "d.json", tmp_path / "both.json", "--valid_share", 0.3)
+    turned = {"personality": [], "utterances": [
+        {"history": ["hello !"], "candidates": ["tea ?"]},
+        {"history": ["hello !", "tea ?", "yes ."], "candidates": ["me too ."]},
+    ]}  # fmt: skip
+    assert json.loads((tmp_path / "both.json").read_text()) == {"train": [turned, *dialogs[:2]], "valid": dialogs[2:]}
+
+
 def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, tmp_path):
     run_script("ship.py", checkpoint, tmp_path / "shipped")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "shipped")]
@@ -47,6 +63,7 @@ def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, t
 @pytest.mark.parametrize(("name", "args", "line"), [
     ("ship.py", [".", "f"], "ship.py: error: .: no model.safetensors or adapter_model.safetensors there\n"),
     ("whole_dialogs.py", ["none.json", "f"], "whole_dialogs.py: error: none.json: no such file or folder\n"),
+    ("both_sides.py", ["none.json", "f"], "both_sides.py: error: none.json: no such file or folder\n"),
     ("make_tokenizer.py", [], "make_tokenizer.py: error: the following arguments are required: dataset, folder\n"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(run_script, tmp_path, monkeypatch, capsys, name, args, line):
