@@ -307,6 +307,18 @@ def locate_dataset(dataset_path: str) -> list[Path]:
     return dataset_files(fetch(url) if is_url(url) else Path(url))
 
 
+def read_training_dialogs(dataset_path: str) -> list[dict]:
+    """The training split of a dataset as texts (`dialogs.read_dialogs`).
+
+    Raises:
+        UserError: no dataset, a faulty one, or none that has this split.
+    """
+    dialogs = read_dialogs(locate_dataset(dataset_path)).get("train")
+    if not dialogs:
+        raise UserError(f"{dataset_path}: no train split")
+    return dialogs
+
+
 @paused_collector()
 def load_dataset(
     tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str, skip_bad_dialogs: bool = False

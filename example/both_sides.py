@@ -12,10 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import ArgumentParser, UserError, number, run_script
-from dialogs import read_dialogs
+from cli import ArgumentParser, number, run_script
 from files import write_atomically
-from utils import locate_dataset
+from utils import read_training_dialogs
 
 
 def turn_around(dialog: dict) -> dict:
@@ -33,9 +32,7 @@ def main() -> None:
     parser.add_argument("--valid_share", type=number(float, 0, 0.9), default=0.0,
                         help="share of the training dialogs held out, the last ones")
     args = parser.parse_args()
-    dialogs = read_dialogs(locate_dataset(args.dataset)).get("train")
-    if not dialogs:
-        raise UserError(f"{args.dataset}: no train split")
+    dialogs = read_training_dialogs(args.dataset)
     end = len(dialogs) - round(len(dialogs) * args.valid_share)
     turned = [other for dialog in dialogs[:end] if (other := turn_around(dialog))["utterances"]]
     splits = {"train": turned + dialogs[:end], "valid": dialogs[end:]}

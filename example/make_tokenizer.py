@@ -17,9 +17,8 @@ from transformers import OpenAIGPTTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import ArgumentParser, UserError, run_script
-from dialogs import read_dialogs
-from utils import locate_dataset
+from cli import ArgumentParser, run_script
+from utils import read_training_dialogs
 
 VOCAB_SIZE = 8000
 CHARACTERS = sorted(set((string.ascii_letters + string.digits + string.punctuation).lower()))
@@ -67,10 +66,7 @@ def main() -> None:
     parser.add_argument("dataset", help="dataset: a file, a folder or a URL")
     parser.add_argument("folder", help="folder to write the tokenizer's files to")
     args = parser.parse_args()
-    dialogs = read_dialogs(locate_dataset(args.dataset)).get("train")
-    if not dialogs:
-        raise UserError(f"{args.dataset}: no train split")
-    train_tokenizer(read_texts(dialogs)).save_pretrained(args.folder)
+    train_tokenizer(read_texts(read_training_dialogs(args.dataset))).save_pretrained(args.folder)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import ArgumentParser, UserError, number, run_script
-from dialogs import read_dialogs
+from cli import ArgumentParser, number, run_script
 from files import write_atomically
-from utils import locate_dataset
+from utils import read_training_dialogs
 
 
 def whole_texts(dialog: dict, permutations: int) -> Iterator[str]:
@@ -34,9 +33,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="file to write, FILE.jsonl")
     parser.add_argument("--permutations", type=number(int, 1), default=1, help="texts of each dialog")
     args = parser.parse_args()
-    dialogs = read_dialogs(locate_dataset(args.dataset)).get("train")
-    if not dialogs:
-        raise UserError(f"{args.dataset}: no train split")
+    dialogs = read_training_dialogs(args.dataset)
     texts = chain.from_iterable(whole_texts(dialog, args.permutations) for dialog in dialogs)
     turns = ({"history": [], "candidates": [".", text]} for text in texts)
     write_atomically(args.file, "".join(json.dumps({"utterances": [turn]}) + "\n" for turn in turns))
