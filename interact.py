@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from cli import (
+from transfertransfo.cli import (
     ArgumentParser,
     UserError,
     add_data_flags,
@@ -33,7 +33,7 @@ from cli import (
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
-    from chat import Chat
+    from transfertransfo.chat.conversation import Chat
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ GIVE_PERSONA = 'give a persona instead: --personality "i like dogs ." "i live in
 def __getattr__(name: str) -> Callable:
     """The original's public names that live in `decoding` now: loaded, with torch, when they are asked for."""
     if name in ("sample_sequence", "top_filtering"):
-        import decoding
+        from transfertransfo import decoding
 
         return getattr(decoding, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,8 +78,8 @@ def run(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from chat import Chat
-    from model import load_finetuned
+    from transfertransfo.chat.conversation import Chat
+    from transfertransfo.model.loading import load_finetuned
 
     set_up_logging(logging.WARNING)
     set_seed(args.seed)
@@ -122,8 +122,8 @@ def given_persona(args: Namespace) -> list[str] | None:
 
 def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
     """A persona out of the dataset: `--dataset_path`, else the one that the model was trained on, else PersonaChat."""
-    import dialogs
-    from utils import locate_dataset
+    from transfertransfo.data import dialogs
+    from transfertransfo.data.dataset import locate_dataset
 
     path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if path and not args.dataset_path:
@@ -136,7 +136,7 @@ def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
 
 def recorded_dataset(checkpoint: str) -> str:
     """The dataset that a run folder was trained on, a URL or a path that is still there; "" = PersonaChat."""
-    from download import is_url
+    from transfertransfo.download import is_url
 
     try:
         recorded = json.loads(Path(checkpoint, "training_args.json").read_text())["dataset_path"]
@@ -149,7 +149,7 @@ def recorded_dataset(checkpoint: str) -> str:
 
 def talk(chat: "Chat", read: Callable[[], str], show: Callable[..., None]) -> None:
     """Answer line after line until the end of the input, `/quit`, or Ctrl-C twice."""
-    from chat import answer
+    from transfertransfo.chat.conversation import answer
 
     interrupted = False
     while True:
@@ -205,7 +205,7 @@ def make_editor() -> Callable[[], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
 
-    from chat import COMMANDS
+    from transfertransfo.chat.conversation import COMMANDS
 
     completer = WordCompleter([*COMMANDS], sentence=True)
     editor: PromptSession[str] = PromptSession(
@@ -218,7 +218,7 @@ def open_history() -> "History":
     """The lines typed in earlier chats, and where those of this one go: a file of the user's own, if there can be."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    from download import cache_folder
+    from transfertransfo.download import cache_folder
 
     try:
         path = cache_folder() / "chat_history"

@@ -29,20 +29,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints import (
-    ARGUMENTS,
-    NOT_RESUMED,
-    Best,
-    RandomState,
-    TrainedParameters,
-    changed_arguments,
-    cut_metrics,
-    find_run,
-    load_checkpoint,
-    read_arguments,
-    save_checkpoint,
-)
-from cli import (
+from transfertransfo.cli import (
     ArgumentParser,
     UserError,
     add_data_flags,
@@ -55,17 +42,14 @@ from cli import (
     set_seed,
     set_up_logging,
 )
-from distribution import (
-    average_distributed_scalar,
-    check_same_run,
-    one_line_for_a_lost_process,
-    setup_distributed,
-    share_weights_,
+from transfertransfo.data.dataset import (
+    ATTR_TO_SPECIAL_TOKEN,
+    SPECIAL_TOKENS,
+    load_dataset,
+    load_tokenizer,
+    make_logdir,
 )
-from engines import create_evaluator, create_trainer
-from files import remove_leftovers, write_atomically
-from handlers import attach_checkpoints, attach_figures, attach_validation
-from inputs import (
+from transfertransfo.data.inputs import (
     IGNORED,
     MODEL_INPUTS,
     PADDED_INPUTS,
@@ -79,8 +63,8 @@ from inputs import (
     pack,
     pad_dataset,
 )
-from lora import HEAD, rank_of
-from model import (
+from transfertransfo.files import remove_leftovers, write_atomically
+from transfertransfo.model.loading import (
     DoubleHeads,
     add_adapter_,
     add_special_tokens_,
@@ -91,8 +75,30 @@ from model import (
     save_model,
     use_eager_attention_,
 )
-from precision import LEVELS, make_precision
-from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, load_dataset, load_tokenizer, make_logdir
+from transfertransfo.model.lora import HEAD, rank_of
+from transfertransfo.training.checkpoints import (
+    ARGUMENTS,
+    NOT_RESUMED,
+    Best,
+    RandomState,
+    TrainedParameters,
+    changed_arguments,
+    cut_metrics,
+    find_run,
+    load_checkpoint,
+    read_arguments,
+    save_checkpoint,
+)
+from transfertransfo.training.distribution import (
+    average_distributed_scalar,
+    check_same_run,
+    one_line_for_a_lost_process,
+    setup_distributed,
+    share_weights_,
+)
+from transfertransfo.training.engines import create_evaluator, create_trainer
+from transfertransfo.training.handlers import attach_checkpoints, attach_figures, attach_validation
+from transfertransfo.training.precision import LEVELS, make_precision
 
 __all__ = [  # the original's public names, wherever they are defined now
     "ATTR_TO_SPECIAL_TOKEN", "MODEL_INPUTS", "PADDED_INPUTS", "SPECIAL_TOKENS", "add_special_tokens_",

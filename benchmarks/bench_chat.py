@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import reference
 from benchmarks.measure import Seconds, check_equal, figure, in_turn, ratio, timed
 from benchmarks.setting import DECODING, Setting
-from decoding import Context, decode, sample_sequence
-from inputs import Example, context_length
-from model import DoubleHeads
+from transfertransfo.data.inputs import Example, context_length
+from transfertransfo.decoding import Context, decode, sample_sequence
+from transfertransfo.model.loading import DoubleHeads
 
 CONTEXT = 120
 ROUNDS = 2  # of each repetition: one reply is short

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import reference
 from benchmarks.measure import check_equal, figure, in_child, ratio
 from benchmarks.setting import Setting, dialog_tokenizer, training_args
-from inputs import MODEL_INPUTS, context_length
 from train import get_data_loaders
-from utils import get_dataset
+from transfertransfo.data.dataset import get_dataset
+from transfertransfo.data.inputs import MODEL_INPUTS, context_length
 
 
 def ours_cold(path: str, tokenizer_path: str, cache: str) -> Callable:

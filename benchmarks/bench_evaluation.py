@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, in_turn, ratio
 from benchmarks.setting import DECODING, Setting, Shape, spread
-from decoding import Context, generate
-from evaluation import Evaluator, Turn, by_length
-from inputs import Example
-from metrics import count_words, split_words
+from transfertransfo.data.inputs import Example
+from transfertransfo.decoding import Context, generate
+from transfertransfo.evaluation.evaluator import Evaluator, Turn, by_length
+from transfertransfo.evaluation.metrics import count_words, split_words
 
 
 def time_turns(

@@ -8,10 +8,10 @@ from torch.optim import AdamW
 from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
-from engines import create_trainer, distributed_losses
-from inputs import Batch, BucketSampler, Example, make_row, pack
-from model import DoubleHeads
-from precision import make_precision
+from transfertransfo.data.inputs import Batch, BucketSampler, Example, make_row, pack
+from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.training.engines import create_trainer, distributed_losses
+from transfertransfo.training.precision import make_precision
 
 BATCH = 4  # dialog turns; the default of --train_batch_size
 

@@ -23,11 +23,11 @@ import torch  # noqa: E402
 from benchmarks.bench_training import PackedTraining, PaddedTraining, make_batches  # noqa: E402
 from benchmarks.measure import Difference, check_close, figure, json_line  # noqa: E402
 from benchmarks.setting import FULL, GPT, QUICK, SMALL, Setting  # noqa: E402
-from cli import ArgumentParser, number, run_script  # noqa: E402
 from convai_evaluation import run as evaluate  # noqa: E402
-from inputs import Example  # noqa: E402
-from model import save_model  # noqa: E402
 from train import COMPILED_MULTIPLE  # noqa: E402
+from transfertransfo.cli import ArgumentParser, number, run_script  # noqa: E402
+from transfertransfo.data.inputs import Example  # noqa: E402
+from transfertransfo.model.loading import save_model  # noqa: E402
 
 TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "O1": torch.float16}

@@ -9,13 +9,20 @@ from typing import NamedTuple
 import torch
 from transformers import OpenAIGPTConfig, PreTrainedTokenizerBase
 
-from dialogs import read_dialogs
-from evaluation import Turn, make_turns
-from gpt import OpenAIGPTDoubleHeadsModel
-from inputs import Example, make_examples
-from model import DoubleHeads
 from train import parse_args
-from utils import ATTR_TO_SPECIAL_TOKEN, TokenizedDataset, load_dataset, load_tokenizer, locate_dataset, special_ids
+from transfertransfo.data.dataset import (
+    ATTR_TO_SPECIAL_TOKEN,
+    TokenizedDataset,
+    load_dataset,
+    load_tokenizer,
+    locate_dataset,
+    special_ids,
+)
+from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.inputs import Example, make_examples
+from transfertransfo.evaluation.evaluator import Turn, make_turns
+from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
+from transfertransfo.model.loading import DoubleHeads
 
 
 class Shape(NamedTuple):

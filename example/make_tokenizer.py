@@ -17,8 +17,8 @@ from transformers import OpenAIGPTTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import ArgumentParser, run_script
-from utils import read_training_dialogs
+from transfertransfo.cli import ArgumentParser, run_script
+from transfertransfo.data.dataset import read_training_dialogs
 
 VOCAB_SIZE = 8000
 CHARACTERS = sorted(set((string.ascii_letters + string.digits + string.punctuation).lower()))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from checkpoints import ARGUMENTS
-from cli import ArgumentParser, UserError, run_script
+from transfertransfo.cli import ArgumentParser, UserError, run_script
+from transfertransfo.training.checkpoints import ARGUMENTS
 
 FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import ArgumentParser, number, run_script
-from files import write_atomically
-from utils import read_training_dialogs
+from transfertransfo.cli import ArgumentParser, number, run_script
+from transfertransfo.data.dataset import read_training_dialogs
+from transfertransfo.files import write_atomically
 
 
 def whole_texts(dialog: dict, permutations: int) -> Iterator[str]:

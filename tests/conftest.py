@@ -5,31 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
     GPT2Tokenizer,
-    GPTNeoXConfig,
-    LlamaConfig,
     OpenAIGPTConfig,
     OpenAIGPTTokenizer,
-    Qwen2Config,
 )
 
-from model import add_special_tokens_, load_model
-from utils import load_tokenizer
-
-ROOT = Path(__file__).parent.parent
-FAMILIES = ("gpt", "gpt2")
-OTHERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}  # with GPT-2's kind of tokenizer
+from transfertransfo.data.dataset import load_tokenizer
+from transfertransfo.model.loading import add_special_tokens_, load_model
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
-
-
-def dialogs_of_text(dataset: dict) -> list[str]:
-    """Every text of a PersonaChat JSON, repeated as often as it occurs."""
-    utterances = [utterance for dialogs in dataset.values() for dialog in dialogs for utterance in dialog["utterances"]]
-    return [text for utterance in utterances for name in ("candidates", "history") for text in utterance[name]]
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from ignite.engine import Events  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
 
 import train  # noqa: E402
-from engines import StepEvents  # noqa: E402
+from transfertransfo.training.engines import StepEvents  # noqa: E402
 
 PHASES = ("training", "validating", "saving")
 TIMES = ("examples_per_second", "ms_per_step")  # figures that differ from run to run

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from benchmarks import bench_data, bench_evaluation, gpu, reference, run
 from benchmarks.measure import Difference, Seconds, check_close, figure, in_child, in_turn, ratio
 from benchmarks.setting import QUICK, Setting, Shape
 
-ROOT = Path(__file__).parent.parent
 losses = reference.losses
 TINY = QUICK._replace(shape=Shape(1, 16, 2, 8192), small=Shape(1, 16, 2, 8192), turns=2, longest=0)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import cli
-from cli import ArgumentParser, UserError, number, run_script, set_seed, set_up_logging
+from transfertransfo import cli
+from transfertransfo.cli import ArgumentParser, UserError, number, run_script, set_seed, set_up_logging
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_other_errors_are_not_hidden():
 
 def test_a_reader_that_leaves_ends_the_script_quietly():
     """`script.py | head` ended in a traceback, twice: the second at exit, when Python flushes stdout."""
-    code = "from cli import run_script\ndef script():\n    while True: print('line' * 100)\nrun_script(script)"
+    code = "from transfertransfo.cli import run_script\ndef script():\n    while True: print('line' * 100)\nrun_script(script)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()

@@ -9,20 +9,19 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES, OTHERS
+from helpers import FAMILIES, OTHERS, ROOT
 
-import backends
 import convai_evaluation
-import evaluation
-from backends import install_command, make_data_folder, recorder
-from cli import UserError
 from convai_evaluation import TransformerAgent, parse_args, run
-from dialogs import read_dialogs
-from formats import write_parlai
-from metrics import distinct_n, f1, hit, write_word_counts
-from utils import load_dataset
+from transfertransfo.cli import UserError
+from transfertransfo.data.dataset import load_dataset
+from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.formats import write_parlai
+from transfertransfo.evaluation import evaluator as evaluation
+from transfertransfo.evaluation import native as backends
+from transfertransfo.evaluation.metrics import distinct_n, f1, hit, write_word_counts
+from transfertransfo.evaluation.native import install_command, make_data_folder, recorder
 
-ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--no_sample", "--max_length", "6"]
 
 
@@ -252,7 +251,7 @@ def test_a_backend_that_is_not_installed(arguments, monkeypatch, backend, instal
 @pytest.mark.parametrize("backend", ["parlai", "convai2"])
 def test_the_install_command_is_that_of_the_requirements(backend):
     """`make test-parlai` runs it from there."""
-    lines = (ROOT / f"requirements-{backend}.txt").read_text().splitlines()
+    lines = (ROOT / f"requirements/{backend}.txt").read_text().splitlines()
     assert [line.lstrip("# ") for line in lines if line.startswith("#   ")] == [install_command(backend)]
 
 

@@ -5,12 +5,14 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS
+from helpers import FAMILIES, OTHERS
 from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
-from cli import UserError
-from decoding import (
+from transfertransfo.cli import UserError
+from transfertransfo.data.dataset import SPECIAL_TOKENS
+from transfertransfo.data.inputs import build_input_from_segments, context_positions
+from transfertransfo.decoding import (
     OFF,
     CachedRows,
     Context,
@@ -24,10 +26,8 @@ from decoding import (
     top_filtering,
     with_defaults,
 )
-from gpt import OpenAIGPTDoubleHeadsModel
-from inputs import build_input_from_segments, context_positions
-from model import DoubleHeads
-from utils import SPECIAL_TOKENS
+from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
+from transfertransfo.model.loading import DoubleHeads
 
 of_every_family = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 

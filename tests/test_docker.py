@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from test_packaging import MAY_IMPORT
 
-ROOT = Path(__file__).parent.parent
 LINES = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ").splitlines()
 INSTRUCTIONS = [tuple(line.split(maxsplit=1)) for line in LINES if line.strip()]
 IGNORED = (ROOT / ".dockerignore").read_text().split()

@@ -22,9 +22,9 @@ import pytest
 import requests
 from filelock import FileLock
 
-import download
-from cli import UserError
-from download import cache_folder, extract, fetch, is_url
+from transfertransfo import download
+from transfertransfo.cli import UserError
+from transfertransfo.download import cache_folder, extract, fetch, is_url
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB, so that a cut comes after several chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -5,10 +5,10 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
-from model import load_model
-from utils import load_tokenizer
+from transfertransfo.data.dataset import load_tokenizer
+from transfertransfo.model.loading import load_model
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from files import write_atomically
+from transfertransfo.files import write_atomically
 
 
 def test_write_atomically_replaces_and_keeps_the_usual_rights(tmp_path):
@@ -26,7 +26,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(f"files.{function}", fail)
+    monkeypatch.setattr(f"transfertransfo.files.{function}", fail)
     with pytest.raises(type(error)):
         write_atomically(path, "new")
     assert path.read_text() == "old"

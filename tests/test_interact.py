@@ -14,22 +14,21 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 import interact
-from chat import COMMANDS, Chat, answer, readable
-from cli import ArgumentParser, UserError, add_decoding_flags
-from decoding import sample_sequence, score_replies
-from dialogs import draw_persona, read_dialogs
-from formats import write_parlai
-from model import load_finetuned, load_model, save_model
-from tokenization import tokenize
-from utils import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer
+from transfertransfo.chat.conversation import COMMANDS, Chat, answer, readable
+from transfertransfo.cli import ArgumentParser, UserError, add_decoding_flags
+from transfertransfo.data.dataset import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer
+from transfertransfo.data.dialogs import draw_persona, read_dialogs
+from transfertransfo.data.formats import write_parlai
+from transfertransfo.data.tokenization import tokenize
+from transfertransfo.decoding import sample_sequence, score_replies
+from transfertransfo.model.loading import load_finetuned, load_model, save_model
 
-ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "example" / "personachat.json"
 PERSONA = ["i like dogs .", "i live in ohio ."]
 
@@ -76,7 +75,7 @@ def test_a_reply_is_streamed_word_by_word(chat, tokenizer):
     for text, ids in zip(sentences, tokenize(tokenizer, sentences)):
         reply = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("chat.decode", lambda *args, ids=ids: ([[token]] for token in ids))
+            patch.setattr("transfertransfo.chat.conversation.decode", lambda *args, ids=ids: ([[token]] for token in ids))
             pieces = list(chat.stream(None, reply))
         assert reply == ids
         assert "".join(pieces) == chat.text_of(ids), text
@@ -101,7 +100,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
     assert transcript(chat)[-1]["stopped"]
     monkeypatch.undo()
     (words,) = tokenize(chat.tokenizer, ["i like dogs and cats"])
-    monkeypatch.setattr("chat.decode", lambda *args: ([[token]] for token in words))
+    monkeypatch.setattr("transfertransfo.chat.conversation.decode", lambda *args: ([[token]] for token in words))
     with closing(answer(chat, "go on")) as pieces:
         next(pieces)
     assert 0 < len(chat.exchanges[1].reply) < len(words)
@@ -109,7 +108,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
 
 
 def test_a_reply_stopped_before_its_first_token_leaves_nothing(chat, model, monkeypatch):
-    monkeypatch.setattr("chat.candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("transfertransfo.chat.conversation.candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     chat.args.num_beams = 2
     with pytest.raises(KeyboardInterrupt):
         say(chat, "hello")
@@ -381,7 +380,7 @@ def test_no_download_names_the_way_out(monkeypatch):
     def fail(url):
         raise UserError(f"cannot download {url}")
 
-    monkeypatch.setattr("utils.fetch", fail)
+    monkeypatch.setattr("transfertransfo.data.dataset.fetch", fail)
     with pytest.raises(UserError, match=r"^cannot download https.*; or give a persona instead: --personality "):
         interact.draw_persona(arguments(""), print)
 
@@ -539,7 +538,7 @@ def test_ctrl_c_stops_a_reply_and_a_second_one_leaves(monkeypatch):
         yield line
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("chat.answer", stopped_after_a_word)
+    monkeypatch.setattr("transfertransfo.chat.conversation.answer", stopped_after_a_word)
     interact.talk(None, read, lambda text, kind="": shown.append(text))
     hint = "\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n"
     assert shown == ["hi", hint, "again", hint, "\n"]

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
 
 # Each module of the project and the modules of the project that it may import; each stands below those it imports.
 MAY_IMPORT = {
@@ -122,7 +121,7 @@ def test_requirements_are_what_the_project_imports():
 
 def test_dev_requirements_hold_what_the_rest_imports():
     used = distributions(third_party(path for folder in AROUND for path in (ROOT / folder).glob("*.py")))
-    assert used <= set(requirements("requirements-dev.txt"))
+    assert used <= set(requirements("requirements/dev.txt"))
 
 
 def test_deprecations_of_every_module_are_errors():

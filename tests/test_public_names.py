@@ -5,11 +5,9 @@ import inspect
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
 
 PUBLIC_NAMES = {
     "train": [

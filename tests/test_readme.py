@@ -40,11 +40,11 @@ FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser  # noqa: E402
-from dialogs import read_dialogs  # noqa: E402
-from inputs import Example, format_example  # noqa: E402
-from tokenization import tokenize  # noqa: E402
-from utils import ATTR_TO_SPECIAL_TOKEN, load_tokenizer  # noqa: E402
+from transfertransfo.cli import ArgumentParser  # noqa: E402
+from transfertransfo.data.dataset import ATTR_TO_SPECIAL_TOKEN, load_tokenizer  # noqa: E402
+from transfertransfo.data.dialogs import read_dialogs  # noqa: E402
+from transfertransfo.data.inputs import Example, format_example  # noqa: E402
+from transfertransfo.data.tokenization import tokenize  # noqa: E402
 
 
 class Captured(Exception):
@@ -168,7 +168,7 @@ def test_a_command_that_needs_more_is_one(command):
     if program == "make":
         assert re.search(rf"^make {argv[0]}\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     elif program == "pip":
-        assert any(f"#   {command}" in path.read_text() for path in ROOT.glob("requirements*.txt"))
+        assert any(f"#   {command}" in path.read_text() for path in [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")])
     elif program == "docker":
         assert argv[0] in ("build", "run") and "convai" in argv
     elif argv[:2] == ["-m", "parlai"]:
@@ -183,7 +183,7 @@ def test_a_command_that_needs_more_is_one(command):
 
 def parse_agent(argv: list[str]) -> None:
     """Check the agent's flags in a command of ParlAI's, and its name."""
-    from cli import add_evaluation_flags
+    from transfertransfo.cli import add_evaluation_flags
 
     parser = ArgumentParser("")
     parser.add_argument("command", choices=["eval_model", "interactive"])
@@ -196,7 +196,7 @@ def parse_agent(argv: list[str]) -> None:
 @pytest.fixture(scope="module")
 def workplace(base_checkpoints, tmp_path_factory) -> Path:
     """The project's folder as far as commands look at it; runs/NAME is a small run, killed before its last save."""
-    from test_train import process_as_it_was
+    from helpers import process_as_it_was
 
     import train
 
@@ -218,7 +218,7 @@ HERE = [command for command in commands() if not needs(command)]
 @pytest.mark.parametrize("command", dict.fromkeys(HERE))
 def test_a_command_runs(command, workplace, monkeypatch, capsys):
     """As it stands, but for a small run where it says NAME."""
-    from test_train import process_as_it_was
+    from helpers import process_as_it_was
 
     program, script, *argv = shlex.split(command)
     assert program in ("python", "python3")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from transformers import BertConfig
 
 import convai_evaluation
 import interact
 import train
-from cli import run_script
+from transfertransfo.cli import run_script
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train.train, "interact": interact.run, "convai_evaluation": convai_evaluation.run}
 UTTERANCE = {"candidates": ["no .", "yes ."], "history": ["hi !"]}
 DIALOG = {"personality": ["i like tea ."], "utterances": [UTTERANCE]}

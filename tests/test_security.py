@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints as checkpoint_files
-from cli import UserError
-from files import open_atomically
-from model import load_finetuned, load_model
-from utils import load_tokenizer
+from transfertransfo.cli import UserError
+from transfertransfo.data.dataset import load_tokenizer
+from transfertransfo.files import open_atomically
+from transfertransfo.model.loading import load_finetuned, load_model
+from transfertransfo.training import checkpoints as checkpoint_files
 
 
 class Trap:
@@ -192,5 +192,5 @@ def test_temporary_files_are_private(tmp_path):
 
 
 def test_nothing_is_fetched_over_plain_http_by_itself():
-    for path in Path(__file__).parent.parent.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *(ROOT / "transfertransfo").rglob("*.py")]:
         assert "http://" not in path.read_text().replace('"http://", "https://"', "").replace('adapters["http://"]', "")

@@ -3,12 +3,9 @@
 import contextlib
 import io
 import json
-import logging
 import math
 import re
 import shutil
-import signal
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 
@@ -16,34 +13,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import ANSWERS, DATASET, QUESTIONS, Run, process_as_it_was, run_training
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
 
 import convai_evaluation
-from cli import UserError
-from inputs import build_input_from_segments
-from model import add_special_tokens_, load_finetuned, load_model
-from tokenization import tokenize
 from train import train
-from utils import SPECIAL_TOKENS, get_dataset, load_tokenizer
+from transfertransfo.cli import UserError
+from transfertransfo.data.dataset import SPECIAL_TOKENS, get_dataset, load_tokenizer
+from transfertransfo.data.inputs import build_input_from_segments
+from transfertransfo.data.tokenization import tokenize
+from transfertransfo.model.loading import add_special_tokens_, load_finetuned, load_model
 
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 LANGUAGE_MODELS = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}
-ANSWERS = ["i like tea .", "i have two dogs .", "no , never .", "yes , i do !", "hello !", "we live in a big house ."]
-QUESTIONS = ["what do you like ?", "any pets ?", "did you go there ?", "do you cook ?", "hi !", "where do you live ?"]
-
-
-def dialog(number: int, turns: int = 2) -> dict:
-    """A dialog whose replies answer its questions; each reply has two distractors."""
-    utterances, history = [], []
-    for turn in range(number, number + turns):
-        history = [*history, QUESTIONS[turn % 6]]
-        candidates = [ANSWERS[(turn + shift) % 6] for shift in (2, 3, 0)]
-        utterances.append({"candidates": candidates, "history": history})
-        history = [*history, candidates[-1]]
-    return {"personality": [ANSWERS[number % 6], ANSWERS[(number + 1) % 6]], "utterances": utterances}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -52,53 +36,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-DATASET = {"train": [dialog(i) for i in range(6)], "valid": [dialog(i, turns=3) for i in (0, 3)]}
-
-
-@dataclass
-class Run:
-    """A run folder, what the run logged, and its figures."""
-
-    folder: Path
-    log: str
-
-    @property
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def steps(self) -> list[dict]:
-        return [line for line in self.lines if "split" not in line]
-
-    @property
-    def validations(self) -> list[dict]:
-        return [line for line in self.lines if "split" in line]
-
-
-@contextlib.contextmanager
-def process_as_it_was():
-    """A script sets up the process's log and its signals; here that ends with the block."""
-    root, names = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
-    level, handlers, signals = root.level, root.handlers[:], [signal.getsignal(name) for name in names]
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-        for name, handler in zip(names, signals):
-            signal.signal(name, handler)
-
-
-def run_training(folder: Path, checkpoint: Path, *flags, dataset: dict = DATASET) -> Run:
-    """Train in `folder` on a dataset."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset.json").write_text(json.dumps(dataset))
-    argv = ["--model_checkpoint", checkpoint, "--dataset_path", "dataset.json", "--device", "cpu", *flags]
-    with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
-        run_folder = train([str(argument) for argument in argv])
-    return Run(folder / run_folder, log.getvalue())
 
 
 FLAGS = ["--n_epochs", 5, "--train_batch_size", 2, "--gradient_accumulation_steps", 4, "--num_candidates", 2,

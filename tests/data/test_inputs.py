@@ -1,0 +1,401 @@
+"""From dialogs to batches: the layout of a sequence, what is cut, how rows are packed, which rows share a batch."""
+
+import random
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from transfertransfo.data.dataset import SPECIAL_TOKENS, load_tokenizer
+from transfertransfo.data.inputs import (
+    IGNORED,
+    BucketSampler,
+    Example,
+    Row,
+    build_input_from_segments,
+    context_length,
+    fit,
+    format_example,
+    make_examples,
+    make_row,
+    pack,
+    pad_dataset,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoints):
+    return load_tokenizer(checkpoints["gpt"])
+
+
+def sentences(generator: random.Random, number: int, longest: int = 6, shortest: int = 1) -> list[list[int]]:
+    return [
+        [generator.randrange(5, 100) for _ in range(generator.randint(shortest, longest))] for _ in range(number)
+    ]
+
+
+def random_example(generator: random.Random, shortest: int = 0) -> Example:
+    return Example(*(sentences(generator, generator.randint(low, 7), shortest=shortest) for low in (0, 0, 1)))
+
+
+# One sequence
+
+
+@pytest.mark.parametrize(
+    ("persona", "history", "reply", "with_eos", "expected"),
+    [
+        ([[5, 6], [7]], [[8], [9, 10], [11]], [12, 13], True, "<b 5 6 7> (2 8) <1 9 10> (2 11) <1 12! 13! e!>"),
+        ([[5]], [[8]], [12], True, "<b 5> (2 8) <1 12! e!>"),
+        ([], [[8]], [12], True, "<b> (2 8) <1 12! e!>"),
+        ([[5]], [], [12], True, "<b 5> (1 12! e!)"),
+        ([], [], [12], True, "<b> (1 12! e!)"),
+        ([[5]], [[8], [9]], [12], True, "<b 5> (1 8) <2 9> (1 12! e!)"),
+        ([[5]], [[8]], [12, 13], False, "<b 5> (2 8) <1 12! 13!>"),
+        ([[5]], [[8]], [], False, "<b 5> (2 8) <1>"),
+        ([[5]], [[]], [], True, "<b 5> (2) <1 e!>"),
+    ],
+)
+@pytest.mark.parametrize("lm_labels", [True, False])
+def test_layout_of_a_sequence(tokenizer, persona, history, reply, with_eos, expected, lm_labels):
+    """`<...>` holds what has the type of speaker 1, `(...)` that of speaker 2; `!` marks a token to be predicted."""
+    bos, eos, speaker1, speaker2 = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[:-1])
+    names = {"b": bos, "e": eos, "1": speaker1, "2": speaker2}
+    words = expected.split()
+    ids, types, labels = [], [], []
+    for word in words:
+        if word[0] in "<(":
+            kind = {"<": speaker1, "(": speaker2}[word[0]]
+        word = word.strip("<>()")
+        token = names.get(word.rstrip("!")) or int(word.rstrip("!"))
+        ids.append(token)
+        types.append(kind)
+        labels.append(token if word.endswith("!") and lm_labels else IGNORED)
+
+    got = build_input_from_segments(persona, history, reply, tokenizer, lm_labels, with_eos)
+    assert got == {"input_ids": ids, "token_type_ids": types, "lm_labels": labels, "mc_token_ids": len(ids) - 1}
+
+
+def test_arguments_of_a_sequence_are_not_changed(tokenizer):
+    persona, history, reply = [[5]], [[6]], [7]
+    build_input_from_segments(persona, history, reply, tokenizer)
+    assert (persona, history, reply) == ([[5]], [[6]], [7])
+
+
+def test_pad_dataset_pads_three_fields_to_the_longest():
+    dataset = {
+        "input_ids": [[1, 2, 3], [4]],
+        "token_type_ids": [[5, 5, 5], [6]],
+        "lm_labels": [[IGNORED, 2, 3], [4]],
+        "mc_token_ids": [2, 0],
+    }
+    assert pad_dataset(dataset, padding=9) is dataset
+    assert dataset == {
+        "input_ids": [[1, 2, 3], [4, 9, 9]],
+        "token_type_ids": [[5, 5, 5], [6, 9, 9]],
+        "lm_labels": [[IGNORED, 2, 3], [4, IGNORED, IGNORED]],
+        "mc_token_ids": [2, 0],
+    }
+
+
+def test_format_example_shows_each_token_its_type_and_its_label(tokenizer):
+    example = Example([[5]], [[6, 7]], [[8], [9, 10]])
+    header, *lines = format_example(example, tokenizer).splitlines()
+    word = {i: tokenizer.convert_ids_to_tokens(i) for i in range(5, 11)}
+    assert header.split() == ["position", "token", "type", "label"]
+    assert [line.split() for line in lines] == [
+        ["0", "<bos>", "<speaker1>"],
+        ["1", word[5], "<speaker1>"],
+        ["2", "<speaker2>", "<speaker2>"],
+        ["3", word[6], "<speaker2>"],
+        ["4", word[7], "<speaker2>"],
+        ["5", "<speaker1>", "<speaker1>"],
+        ["6", word[9], "<speaker1>", word[9]],
+        ["7", word[10], "<speaker1>", word[10]],
+        ["8", "<eos>", "<speaker1>", "<eos>"],
+    ]
+
+
+# Examples
+
+
+def numbered_dialog(turns: int = 9, num_candidates: int = 5, personality: int = 3) -> dict:
+    """Every sentence is one token; turn i of the history is [100 + i]."""
+    utterances = [
+        {"candidates": [[10 * i + k] for k in range(num_candidates)], "history": [[100 + j] for j in range(i)]}
+        for i in range(1, turns + 1)
+    ]
+    return {"personality": [[200 + i] for i in range(personality)], "utterances": utterances}
+
+
+@pytest.mark.parametrize("max_history", [0, 1, 2, 9])
+def test_window_of_the_history(max_history):
+    dialog = numbered_dialog()
+    for example, utterance in zip(make_examples([dialog], max_history, 512), dialog["utterances"], strict=True):
+        kept = min(2 * max_history + 1, len(utterance["history"]))
+        assert example.history == utterance["history"][len(utterance["history"]) - kept :]
+
+
+@pytest.mark.parametrize(("num_candidates", "kept"), [(0, 5), (1, 1), (2, 2), (5, 5), (20, 5)])
+def test_the_last_candidates_are_kept_the_gold_last(num_candidates, kept):
+    dialog = numbered_dialog(num_candidates=5)
+    for example, utterance in zip(make_examples([dialog], 2, 512, num_candidates), dialog["utterances"], strict=True):
+        assert example.candidates == utterance["candidates"][5 - kept :]
+        assert example.candidates[-1] == utterance["candidates"][-1]
+
+
+def test_personas_rotate_by_one_sentence():
+    dialogs = [numbered_dialog(turns=2), numbered_dialog(turns=1, personality=0)]
+    examples = make_examples(dialogs, 2, 512, personality_permutations=4)
+    assert [example.persona for example in examples] == [
+        *([[[200], [201], [202]]] * 2),
+        *([[[202], [200], [201]]] * 2),
+        *([[[201], [202], [200]]] * 2),
+        *([[[200], [201], [202]]] * 2),
+        *([[]] * 4),
+    ]
+
+
+def test_making_examples_leaves_the_dataset_as_it_is():
+    """The original rotated the dataset's own persona lists, so a second use of the dataset began elsewhere."""
+    dialogs = [numbered_dialog(), numbered_dialog(turns=2)]
+    make_examples(dialogs, 1, 12, num_candidates=2, personality_permutations=2)
+    assert dialogs == [numbered_dialog(), numbered_dialog(turns=2)]
+
+
+def test_cut_examples_are_counted_once(caplog):
+    make_examples([numbered_dialog(turns=3)], 2, 512)
+    assert not caplog.records
+    make_examples([numbered_dialog(turns=3)], 2, n_positions=10, personality_permutations=2)  # 7 + 2 * turns
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "4 of 6 examples are too long for the model's 10 positions"
+    ]
+
+
+# What does not fit
+
+
+def longest_sequence(example: Example, tokenizer) -> int:
+    return max(
+        len(build_input_from_segments(*example[:2], reply, tokenizer)["input_ids"]) for reply in example.candidates
+    )
+
+
+@pytest.mark.parametrize(
+    ("room", "persona", "history", "reply"),
+    [
+        (24, [[1, 1], [2, 2]], [[3, 3], [4, 4], [5, 5], [6, 6], [7, 7]], [8, 8]),  # all: 2 + 4 + 15 + 2 + 1
+        (23, [[1, 1], [2, 2]], [[5, 5], [6, 6], [7, 7]], [8, 8]),  # the oldest turns go by twos
+        (18, [[1, 1], [2, 2]], [[5, 5], [6, 6], [7, 7]], [8, 8]),
+        (17, [[1, 1], [2, 2]], [[7, 7]], [8, 8]),
+        (12, [[1, 1], [2, 2]], [[7, 7]], [8, 8]),
+        (11, [[1, 1]], [[7, 7]], [8, 8]),  # then the persona from its end
+        (9, [], [[7, 7]], [8, 8]),
+        (8, [], [[7, 7]], [8, 8]),
+        (7, [], [[7]], [8, 8]),  # then the last turn from its beginning
+        (6, [], [[]], [8, 8]),
+        (5, [], [[]], [8]),  # and a reply only where it alone is too long
+    ],
+)
+def test_what_is_cut_in_which_order(tokenizer, room, persona, history, reply):
+    full = Example([[1, 1], [2, 2]], [[3, 3], [4, 4], [5, 5], [6, 6], [7, 7]], [[9], [8, 8]])
+    full.history[-1][0] = 70  # so that the cut turn shows its end
+    history = [[70, 7] if turn == [7, 7] else turn for turn in history]
+    assert fit(full, room) == (persona, history, [[9], reply])
+
+
+def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
+    generator = random.Random(0)
+    cut = 0
+    for _ in range(500):
+        example, n_positions = random_example(generator), generator.randint(8, 60)
+        fitted = fit(example, n_positions)
+        if longest_sequence(example, tokenizer) <= n_positions:
+            assert fitted is example
+            continue
+        cut += 1
+        assert longest_sequence(fitted, tokenizer) <= n_positions
+        assert fitted.persona == example.persona[: len(fitted.persona)]
+        kept = len(fitted.history)
+        assert len(fitted.candidates) == len(example.candidates)
+        assert bool(kept) == bool(example.history)
+        if kept > 1:  # turns were cut only
+            assert (len(example.history) - kept) % 2 == 0
+            assert fitted == (example.persona, example.history[-kept:], example.candidates)
+        if len(example.history) % 2:
+            assert kept % 2
+        if kept < len(example.history):  # one step back would have been too long
+            before = example.history[-kept - 2 :]
+            assert longest_sequence(example._replace(history=before), tokenizer) > n_positions
+        if len(fitted.persona) < len(example.persona):
+            longer = example.persona[: len(fitted.persona) + 1]
+            assert longest_sequence(example._replace(persona=longer, history=example.history[-kept:] if kept else []),
+                                    tokenizer) > n_positions
+        if kept and fitted.history[-1] != example.history[-1]:
+            assert not fitted.persona and kept == 1
+            assert fitted.history[0] == example.history[-1][len(example.history[-1]) - len(fitted.history[0]) :]
+            assert longest_sequence(fitted, tokenizer) == n_positions
+        if fitted.candidates != example.candidates:
+            assert not fitted.persona and not any(fitted.history)
+            limit = n_positions - 3 - kept  # <bos>, two speakers or one, <eos>
+            assert fitted.candidates == [reply[:limit] for reply in example.candidates]
+    assert cut > 100
+
+
+# Packed rows
+
+
+def test_row_length_is_what_is_packed(tokenizer):
+    generator = random.Random(1)
+    for _ in range(50):
+        example = random_example(generator)
+        assert pack([make_row(example, tokenizer)], 0).input_ids.shape == (1, example.row_length)
+        context = build_input_from_segments(*example[:2], [], tokenizer, with_eos=False)["input_ids"]
+        assert context_length(*example[:2]) == len(context)
+
+
+def test_a_packed_row_holds_each_candidate_sequence(tokenizer):
+    """Reading context and one reply out of a row gives the sequence of that reply, to the last number."""
+    generator = random.Random(2)
+    for _ in range(20):
+        examples = [random_example(generator) for _ in range(3)]
+        batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id)
+        length = batch.input_ids.size(1)
+        labels = dict(zip(batch.lm_positions.tolist(), batch.lm_labels.tolist()))
+        for row, example in enumerate(examples):
+            segments = batch.segment_ids[row]
+            assert batch.choice_labels[row] == len(example.candidates) - 1
+            assert (batch.last_positions[row] >= 0).sum() == len(example.candidates)
+            assert (segments >= 0).sum() == example.row_length
+            for k, reply in enumerate(example.candidates):
+                want = build_input_from_segments(*example[:2], reply, tokenizer, lm_labels=True)
+                columns = torch.cat([(segments == 0).nonzero(), (segments == k + 1).nonzero()]).flatten()
+                assert batch.input_ids[row, columns].tolist() == want["input_ids"]
+                assert batch.token_type_ids[row, columns].tolist() == want["token_type_ids"]
+                assert batch.position_ids[row, columns].tolist() == list(range(len(columns)))
+                assert batch.last_positions[row, k] == row * length + columns[-1]
+                # what predicts a token is the one before it in its sequence
+                flat = (row * length + columns).tolist()
+                predicted = [labels.get(place, IGNORED) for place in flat[:-1]]
+                if reply is example.candidates[-1]:
+                    assert predicted == want["lm_labels"][1:]
+        assert len(labels) == len(batch.lm_labels) == sum(len(e.candidates[-1]) + 1 for e in examples)
+        padding = batch.segment_ids == -1
+        assert (batch.input_ids[padding] == tokenizer.pad_token_id).all() and (batch.position_ids[padding] == 0).all()
+
+
+def test_attention_mask_by_its_definition(tokenizer):
+    generator = random.Random(3)
+    for _ in range(5):
+        batch = pack([make_row(random_example(generator), tokenizer) for _ in range(3)], tokenizer.pad_token_id)
+        mask = batch.attention_mask()
+        rows, length = batch.segment_ids.shape
+        assert mask.shape == (rows, 1, length, length) and mask.dtype == torch.bool
+        segments = batch.segment_ids.tolist()
+        for row in range(rows):
+            for query in range(length):
+                for key in range(length):
+                    ours, theirs = segments[row][query], segments[row][key]
+                    if ours == -1:  # what padding sees is nobody's business, as long as it sees something
+                        continue
+                    assert mask[row, 0, query, key] == (key <= query and theirs in (0, ours)), (row, query, key)
+        assert mask.any(-1).all(), "a softmax over nothing is not a number"
+
+
+def test_pack_of_replies_that_are_empty():
+    """Right after the speaker's token nothing is predicted yet, and what the choice head reads is that token."""
+    rows = [Row([1, 2, 3], [4, 4, 5], [0, 1, 2], [[]], 0), Row([1, 2], [4, 5], [0, 1], [[7, 8], []], 0)]
+    batch = pack(rows, pad=9)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 9], [1, 2, 7, 8]]
+    assert batch.last_positions.tolist() == [[2, -1], [7, 5]]
+    assert batch.lm_positions.tolist() == [5, 6]
+    assert batch.lm_labels.tolist() == [7, 8]
+    assert pack(rows[:1], pad=9).lm_labels.dtype == torch.int64
+
+
+def test_batches_move_as_one(tokenizer):
+    batch = pack([make_row(Example([], [[5]], [[6]]), tokenizer)], 0)
+    assert all(tensor.device.type == "meta" for tensor in batch.to("meta"))
+
+
+# Batches of like length
+
+
+def lengths(number: int, seed: int = 0) -> list[int]:
+    return np.random.RandomState(seed).randint(5, 300, number).tolist()
+
+
+def batches(sampler: BucketSampler, epoch: int = 0) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    result = list(sampler)
+    assert len(sampler) == len(result)
+    return result
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("number", [1, 7, 8, 500])
+def test_each_example_once_an_epoch(number, shuffle):
+    sampler = BucketSampler(lengths(number), 4, shuffle, seed=1)
+    for epoch in range(3):
+        found = batches(sampler, epoch)
+        assert sorted(chain(*found)) == list(range(number))
+        assert sorted(map(len, found)) == sorted([4] * (number // 4) + [number % 4] * (number % 4 > 0))
+
+
+def test_order_changes_with_the_epoch_and_the_seed_only():
+    def order(seed, epoch):
+        return batches(BucketSampler(lengths(100), 4, True, seed=seed), epoch)
+
+    assert order(1, 2) == order(1, 2)
+    distinct = [order(seed, epoch) for seed in (0, 1) for epoch in (1, 2, 3)]
+    assert all(one != other for i, one in enumerate(distinct) for other in distinct[:i])
+    assert order(1, 1)[0] != order(1, 2)[0]
+
+
+def test_order_without_shuffling_is_by_length_in_every_epoch():
+    sampler = BucketSampler([3, 1, 2, 1, 5], 2, shuffle=False)
+    assert batches(sampler, 0) == batches(sampler, 7) == [[1, 3], [2, 0], [4]]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("number", [48, 49, 50, 2])
+def test_ranks_share_the_batches_of_one_process(number, world_size, shuffle):
+    """k processes with batches of n compute what one process with batches of k * n does."""
+    size = lengths(number)
+    single = batches(BucketSampler(size, 4 * world_size, shuffle, 5), 1)
+    shares = [batches(BucketSampler(size, 4, shuffle, 5, rank, world_size), 1) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {len(single)}
+    for whole, *parts in zip(single, *shares):
+        assert sorted(chain(*parts)) == sorted(whole)
+        assert max(map(len, parts)) <= 4
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_of_like_length_hold_little_padding(shuffle):
+    size = np.array(lengths(1000))
+
+    def padding(groups):
+        return sum(size[group].max() * len(group) - size[group].sum() for group in map(np.array, groups))
+
+    unsorted = [list(range(start, start + 4)) for start in range(0, 1000, 4)]
+    assert padding(batches(BucketSampler(size, 4, shuffle))) < 0.1 * padding(unsorted)
+
+
+def test_shuffled_batches_do_not_come_by_length():
+    """Sorted windows must not train on the short examples first."""
+    size = np.array(lengths(256))
+    longest = [size[batch].max() for batch in batches(BucketSampler(size, 4, True))]
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.4
+
+
+def test_a_row_length_rounded_up_changes_the_padding_alone(tokenizer):
+    rows = [make_row(Example([[5, 6]], [[7]], [[8, 9], [10]]), tokenizer)]
+    plain, rounded = pack(rows, tokenizer.pad_token_id), pack(rows, tokenizer.pad_token_id, multiple=64)
+    length = plain.input_ids.size(1)
+    assert length < 64 and rounded.input_ids.size(1) == 64
+    assert pack(rows, tokenizer.pad_token_id, multiple=length).input_ids.size(1) == length
+    assert torch.equal(rounded.input_ids[:, :length], plain.input_ids)
+    assert (rounded.segment_ids[:, length:] == -1).all()
+    assert torch.equal(rounded.lm_positions, plain.lm_positions)

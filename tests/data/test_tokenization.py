@@ -1,0 +1,87 @@
+"""Text -> token ids: against transformers, and GPT's own pre-processing step by step."""
+
+import pytest
+
+from transfertransfo.data import tokenization
+from transfertransfo.data.dataset import SPECIAL_TOKENS, load_tokenizer
+from transfertransfo.data.tokenization import tokenize
+
+TEXTS = [
+    "i'm fine , thanks .",
+    "",
+    "   ",
+    "Can't we?!... “Yes” — she said;don't stop",
+    "ï¬\x81ne",  # the ligature "fi", decoded wrongly
+    "two\n\n lines\t here",
+    "C++ (or C) costs $5.50/hour, e.g. at 9a.m.",
+    "😀 Ünï İstanbul",
+]
+TYPED_TOKENS = "i said <eos> to <speaker1><pad> and <unk> and <|endoftext|>"
+
+
+def test_spacy_tokenisation_by_its_steps(spacy_gpt):
+    """ftfy, a standard spelling, spaCy's words, lower case, then the BPE of each word alone."""
+    import ftfy
+    import spacy
+
+    words_of, bpe = spacy.blank("en"), spacy_gpt.backend_tokenizer.model
+    for text, got in zip(TEXTS, tokenize(spacy_gpt, TEXTS), strict=True):
+        words = [word.text.lower() for word in words_of(tokenization._standardize(ftfy.fix_text(text)))]
+        assert got == [piece.id for word in words for piece in bpe.tokenize(word)]
+    assert tokenize(spacy_gpt, [TEXTS[0]]) != tokenize_basic(spacy_gpt, [TEXTS[0]]), "else this test says little"
+
+
+def tokenize_basic(tokenizer, texts):
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def test_basic_tokenisation_is_that_of_transformers(gpt, gpt2):
+    for tokenizer in (gpt, gpt2):
+        assert tokenize(tokenizer, TEXTS) == tokenize_basic(tokenizer, TEXTS)
+
+
+def test_many_texts_are_tokenised_as_each_alone(gpt, spacy_gpt, gpt2):
+    texts = [f"{word} {number}" for number in range(1500) for word in ("hello", "we", "it's")]  # more than one slice
+    for tokenizer in (gpt, spacy_gpt, gpt2):
+        many = tokenize(tokenizer, texts)
+        assert len(many) == len(texts)
+        assert all(many[i] == tokenize(tokenizer, [texts[i]])[0] for i in range(0, len(texts), 499))
+
+
+@pytest.mark.parametrize("mode", ["basic", "spacy", "gpt2"])
+def test_special_tokens_written_in_a_text_stay_text(checkpoints, mode):
+    """A partner who types <eos> must not end the reply, nor become a speaker."""
+    tokenizer = load_tokenizer(checkpoints["gpt2" if mode == "gpt2" else "gpt"], None if mode == "gpt2" else mode)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    (ids,) = tokenize(tokenizer, [TYPED_TOKENS])
+    if mode == "gpt2":
+        assert tokenizer.decode(ids) == TYPED_TOKENS
+        assert not special & set(ids)
+    else:
+        dialog_tokens = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+        assert not set(dialog_tokens) & set(ids)
+    encoding = tokenizer.backend_tokenizer.encode("<eos>", add_special_tokens=False)
+    assert encoding.ids == [tokenizer.eos_token_id], "elsewhere it is the token, as it was before"
+
+
+@pytest.mark.parametrize(
+    ("text", "standard"),
+    [
+        ("a—b–c―d", "a - b - c - d"),
+        ("wait…", "wait..."),
+        ("it´s", "it's"),
+        ("what?!", "what ? !"),
+        ("no!!! (yes)", "no !!! ( yes )"),
+        ("a,b;c", "a , b ; c"),
+        ("a|b_c[d]{e}~f/g\\h*i+j\"k", 'a | b _ c [ d ] { e } ~ f / g \\ h * i + j " k'),
+        ("3.5: it's fine.", "3.5: it's fine."),
+        ("one \t two", "one two"),
+        ("one\n\n\ntwo", "one \n two"),
+        (" one  \n  two ", "one \n two"),
+        ("", ""),
+        (" \n\t ", ""),
+        ("--- ~~", "--- ~~"),
+    ],
+)
+def test_standard_spelling(text, standard):
+    assert tokenization._standardize(text) == standard

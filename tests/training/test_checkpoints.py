@@ -1,0 +1,365 @@
+"""A run that ends early and is resumed is the run that went on; what cannot be saved or resumed is said in one line."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from crash import leftovers, read_events, result
+from helpers import DATASET, ROOT, Run, run_training
+
+import train
+from transfertransfo import files
+from transfertransfo.cli import UserError
+from transfertransfo.model import loading as model
+from transfertransfo.model.loading import load_model
+from transfertransfo.training import checkpoints, engines, handlers
+from transfertransfo.training.checkpoints import Best, list_checkpoints
+
+# 12 examples, 6 forwards an epoch: of a second step's 4 the last 2 fall into the next epoch
+FLAGS = ["--n_epochs", 3, "--train_batch_size", 2, "--gradient_accumulation_steps", 4, "--lr", 0.03, "--save_every", 1]
+
+
+class Killed(Exception):
+    """Ends a run where a test wants it to end."""
+
+
+def end_after(monkeypatch, owner, name: str, calls: int, error: BaseException | None = None) -> None:
+    """Let a function end the run when it has been called so many times."""
+    function, left = getattr(owner, name), [calls]
+
+    def counted(*args, **kwargs):
+        value = function(*args, **kwargs)
+        left[0] -= 1
+        if not left[0]:
+            raise error or Killed
+        return value
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def start_and_kill(folder: Path, checkpoint: Path, *flags, **more) -> Path:
+    """A run folder in which a run has ended early."""
+    with pytest.raises(Killed):
+        run_training(folder, checkpoint, *flags, **more)
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def gpt2(base_checkpoints) -> Path:
+    return base_checkpoints["gpt2"]
+
+
+@pytest.fixture(scope="module")
+def alone(gpt2, tmp_path_factory) -> Path:
+    """Where a run was left alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_training(folder, gpt2, *FLAGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(gpt2, tmp_path_factory) -> Run:
+    """A run of one epoch, for resumptions that fail."""
+    return run_training(tmp_path_factory.mktemp("ended"), gpt2, *FLAGS, "--n_epochs", 1)
+
+
+@pytest.mark.parametrize(("owner", "name", "calls"), [
+    (engines, "distributed_losses", 7),  # within an optimizer step
+    (train, "save_checkpoint", 1),
+    (train, "save_checkpoint", 3),
+    (Best, "update", 1),  # an epoch's validation is written, and the newest checkpoint of the same step is older
+    (Best, "update", 2),
+    (train, "save_model", 2),
+])  # fmt: skip
+def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, monkeypatch, owner, name, calls):
+    with monkeypatch.context() as patch:
+        end_after(patch, owner, name, calls)
+        run = start_and_kill(tmp_path, gpt2, *FLAGS)
+    for name in ("checkpoint_9.ptx.tmp", "modelx.tmp"):  # what a kill while saving leaves
+        (run / name).mkdir() if name.startswith("model") else (run / name).touch()
+    run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
+    assert result(tmp_path) == result(alone)
+    assert not leftovers(tmp_path)
+
+
+def test_kills_at_any_instant():
+    """Real ones: see crash.py."""
+    command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "3", "--short"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "3 of 3 runs that were killed ended like the one that was not" in done.stdout
+
+
+def test_tensorboard_shows_the_lines_of_the_run(alone):
+    (run,) = (alone / "runs").iterdir()
+    lines = Run(run, "").lines
+    want = [
+        (line["step"], f"{'validation' if 'split' in line else 'training'}/{name}", pytest.approx(value))
+        for line in lines for name, value in line.items() if name not in ("step", "epoch", "split")
+    ]  # fmt: skip
+    assert read_events(run) == want and len(want) > 20
+
+
+def test_more_epochs(gpt2, ended, tmp_path):
+    shutil.copytree(ended.folder.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = run_training(tmp_path, gpt2, "--resume", Path("runs", ended.folder.name), "--n_epochs", 3)
+    # 6 forwards an epoch: steps of 4, 2 (the first run's end), 2, 4, 4 and 2 of them
+    assert [line["step"] for line in run.steps] == [1, 2, 3, 4, 5, 6]
+    assert [(line["step"], line["epoch"]) for line in run.validations] == [(2, 1), (4, 2), (6, 3)]
+    assert run.steps[2]["loss"] > 0.7 * run.steps[1]["loss"], "a mean over what the step has seen"
+    # the learning rate now falls over 18 forwards
+    assert [line["lr"] for line in run.steps[2:]] == pytest.approx([0.03 * (1 - i / 18) for i in (7, 11, 15, 17)])
+
+
+# What may change
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("--valid_batch_size", 1), ("--log_every", 2), ("--save_every", 0), ("--n_saved", 1), ("--patience", 5),
+    ("--export", "best"), ("--dataset_cache", "other.bin"),
+])  # fmt: skip
+def test_a_flag_that_may_change(ended, flag, value):
+    args, run = parse_args_of(ended, flag, value)
+    assert run == ended.folder and getattr(args, flag[2:]) == value
+
+
+@pytest.mark.parametrize(("flag", "value", "there"), [
+    ("--lr", 0.1, "0.03"), ("--train_batch_size", 3, "2"), ("--num_candidates", 3, "2"), ("--seed", 1, "42"),
+    ("--gradient_accumulation_steps", 1, "4"), ("--dataset_path", "other.json", "'dataset.json'"),
+    ("--max_history", 0, "2"), ("--best_metric", "nll", "'hits@1'"), ("--fp16", "bf16", "''"),
+])  # fmt: skip
+def test_a_flag_that_may_not_change(ended, flag, value, there):
+    with pytest.raises(UserError) as complaint:
+        parse_args_of(ended, flag, value)
+    assert str(complaint.value) == (
+        f"--resume {ended.folder}: {flag} is {there} there, {value!r} here; go on with the same, or start a new run"
+    )
+
+
+def parse_args_of(run: Run, *flags):
+    return train.parse_args(["--resume", str(run.folder), *map(str, flags)])
+
+
+def test_another_number_of_processes(ended, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="the number of processes is 1 there, 2 here; go on with the same"):
+        parse_args_of(ended)
+
+
+def test_another_file_in_the_place_of_the_dataset(gpt2, ended):
+    """Of the same number of examples, each as long as before."""
+    text = json.dumps(DATASET)
+    other = json.loads(text.replace("i like tea", "i like did"))
+    top = ended.folder.parent.parent
+    try:
+        with pytest.raises(UserError, match=r"^--resume: dataset\.json is not what it was when the run began"):
+            run_training(top, gpt2, "--resume", ended.folder, dataset=other)
+    finally:
+        (top / "dataset.json").write_text(text)
+
+
+@pytest.mark.parametrize(("resume", "message"), [
+    ("nowhere", r"^--resume nowhere: no run folder \(it has no training_args.json\)$"),
+    ("begun", "^--resume begun: the run has no checkpoint yet; start it anew$"),
+])  # fmt: skip
+def test_nothing_to_resume(tmp_path, monkeypatch, resume, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "training_args.json").write_text("{}")
+    with pytest.raises(UserError, match=message):
+        train.parse_args(["--resume", resume])
+
+
+def test_a_run_that_is_done(gpt2, ended):
+    """A launcher that restarts a job in its last instant is content; who asks for more than there is, is told."""
+    top, before = ended.folder.parent.parent, result(ended.folder.parent.parent)
+    with pytest.raises(UserError, match="it is done; a greater --n_epochs adds more"):
+        run_training(top, gpt2, "--resume", ended.folder)
+    again = run_training(top, gpt2, *FLAGS, "--n_epochs", 1, "--resume", "auto")
+    assert again.folder == ended.folder and result(top) == before
+
+
+def test_auto_takes_a_run_whose_unset_flags_were_unset_too(ended, tmp_path, monkeypatch, caplog):
+    shutil.copytree(ended.folder.parent, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    (arguments,) = (tmp_path / "runs").glob("*/training_args.json")
+    saved = json.loads(arguments.read_text())
+    start = ["--model", saved["model_checkpoint"], "--dataset_path", "dataset.json", "--device", "cpu",
+             *map(str, FLAGS), "--n_epochs", "1", "--resume", "auto"]  # fmt: skip
+    assert train.parse_args(start)[1] == arguments.parent.relative_to(tmp_path)
+    assert train.parse_args([*start, "--token_types", "on"])[1]  # what it had been by itself
+    for name, value in (("token_types", "on"), ("head_lr", 0.5)):  # given there, and not here
+        unset = [other for other in saved["unset"] if other != name]
+        arguments.write_text(json.dumps(saved | {"unset": unset, name: value}))
+        assert train.parse_args(start)[1] is None
+    arguments.write_text("[]")
+    assert train.parse_args(start)[1] is None and "expected an object" in caplog.text
+
+
+def test_a_run_that_patience_ended(gpt2, tmp_path):
+    """Within a step of 8 forwards: of an epoch of 6, or of the second one."""
+    flags = [*FLAGS, "--gradient_accumulation_steps", 8, "--lr", 0, "--patience", 1, "--save_every", 0]
+    run = run_training(tmp_path, gpt2, *flags)
+    assert len(run.validations) == 2 and [path.name for path in list_checkpoints(run.folder)] == ["checkpoint_1.pt"]
+    with pytest.raises(UserError, match=r"it is done; a greater --patience adds more$"):
+        run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 20)
+    assert len(run_training(tmp_path, gpt2, "--resume", run.folder, "--patience", 2).validations) == 3
+
+
+def test_files_beside_the_checkpoints_are_the_users_own(ended):
+    kept = ended.folder / "checkpoint_best.pt"
+    kept.write_bytes(b"")
+    try:
+        assert kept not in list_checkpoints(ended.folder) != []
+    finally:
+        kept.unlink()
+
+
+def test_a_damaged_checkpoint(gpt2, ended, tmp_path):
+    top = shutil.copytree(ended.folder.parent.parent, tmp_path / "copy")
+    (run,) = (top / "runs").iterdir()
+    newest = list_checkpoints(run)[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    with pytest.raises(UserError, match=f"^--resume {newest}: damaged .*; delete it to go on from an older one$"):
+        run_training(top, gpt2, "--resume", run, "--n_epochs", 2)
+
+
+# What cannot be written
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class FullDisk(io.BytesIO):
+    """On a disk that is about to be full: torch answers the error with one of its own, which does not name it."""
+
+    def write(self, content):
+        return super().write(content) if self.tell() < 1000 else full()
+
+
+def test_no_room_for_a_checkpoint(gpt2, tmp_path, monkeypatch):
+    """The run goes on, and can be resumed from the checkpoint before."""
+    save, saved = train.save_checkpoint, []
+
+    def save_the_first(folder, *args):
+        if saved:
+            monkeypatch.setattr(checkpoints, "open_atomically", lambda path: FullDisk())
+        saved.append(save(folder, *args))
+
+    monkeypatch.setattr(train, "save_checkpoint", save_the_first)
+    run = run_training(tmp_path, gpt2, *FLAGS)
+    assert len(saved) > 3 and [path.name for path in list_checkpoints(run.folder)] == ["checkpoint_1.pt"]
+    lines = [line for line in run.log.splitlines() if "not written" in line]
+    assert len(lines) == len(saved) - 1
+    place = run.folder.relative_to(tmp_path)
+    assert lines[0].endswith(
+        f" ERROR {place}/checkpoint_2.pt: not written ([Errno 28] No space left on device); older checkpoints stay"
+    )
+    monkeypatch.undo()
+    load_model(run.folder)
+    assert run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 4, *FLAGS[2:]).steps[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(("owner", "name", "message"), [
+    (handlers, "open", r"^runs/.*/events.*: not written \(No space left on device\); go on from the last checkpoint"),
+    (files.os, "replace", r"^runs/.*: cannot be written to \(\[Errno 28\] No space left on device\)$"),
+])  # fmt: skip
+def test_no_room_for_the_first_files(gpt2, tmp_path, monkeypatch, owner, name, message):
+    monkeypatch.setattr(owner, name, full, raising=False)
+    with pytest.raises(UserError, match=message):
+        run_training(tmp_path, gpt2, *FLAGS, "--dataset_cache", "")
+    if owner is not handlers:
+        assert list((tmp_path / "runs").iterdir()) == [], "an empty run folder stays"
+
+
+@pytest.mark.parametrize(("owner", "name", "what"), [
+    (handlers, "open", "metrics.jsonl"), (model, "move_into_place", "model.safetensors"),
+])  # fmt: skip
+def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owner, name, what):
+    """It ends with one line, and is resumed as one that was killed."""
+    with monkeypatch.context() as patch:
+        losses, calls = engines.distributed_losses, []
+
+        def fill_the_disk(*args):
+            calls.append(None)
+            if len(calls) == 5:
+                patch.setattr(owner, name, full, raising=False)
+            return losses(*args)
+
+        patch.setattr(engines, "distributed_losses", fill_the_disk)
+        with pytest.raises(UserError, match=rf"^runs/.*/{what}: not written \(.*No space left on device"):
+            run_training(tmp_path, gpt2, *FLAGS)
+    run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
+    assert result(tmp_path) == result(alone)
+
+
+# Steps without a finite gradient
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(gpt2, tmp_path, monkeypatch):
+    flags = ["--n_epochs", 3, "--train_batch_size", 2, "--gradient_accumulation_steps", 1, "--save_every", 3]
+    losses, calls = engines.distributed_losses, []
+
+    def spoiled(*args):
+        calls.append(None)
+        return losses(*args) * (float("nan") if len(calls) == 2 or len(calls) > 4 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "distributed_losses", spoiled)
+        message = "^step 14: 10 steps in a row had no finite gradient; lower --lr, .* with --resume$"
+        with pytest.raises(UserError, match=message):
+            run_training(tmp_path, gpt2, *flags)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["skipped_steps"] for line in Run(run, "").steps] == [0, 1, 1, 1, *range(2, 11)]
+    states = [torch.load(path, weights_only=True)["model"] for path in list_checkpoints(run)]
+    assert len(states) == 3 and all(tensor.isfinite().all() for state in states for tensor in state.values())
+    assert run_training(tmp_path, gpt2, *flags, "--resume", "auto").steps[-1]["step"] == 18
+
+
+# An orderly stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkeypatch, number):
+    flags = [*FLAGS, "--save_every", 0]
+    losses, calls, said = engines.distributed_losses, [], []
+
+    def signalled(*args):
+        calls.append(None)
+        if len(calls) == 2:  # of a step of 4
+            os.kill(os.getpid(), number)
+        return losses(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "distributed_losses", signalled)
+        for module in (train, handlers):
+            patch.setattr(module.logger, "info", lambda message, *args: said.append(message % args))
+        with pytest.raises(SystemExit) as ending:
+            run_training(tmp_path, gpt2, *flags)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert ending.value.code == 128 + number and len(calls) == 4
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint_1.pt"]
+    assert said.count("Asked to stop: after this step or validation, with a checkpoint; once more stops at once") == 1
+    assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
+    run_training(tmp_path, gpt2, "--resume", run)
+    assert result(tmp_path) == result(alone)
+
+
+def test_a_signal_in_the_last_validation_comes_too_late(gpt2, tmp_path, monkeypatch):
+    update = Best.update
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(Best, "update", signalled)
+    assert "Done; chat with it" in run_training(tmp_path, gpt2, *FLAGS, "--n_epochs", 1).log

@@ -1,0 +1,201 @@
+"""What the three scripts share on the command line: flags, one-line errors, seeds, devices and the log."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+logger = logging.getLogger(__name__)
+
+DATASET_CACHE = "./dataset_cache.bin"
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with errors of one line, without the usage above them, and with defaults in the help."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_script(script: Callable[[], object]) -> None:
+    """Run a script's entry function; a `UserError`, and what the system refuses, become one line and exit status 2."""
+    try:
+        script()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell counts a death by SIGINT
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a full disk, or a file or folder that has gone meanwhile
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line, whatever library it came from."""
+    text = str(error).strip() or type(error).__name__
+    if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same
+        return "not safe to load: a pickle of more than weights, or damaged"
+    return text.splitlines()[0]
+
+
+def require(flag: str, *packages: str) -> None:
+    """Check that packages of requirements/extra.txt, which only some flags need, are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        names = " and ".join(missing)
+        raise UserError(f"{flag}: needs {names}; pip install -r requirements/extra.txt")
+
+
+def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or a float within [low, high]."""
+    name = "a whole number" if kind is int else "a number"
+    bounds = f" from {low} to {high}" if high != float("inf") else f" of at least {low}"
+    expected = name + (bounds if low != -float("inf") else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or value == float("inf"):  # NaN fails the comparison too
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_data_flags(parser: ArgumentParser, default: str = "download PersonaChat") -> None:
+    parser.add_argument("--dataset_path", default="", help=f'dataset: a file, a folder or a URL ("" = {default})')
+    parser.add_argument("--dataset_cache", default=DATASET_CACHE,
+                        help="stem of the tokenised dataset's file; its name gets a key of the content")
+    parser.add_argument("--skip_bad_dialogs", action="store_true",
+                        help="leave out the dialogs that have a fault, and say how many, instead of ending there")
+
+
+def add_model_flags(parser: ArgumentParser, default: str) -> None:
+    parser.add_argument("--model_checkpoint", "--model", default=default,
+                        help="model: a hub name, a folder, a GGUF file, or the URL of an archive"
+                        + ("" if default else ' ("" = download the fine-tuned model)'))
+    parser.add_argument("--gpt_tokenization", choices=["spacy", "basic"],
+                        help="how GPT's text is split into words (unset = as the checkpoint records; where it does"
+                        " not, basic for a fine-tuned one and spacy for a new run)")
+    parser.add_argument("--max_history", type=number(int, 0), default=2,
+                        help="earlier exchanges kept in the history, so 2 * max_history + 1 turns")
+    parser.add_argument("--history_start", type=number(int, 0),
+                        help="position at which the history begins whatever the persona's length, as in the"
+                        " competition's system (0 = after the persona; unset = as the checkpoint records)")
+    parser.add_argument("--device", type=device, default=None, help="cpu, cuda or cuda:N (unset = cuda if there)")
+
+
+def add_precision_flag(parser: ArgumentParser) -> None:
+    """`--fp16` of a model that is not trained."""
+    parser.add_argument("--fp16", choices=["", "bf16"], default="",
+                        help='precision of the model: bf16, which takes half the memory ("" = float32)')
+
+
+def add_decoding_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--no_sample", action="store_true", help="take the likeliest token instead of sampling")
+    parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")
+    parser.add_argument("--min_length", type=number(int, 0), default=1, help="shortest reply, in tokens")
+    parser.add_argument("--temperature", type=number(float, 1e-6), default=0.7,
+                        help="sampling temperature: below 1 sharper, above 1 flatter")
+    parser.add_argument("--top_k", type=number(int, 0), default=0, help="sample among the k likeliest tokens (0 = off)")
+    parser.add_argument("--top_p", type=number(float, 0, 1), default=0.9,
+                        help="sample among the likeliest tokens with this much probability together (0 = off)")
+    parser.add_argument("--num_beams", type=number(int, 0), default=0,
+                        help="beam search with this many beams in place of sampling (0 = off, 1 = greedy)")
+    parser.add_argument("--length_penalty", type=number(float, 0, 100), default=1.0,
+                        help="a beam's log-probability is divided by its length to this power (0 = off)")
+    parser.add_argument("--no_repeat_ngram_size", type=number(int, 0), default=0,
+                        help="no sequence of this many tokens twice in a reply (0 = off)")
+    parser.add_argument("--repetition_penalty", type=number(float, 1e-6, 100), default=1.0,
+                        help="above 1, a token that the reply has already is less likely to come again (1 = off)")
+    parser.add_argument("--block_history_ngram", type=number(int, 0), default=0,
+                        help="no sequence of this many tokens from the model's own earlier turns (0 = off)")
+    parser.add_argument("--num_samples", type=number(int, 1), default=1, help="replies to sample, in one batch")
+    parser.add_argument("--rank", action="store_true",
+                        help="of several replies give the one that the model's choice head scores best")
+
+
+def add_seed_flag(parser: ArgumentParser) -> None:
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (0 = not seeded)")
+
+
+def add_evaluation_flags(parser: ArgumentParser) -> None:
+    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
+    add_model_flags(parser, default="")
+    add_precision_flag(parser)
+    add_decoding_flags(parser)
+    parser.add_argument("--dict_file", default=None,
+                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
+    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
+                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
+                        " as in the original")
+    add_seed_flag(parser)
+
+
+def device(text: str) -> str:
+    """An argparse type: a torch device that this machine has."""
+    import torch  # not at the top: `--help` answers without it
+
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    kind, _, index = text.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees no GPU here; use --device cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees {torch.cuda.device_count()} GPUs here")
+    return text
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators. 0 leaves them as they are, as in the original's chat."""
+    if not seed:
+        return
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Log to stderr, so that stdout carries only results."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for library in ("httpx", "httpx2", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    for library in ("ignite", "transformers.utils.hub"):  # they log an exception that the script goes on to report
+        logging.getLogger(library).setLevel(logging.CRITICAL)

@@ -1,0 +1,413 @@
+"""Replies from a model over a key-value cache, many contexts at a time: greedy, sampled, beam search, ranked."""
+
+from argparse import Namespace
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
+
+from transfertransfo.cli import UserError
+from transfertransfo.data.dataset import special_ids
+from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_row, pack
+from transfertransfo.model.loading import DoubleHeads
+
+OFF = {  # flags that the original does not have; arguments from scripts of its time lack them
+    "num_beams": 0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "block_history_ngram": 0,
+    "num_samples": 1,
+    "rank": False,
+}
+
+
+class Context(NamedTuple):
+    """What is to be answered, in token ids. Wherever one is asked for, a tuple (persona, history) serves too."""
+
+    persona: list[list[int]]
+    history: list[list[int]]  # the partner's last turn at its end
+    earlier: Sequence[list[int]] = ()  # the model's own turns from before that history; only to block their n-grams
+
+
+def sample_sequence(
+    personality: list[list[int]],
+    history: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: DoubleHeads,
+    args: Namespace,
+    current_output: list[int] | None = None,
+) -> list[int]:
+    """The token ids of one reply, without special tokens.
+
+    Args:
+        args: with `max_length`, `min_length`, `no_sample`, `temperature`, `top_k` and `top_p`, and those of `OFF` that
+            are to be on.
+        current_output: the reply's first tokens, if they are given already; the result begins with them.
+    """
+    return candidate_replies(model, [Context(personality, history)], tokenizer, args, current_output)[0][0]
+
+
+def generate(
+    model: DoubleHeads, contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase, args: Namespace
+) -> list[list[int]]:
+    """One reply for each context, as `sample_sequence` gives it, in one batch."""
+    return [replies[0] for replies in candidate_replies(model, contexts, tokenizer, args)]
+
+
+def candidate_replies(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    prefix: list[int] | None = None,
+) -> list[list[list[int]]]:
+    """For each context its replies, that which is to be given first.
+
+    These are `num_samples` in the order in which they were drawn, or `num_beams`, the likeliest first; with `rank` the
+    one with the best choice score first. `prefix` are first tokens of every reply.
+
+    Raises:
+        UserError: flags that exclude each other.
+    """
+    args = with_defaults(args)
+    if args.num_beams:
+        found = beam_search(model, contexts, tokenizer, args, prefix)
+    else:
+        rows = [list(prefix or []) for _ in range(len(contexts) * args.num_samples)]
+        for step in decode(model, contexts, tokenizer, args, prefix):
+            for reply, tokens in zip(rows, step):
+                reply += tokens
+        found = [rows[start : start + args.num_samples] for start in range(0, len(rows), args.num_samples)]
+    if args.rank:
+        scores = score_replies(model, [fit_context(model, context, args) for context in contexts], found, tokenizer)
+        order = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in scores]
+        found = [[replies[i] for i in places] for replies, places in zip(found, order)]
+    return found
+
+
+@torch.inference_mode()
+def score_replies(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    replies: list[list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[float]]:
+    """The choice head's score of each reply to its context, each complete with `<eos>`, in one packed row a context."""
+    examples = [Example(context[0], context[1], row) for context, row in zip(contexts, replies)]
+    start = model.history_start
+    rows = [make_row(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
+    batch = pack(rows, tokenizer.pad_token_id).to(model.device)
+    scores = model.choice_scores(model.packed_hidden_states(batch)[batch.last_positions]).tolist()
+    return [scored[: len(row)] for scored, row in zip(scores, replies)]
+
+
+def with_defaults(args: Namespace) -> Namespace:
+    """`args` with the flags of `OFF` that it lacks.
+
+    Raises:
+        UserError: flags that exclude each other.
+    """
+    args = Namespace(**OFF | vars(args))
+    if args.num_beams and args.num_samples > 1:
+        raise UserError("--num_beams and --num_samples: beams are not sampled; give one of the two")
+    if args.no_sample and args.num_samples > 1:
+        raise UserError(f"--num_samples {args.num_samples}: with --no_sample they would all be the same")
+    if args.rank and max(args.num_beams, args.num_samples) < 2:
+        raise UserError("--rank: there is one reply only; give --num_samples or --num_beams of at least 2 too")
+    return args
+
+
+def fit_context(model: DoubleHeads, context: Context, args: Namespace) -> Context:
+    """The context as the model sees it: shortened, the oldest turns first, where it leaves no room for a reply."""
+    persona, history, *_ = context
+    reply = [0] * min(args.max_length, model.n_positions)  # any of that length
+    persona, history, _ = fit(Example(persona, history, [reply]), model.n_positions, model.history_start)
+    return Context(*context)._replace(persona=persona, history=history)
+
+
+def top_filtering(
+    logits: Tensor,
+    top_k: float = 0.0,
+    top_p: float = 0.9,
+    threshold: float = -float("inf"),
+    filter_value: float = -float("inf"),
+) -> Tensor:
+    """Keep only the likeliest tokens, the others set to `filter_value`, in place.
+
+    Args:
+        logits: (..., vocabulary).
+        top_k: keep the k likeliest (0 = off).
+        top_p: then keep the smallest set of the likeliest whose probability exceeds this (0 = off), at least one:
+            nucleus sampling (Holtzman et al. 2019, section 3.1).
+        threshold: then keep logits of at least this.
+
+    Returns:
+        The same tensor.
+    """
+    if top_k > 0:
+        k = min(int(top_k), logits.size(-1))
+        logits.masked_fill_(logits < logits.topk(k).values[..., -1:], filter_value)
+    if top_p > 0.0:
+        probabilities = logits.softmax(-1)
+        # tokens of less than this have less than 1 - top_p together, so that none is kept: they need not be sorted
+        k = int((probabilities * logits.size(-1) >= 1 - top_p).sum(-1).max())
+        ordered, indices = probabilities.topk(k)
+        before = ordered.cumsum(-1)[..., :-1]  # probability of all likelier tokens, but for the first one
+        excess = torch.ones_like(logits, dtype=torch.bool)
+        excess.scatter_(-1, indices[..., :1], False).scatter_(-1, indices[..., 1:], before > top_p)
+        logits.masked_fill_(excess, filter_value)
+    return logits.masked_fill_(logits < threshold, filter_value)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for the tokens to come: transformers' own copies all keys and values at each token."""
+
+    ROOM = 32  # tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms: dict[str, Tensor] = {}
+        self.keys, self.values = self._extended("keys", key_states), self._extended("values", value_states)
+        return self.keys, self.values
+
+    def _extended(self, name: str, new: Tensor) -> Tensor:
+        kept, room = getattr(self, name), self.rooms.get(name)
+        start = kept.size(-2) if kept.numel() else 0
+        end = start + new.size(-2)
+        if room is None or kept.data_ptr() != room.data_ptr() or end > room.size(-2):  # other rows were chosen, or full
+            room = new.new_empty(*new.shape[:-2], end + self.ROOM, new.size(-1))
+            if start:
+                room[..., :start, :] = kept
+            self.rooms[name] = room
+        room[..., start:end, :] = new
+        return room[..., :end, :]
+
+
+class CachedRows:
+    """Sequences encoded once, which then go on a token at a time, each step at the cost of one position.
+
+    Attributes:
+        logits: of each row's next token, (R, vocabulary), float32.
+    """
+
+    def __init__(self, model: DoubleHeads, sequences: list[dict], new_tokens: int):
+        """Encode sequences of `input_ids`, `token_type_ids` and `position_ids`, for `new_tokens` more at most."""
+        self.model = model
+        # aligned on the right, so that every row goes on in the same column
+        lengths = torch.tensor([len(row["input_ids"]) for row in sequences], device=model.device)[:, None]  # (R, 1)
+        columns = int(lengths.max())
+        ids, types, positions = (
+            torch.tensor([[0] * (columns - len(row[name])) + row[name] for row in sequences], device=model.device)
+            for name in ("input_ids", "token_type_ids", "position_ids")
+        )
+        column = torch.arange(columns + new_tokens, device=model.device)
+        self.attended = column >= columns - lengths  # (R, all columns)
+        self.ragged = bool((lengths < columns).any())
+        causal = column[:columns, None] >= column[:columns]
+        # a padding column attends to itself alone, so that no softmax is empty
+        itself = column[:columns, None] == column[:columns]
+        mask = (causal & self.attended[:, None, None, :columns]) | itself if self.ragged else None
+        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
+        hidden = model.hidden_states(ids, types, positions, mask, self.cache)[:, -1]
+        self.logits = model.lm_logits(hidden).float()
+        self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token
+
+    def repeat_(self, times: int) -> None:
+        """Each row `times` times, one copy after the other."""
+        if times > 1:
+            self.cache.batch_repeat_interleave(times)
+            for name in ("logits", "types", "positions", "attended"):
+                setattr(self, name, getattr(self, name).repeat_interleave(times, 0))
+
+    def select_(self, rows: Tensor) -> None:
+        """The rows of these indices; one may be taken several times."""
+        self.cache.batch_select_indices(rows)
+        for name in ("logits", "types", "positions", "attended"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def append_(self, tokens: Tensor) -> None:
+        """Go on by one token a row: (R,)."""
+        self.columns += 1
+        keys = self.attended[:, None, None, : self.columns] if self.ragged else None
+        hidden = self.model.hidden_states(tokens[:, None], self.types, self.positions, keys, self.cache)[:, -1]
+        self.logits = self.model.lm_logits(hidden).float()
+        self.positions = self.positions + 1
+
+
+class AgainstRepetition:
+    """Lowers or forbids tokens that repeat something, by transformers' processors; none of them where all is off.
+
+    `repetition_penalty` (Keskar et al. 2019, section 4.1) and `no_repeat_ngram_size` look at the reply alone: it may
+    well take up words of the persona and of the partner. `block_history_ngram` looks at the model's own earlier turns.
+    """
+
+    def __init__(self, contexts: Sequence[Context], args: Namespace, device: torch.device):
+        self.reply = LogitsProcessorList()
+        if args.repetition_penalty != 1:
+            self.reply.append(RepetitionPenaltyLogitsProcessor(float(args.repetition_penalty)))
+        if args.no_repeat_ngram_size:
+            self.reply.append(NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size))
+        self.history = []  # a list of processors for each context
+        if size := args.block_history_ngram:
+            for _, history, earlier in (Context(*context) for context in contexts):
+                turns = [turn for turn in [*earlier, *history[-2::-2]] if len(turn) >= size]
+                # one for each turn, so that no n-gram reaches over from one to the next
+                processors = (EncoderNoRepeatNGramLogitsProcessor(size, torch.LongTensor(turn)) for turn in turns)
+                self.history.append(LogitsProcessorList(processors))
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Logits of the next tokens, (R, vocabulary), after `tokens` of the replies, (R, T)."""
+        logits = self.reply(tokens, logits)  # type: ignore[arg-type]  # takes any tensor of whole numbers
+        if any(self.history):
+            copies = len(logits) // len(self.history)
+            groups = zip(self.history, tokens.split(copies), logits.split(copies))
+            logits = torch.cat([processors(*group) for processors, *group in groups])
+        return logits
+
+
+def _begin(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    prefix: list[int],
+    copies: int,
+) -> tuple[CachedRows, Tensor, AgainstRepetition]:
+    """The contexts encoded once, `copies` rows of each; the replies' tokens so far, (R, T); what repetition costs."""
+    sequences = []
+    for context in contexts:
+        persona, history, _ = fit_context(model, context, Namespace(max_length=len(prefix) + args.max_length))
+        sequence = build_input_from_segments(persona, history, prefix, tokenizer, with_eos=False)
+        positions = context_positions(persona, history, model.history_start)
+        sequence["position_ids"] = positions + [positions[-1] + 1 + i for i in range(len(prefix))]
+        sequences.append(sequence)
+        if sequence["position_ids"][-1] + args.max_length >= model.n_positions:
+            raise UserError(f"--max_length {args.max_length}: more than the model's {model.n_positions} positions hold")
+    rows = CachedRows(model, sequences, args.max_length)
+    rows.repeat_(copies)
+    tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
+    return rows, tokens, AgainstRepetition(contexts, args, model.device)
+
+
+@torch.inference_mode()
+def decode(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    prefix: list[int] | None = None,
+) -> Generator[list[list[int]]]:
+    """What each reply gains, step by step: its next token, sampled or greedy, or none if it has ended.
+
+    Each context has `num_samples` replies, which stand side by side. A reply ends before a special token or at
+    `max_length` tokens. `prefix` are first tokens of every reply.
+    """
+    args = with_defaults(args)
+    special = torch.tensor(special_ids(tokenizer), device=model.device)
+    # 1) prefill 2) repeat the cache
+    rows, tokens, penalize = _begin(model, contexts, tokenizer, args, prefix or [], args.num_samples)
+    # 3) state of the rows
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=model.device)
+    # 4) a token a step
+    for step in range(args.max_length):
+        chosen = _choose(penalize(tokens, rows.logits), args, special, step < args.min_length)
+        ended |= torch.isin(chosen, special)
+        if ended.all():
+            return
+        yield [[] if done else [token] for token, done in zip(chosen.tolist(), ended.tolist())]
+        if step + 1 == args.max_length:
+            return
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        rows.append_(chosen)
+
+
+def _choose(logits: Tensor, args: Namespace, special: Tensor, go_on: bool) -> Tensor:
+    """The next token of each row: (R, vocabulary) -> (R,).
+
+    Args:
+        special: ids of the tokens that end a reply.
+        go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves no word.
+    """
+    if args.no_sample and not go_on:
+        return logits.argmax(-1)  # which every filter keeps
+    probabilities = _probabilities(logits, args)
+    if go_on:
+        words = probabilities.index_fill(-1, special, 0.0)
+        # original: draws again until it is a word, for ever where no word is left
+        probabilities = torch.where(words.any(-1, keepdim=True), words, probabilities)
+    return probabilities.argmax(-1) if args.no_sample else torch.multinomial(probabilities, 1).squeeze(-1)
+
+
+def _probabilities(logits: Tensor, args: Namespace) -> Tensor:
+    return top_filtering(logits / args.temperature, args.top_k, args.top_p).softmax(-1)
+
+
+@torch.inference_mode()
+def beam_search(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    prefix: list[int] | None = None,
+) -> list[list[list[int]]]:
+    """The `num_beams` best replies that the search meets for each context, best first, without special tokens.
+
+    A reply's score is the sum of its tokens' log-probabilities, that of the special token which ends it too, divided by
+    their number ** `length_penalty`. A reply that has ended keeps its place in the beam until better ones push it out,
+    so one beam is greedy choice. Temperature and filters have no say, but for the one case that `_choose` tells of.
+    """
+    args = with_defaults(args)
+    special = torch.tensor(special_ids(tokenizer), device=model.device)
+    n, width, prefix = len(contexts), args.num_beams, prefix or []
+    # 1) prefill 2) repeat the cache
+    rows, tokens, penalize = _begin(model, contexts, tokenizer, args, prefix, width)
+    vocabulary = rows.logits.size(-1)
+    # 3) state of the beams, (n, width); a context's copies are equal at first, so that only one of them counts
+    sums = torch.full((n, width), -torch.inf, dtype=torch.double, device=model.device)
+    sums[:, 0] = 0.0
+    lengths = torch.zeros_like(sums, dtype=torch.long)
+    ended = torch.zeros_like(sums, dtype=torch.bool)
+    first_row = torch.arange(0, n * width, width, device=model.device)[:, None]
+    stay = torch.full((vocabulary,), -torch.inf, device=model.device).index_fill(0, special[:1], 0.0)
+    # 4) a token a step
+    for step in range(args.max_length):
+        log_p = _log_probabilities(penalize(tokens, rows.logits), args, special, step < args.min_length)
+        totals = sums[..., None] + torch.where(ended[..., None], stay, log_p.view(n, width, vocabulary))
+        lengths = torch.where(ended, lengths, step + 1)
+        scores = totals / lengths[..., None] ** args.length_penalty  # (n, width, vocabulary)
+        best = scores.flatten(1).topk(width).indices  # (n, width)
+        beams, chosen = best // vocabulary, best % vocabulary
+        sums, lengths = totals.flatten(1).gather(1, best), lengths.gather(1, beams)
+        ended = ended.gather(1, beams) | torch.isin(chosen, special)
+        origins = (first_row + beams).flatten()
+        tokens = torch.cat([tokens[origins], chosen.view(-1, 1)], dim=1)
+        if (ended | sums.isneginf()).all() or step + 1 == args.max_length:
+            break
+        rows.select_(origins)
+        rows.append_(chosen.flatten())
+    # 5) the words of those that are replies: where there are fewer continuations than beams, some are none
+    ends = (len(prefix) + lengths - ended.long()).flatten().tolist()
+    replies = [row[:end] for row, end in zip(tokens.tolist(), ends)]
+    met = sums.isfinite().tolist()
+    return [[replies[b * width + k] for k in range(width) if met[b][k]] for b in range(n)]
+
+
+def _log_probabilities(logits: Tensor, args: Namespace, special: Tensor, go_on: bool) -> Tensor:
+    """Of each row's next token, (R, vocabulary); a special token is ruled out as in `_choose`."""
+    log_p = logits.log_softmax(-1)
+    if go_on:
+        words = _probabilities(logits, args).index_fill(-1, special, 0.0)
+        log_p = torch.where(words.any(-1, keepdim=True), log_p.index_fill(-1, special, -torch.inf), log_p)
+    return log_p

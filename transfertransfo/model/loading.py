@@ -1,0 +1,455 @@
+"""Any decoder with two heads behind one interface: hidden states of a batch, next-token logits, choice scores.
+
+The heads are those of TransferTransfo (Wolf et al. 2019, section 3): the model's own language-model head and a linear
+choice head that reads one token of each candidate. Parameters keep transformers' names, so that a checkpoint is
+exchanged with transformers' own classes in both directions.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+
+from transfertransfo.cli import UserError, default_device, first_line
+from transfertransfo.data.dataset import (
+    ATTR_TO_SPECIAL_TOKEN,
+    cannot_load,
+    download_pretrained_model,
+    has_weights,
+    knows_dialog_tokens,
+    load_config,
+    load_tokenizer,
+    pretrained_arguments,
+    resolve_checkpoint,
+    special_ids,
+)
+from transfertransfo.data.inputs import Batch
+from transfertransfo.files import TEMPORARY, move_into_place
+from transfertransfo.model.heads import FAMILIES, double_heads_class
+from transfertransfo.model.lora import (
+    HEAD,
+    Network,
+    add_adapter,
+    base_of,
+    is_adapter,
+    load_adapter,
+    merge,
+    rank_of,
+    save_network,
+)
+from transfertransfo.training.precision import limit_kernel_caches
+
+logger = logging.getLogger(__name__)
+
+SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
+SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
+
+
+class DoubleHeads(nn.Module):
+    """The one interface of all model families, over a transformers model with `multiple_choice_head`.
+
+    Args:
+        network: that model, or peft's around it.
+
+    Attributes:
+        additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
+    """
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network
+        self.additive_mask = False
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.network if isinstance(self.network, PreTrainedModel) else self.network.get_base_model()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pretrained.device
+
+    @property
+    def n_positions(self) -> int:
+        """The longest sequence that the model attends to, in tokens: its positions, or its sliding window."""
+        config = self.pretrained.config.get_text_config()
+        return min(getattr(config, name, None) or sys.maxsize for name in ("max_position_embeddings", "sliding_window"))
+
+    @property
+    def latest_history_start(self) -> int:
+        """Half of the positions: the rest is for the history and the reply."""
+        return self.n_positions // 2
+
+    @property
+    def history_start(self) -> int:
+        """Position at which the history begins (`inputs.context_positions`); saved with the model."""
+        return getattr(self.pretrained.config, "history_start", 0)
+
+    @history_start.setter
+    def history_start(self, position: int) -> None:
+        if position > self.latest_history_start:
+            raise UserError(f"--history_start {position}: leaves too few of the model's {self.n_positions} positions")
+        self.pretrained.config.history_start = position
+
+    @property
+    def token_types(self) -> bool:
+        """Whether the speakers' embeddings are added to those of their words; saved with the model."""
+        config = self.pretrained.config
+        return getattr(config, "token_types", config.model_type in FAMILIES)
+
+    @token_types.setter
+    def token_types(self, on: bool) -> None:
+        self.pretrained.config.token_types = on
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Last hidden states.
+
+        Args:
+            input_ids, token_type_ids, position_ids: (B, T), int64.
+            attention_mask: (B, 1, T, past + T), True where a query attends to a key; None = causal.
+            past_key_values: a cache, extended in place by these T positions.
+
+        Returns:
+            (B, T, C).
+        """
+        embeddings = self.pretrained.get_input_embeddings()
+        if self.token_types:
+            # one look-up for both: the gradient of each is a matrix of the vocabulary's size
+            embedded = embeddings(torch.stack([input_ids, token_type_ids])).sum(0)
+        else:
+            embedded = embeddings(input_ids)
+        if self.additive_mask and attention_mask is not None:
+            lowest = torch.finfo(embedded.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=embedded.dtype).masked_fill(~attention_mask, lowest)
+        return self.pretrained.base_model(
+            inputs_embeds=embedded,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of each next token: (..., C) -> (..., vocabulary)."""
+        return self.pretrained.get_output_embeddings()(hidden)
+
+    def choice_scores(self, hidden: Tensor) -> Tensor:
+        """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
+        head = self.pretrained.get_submodule(HEAD)
+        return head(hidden.unsqueeze(-2).to(next(head.parameters(), hidden).dtype)).squeeze(-1)
+
+    def packed_hidden_states(self, batch: Batch) -> Tensor:
+        """Hidden states of packed rows, in one flat line, as its positions count: (B * T, C)."""
+        hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
+        return hidden.flatten(0, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both heads over packed rows, each only where it is asked for.
+
+        Returns:
+            lm_logits: (number of lm_positions, vocabulary).
+            choice_scores: (B, K), -inf where a row has fewer than K replies.
+        """
+        hidden = self.packed_hidden_states(batch)
+        scores = self.choice_scores(hidden[batch.last_positions])
+        return self.lm_logits(hidden[batch.lm_positions]), scores.masked_fill(batch.last_positions < 0, -torch.inf)
+
+
+def load_model(
+    checkpoint: str | Path, device: str | torch.device = "cpu", from_scratch: bool = False
+) -> DoubleHeads:
+    """The double-head model of a hub name, a folder, a GGUF file or the URL of an archive, in float32, for evaluation.
+
+    Args:
+        from_scratch: give random weights where the checkpoint is a folder without any, and say so.
+
+    Raises:
+        UserError: no such model, no weights, or a model that cannot be used so.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    config = load_config(checkpoint)
+    if not has_weights(folder) and not from_scratch:
+        raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
+    if is_adapter(folder):
+        return load_adapted(checkpoint, folder, config).to(device).eval()
+    try:
+        family = double_heads_class(config)
+    except UserError as error:
+        raise UserError(f"--model_checkpoint {checkpoint}: {error}") from error
+    try:
+        if has_weights(folder):
+            pretrained = read_weights(family, folder, config)
+        else:
+            logger.info("%s holds no weights: the model begins with random ones", checkpoint)
+            pretrained = family(config)
+    except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
+        raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
+    model = DoubleHeads(pretrained).eval()
+    try:
+        check_settings(model)
+        if config.model_type in FAMILIES:
+            check_heads(model)
+    except Exception as error:  # of sizes that do not go together: RuntimeError, IndexError, UnboundLocalError, ...
+        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+    if config.model_type not in FAMILIES:
+        check_packing_(model, checkpoint)
+    return model.to(device)
+
+
+def check_settings(model: DoubleHeads) -> None:
+    """Check what transformers lets pass.
+
+    Raises:
+        ValueError: a value that is none.
+    """
+    if model.n_positions < SHORTEST:
+        raise ValueError(f"n_positions: at least {SHORTEST} are needed, got {model.n_positions}")
+    if type(model.history_start) is not int or not 0 <= model.history_start <= model.latest_history_start:
+        first = f"expected one of the first {model.latest_history_start} positions"
+        raise ValueError(f"history_start: {first}, got {model.history_start!r}")
+    if (kind := getattr(model.pretrained.config, "summary_type", "last")) not in SUMMARY_TYPES:
+        raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
+
+
+@torch.inference_mode()
+def check_heads(model: DoubleHeads) -> None:
+    """Run both heads on the shortest dialog turn: transformers takes many a configuration that none can be run with.
+
+    Raises:
+        ValueError: the choice head is none, or whatever the model raises.
+    """
+    tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
+    hidden = model.hidden_states(tokens, tokens, torch.arange(SHORTEST)[None])
+    model.lm_logits(hidden)
+    if model.choice_scores(hidden).shape != tokens.shape:
+        raise ValueError("summary_use_proj, summary_proj_to_labels: the choice head does not give one score")
+
+
+def read_weights(family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a resolved checkpoint, in float32."""
+    arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32}
+    if "gguf_file" not in arguments:
+        return family.from_pretrained(**arguments, config=config, weights_only=True)
+    unpacked = transformers.GgufConfig(dequantize=True)
+    # transformers shows a bar here that it has no switch for
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        quantized = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
+    pretrained = family(config)  # one that transformers does not take for quantized, and so saves
+    pretrained.load_state_dict(quantized.state_dict())
+    return pretrained
+
+
+def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) -> DoubleHeads:
+    """The model of a run folder that holds an adapter; the model that it adapts is loaded from where it was then."""
+    base = base_of(folder)
+    try:
+        model = load_model(base)
+    except UserError as error:
+        raise UserError(f"{checkpoint} adapts another model: {error}") from error
+    for name in ("history_start", "token_types"):
+        if hasattr(config, name):
+            setattr(model.pretrained.config, name, getattr(config, name))
+    try:
+        check_settings(model)
+        model.pretrained.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
+        model.network = load_adapter(model.pretrained, folder)
+    except UserError:  # no peft
+        raise
+    except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
+        raise UserError(cannot_load(checkpoint, "adapter", error)) from error
+    return model
+
+
+@torch.no_grad()
+def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
+    """Check that packed rows and cached steps give what the model gives a sequence alone; find how it takes a mask.
+
+    There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
+
+    Raises:
+        UserError: the model is of such a kind.
+    """
+    n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
+    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]])  # a context and two replies
+    positions, segments = torch.tensor([[*range(3 + n), 3, 4]]), torch.tensor([0] * 3 + [1] * n + [2] * 2)
+    alone = [0, 1, 2, n + 3, n + 4]
+    mask = torch.ones(n + 5, n + 5, dtype=torch.bool).tril() & ((segments == 0) | (segments == segments[:, None]))
+    error = None
+    on, model.token_types = model.token_types, False
+    for model.additive_mask in (False, True):
+        try:
+            want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
+            packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
+            cache = Cache(layer_class_to_replicate=DynamicLayer)
+            for part in (alone[:3], alone[3:4], alone[4:]):
+                cached = model.hidden_states(ids[:, part], ids[:, part], positions[:, part], None, cache)[0, -1:]
+            got = model.lm_logits(torch.cat([packed, cached]))
+        except Exception as raised:  # whatever a model's code does with arguments that it does not expect
+            error = raised
+            continue
+        if (got - want[[0, 1, 1]]).norm() < 1e-3 * want.norm():
+            model.token_types = on
+            return
+    model.token_types = on
+    reason = f" ({first_line(error)})" if error else ""
+    raise UserError(
+        f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
+        f" logits are of a kind that is not known here{reason}"
+    )
+
+
+def use_eager_attention_(model: DoubleHeads) -> None:
+    """Have a decoder of transformers attend by plain matrix products, where it computes the same by them.
+
+    On a CPU in bfloat16 they take half the time of torch's fused kernel, forward and backward.
+    """
+    pretrained = model.pretrained
+    if pretrained.config.model_type in FAMILIES:
+        return
+    before = pretrained.config._attn_implementation, model.additive_mask
+    pretrained.set_attn_implementation("eager")
+    try:
+        check_packing_(model, "")
+    except UserError:
+        pretrained.set_attn_implementation(before[0])
+        model.additive_mask = before[1]
+
+
+def load_finetuned(
+    checkpoint: str,
+    gpt_tokenization: str | None = None,
+    device: str | None = None,
+    history_start: int | None = None,
+    fp16: str = "",
+    force: bool = False,
+) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
+
+    `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given. An adapter is
+    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken.
+
+    Raises:
+        UserError: as `load_model`, or the checkpoint does not know the dialog tokens.
+    """
+    checkpoint = checkpoint or download_pretrained_model()
+    tokenizer = load_tokenizer(checkpoint, gpt_tokenization)
+    if not knows_dialog_tokens(tokenizer):
+        if not force:
+            message = f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py"
+            raise UserError(message)
+        logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
+    model = load_model(checkpoint, device or default_device())
+    add_special_tokens_(model, tokenizer)
+    if history_start is not None:
+        model.history_start = history_start
+    merge_adapter_(model)
+    if fp16:
+        halve_(model)
+    return model, tokenizer
+
+
+def halve_(model: DoubleHeads) -> None:
+    """Keep the weights of a model that is not trained in bfloat16."""
+    limit_kernel_caches(model.device)
+    # but for the choice head: of scores that are rounded so, some are equal
+    for part in (model.pretrained.base_model, model.pretrained.get_output_embeddings()):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.bfloat16()  # buffers stay: rotary angles need float32
+
+
+def save_model(model: DoubleHeads, folder: Path, merge_lora: bool = False) -> None:
+    """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
+
+    Of an adapted model `adapter_model.safetensors` and `adapter_config.json` are written in its place, as peft does,
+    unless `merge_lora` asks for the whole model that they make.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
+            model.pretrained.config.save_pretrained(temporary)
+            save_network(merge(copy.deepcopy(model.network)) if merge_lora else model.network, temporary)
+            for file in Path(temporary).iterdir():
+                move_into_place(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'}: not written ({first_line(error)})") from error
+
+
+def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet."""
+    pretrained = model.pretrained
+    for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
+        trained = torch.zeros(len(weight), 1, device=weight.device)
+        trained[special_ids(tokenizer)] = 1.0
+        weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
+
+
+def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: int, base: str) -> None:
+    """Give the model of the checkpoint `base` an adapter to be trained in its place (`lora.add_adapter`).
+
+    Raises:
+        UserError: it has one of another rank, or cannot have one.
+    """
+    present = rank_of(model.network)
+    if not present:
+        model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
+    elif present != rank:
+        raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
+
+
+def merge_adapter_(model: DoubleHeads) -> None:
+    """Work a model's adapter, if it has one, into its weights, all of which are trained from then on."""
+    model.network = merge(model.network).requires_grad_()
+
+
+def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    pretrained = model.pretrained  # transformers renamed the method
+    getattr(pretrained, "activation_checkpointing_enable", pretrained.gradient_checkpointing_enable)()
+
+
+def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the five dialog tokens to the tokenizer, and rows for them to the model, where they are not there yet.
+
+    Raises:
+        UserError: the tokenizer has tokens that the model does not have.
+    """
+    pretrained = model.pretrained if isinstance(model, DoubleHeads) else model
+    before = len(tokenizer)
+    if tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN):
+        if embedding_rows(pretrained) > before:  # rows that no token has, as Qwen's
+            pretrained.resize_token_embeddings(before)
+        # original: new rows are drawn as any embedding is, not around the mean of the old ones
+        pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = embedding_rows(pretrained)
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")
+
+
+def embedding_rows(pretrained: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings for: at least its tokenizer's."""
+    embeddings: Any = pretrained.get_input_embeddings()  # torch's layer, or peft's around it
+    return len(embeddings.weight)

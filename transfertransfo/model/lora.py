@@ -1,0 +1,94 @@
+"""LoRA (Hu et al. 2021) through peft: small trained matrices beside the frozen ones of a model that stays as it is.
+
+A run folder then holds these matrices, the dialog tokens' embeddings, the choice head, and where the model is.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from transfertransfo.cli import UserError, require
+
+CONFIG = "adapter_config.json"
+HEAD = "multiple_choice_head"
+Network = Any  # a PreTrainedModel, or peft's around it, an optional library's
+
+
+def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], base: str) -> Network:
+    """The model with adapters of this rank, scaled by alpha / rank = 2, at all linear layers of its blocks.
+
+    Trained are those, the embeddings of `tokens` (input and output) and the choice head; nothing else.
+
+    Args:
+        base: where the model is, for the adapter's record.
+
+    Raises:
+        UserError: no peft, or a model whose output has a bias, which peft leaves out.
+    """
+    require("--lora_rank", "peft")
+    from peft import LoraConfig, get_peft_model
+
+    embeddings, output = pretrained.get_input_embeddings(), pretrained.get_output_embeddings()
+    if getattr(output, "bias", None) is not None:
+        raise UserError(f"--lora_rank {rank}: a {pretrained.config.model_type} model, whose output layer has a bias")
+    layers = pretrained.base_model.named_modules()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted({name.rpartition(".")[2] for name, x in layers if isinstance(x, nn.Linear | Conv1D)}),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in pretrained.base_model.modules()),
+        modules_to_save=[HEAD],
+        trainable_token_indices={
+            name: list(tokens) for name, module in pretrained.named_modules() if module in (embeddings, output)
+        },
+    )
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that transformers changed
+        network = get_peft_model(pretrained, config)
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
+    return network
+
+
+def is_adapter(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, CONFIG))
+
+
+def base_of(folder: str) -> str:
+    """The checkpoint that a folder's adapter was trained on."""
+    try:
+        return json.loads(Path(folder, CONFIG).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(folder, CONFIG)}: no adapter's configuration") from error
+
+
+def rank_of(network: Network) -> int:
+    """The rank of a model's adapter; 0 where it has none."""
+    return 0 if isinstance(network, PreTrainedModel) else network.active_peft_config.r
+
+
+def load_adapter(pretrained: PreTrainedModel, folder: str) -> Network:
+    """The model with a folder's adapter, ready to be trained on."""
+    require(f"--model_checkpoint {folder}", "peft")
+    from peft import PeftModel
+
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return PeftModel.from_pretrained(pretrained, folder, is_trainable=True)
+
+
+def merge(network: Network) -> PreTrainedModel:
+    """The model with its adapter, if it has one, worked into its weights; `network` is of no use then."""
+    return network.merge_and_unload() if rank_of(network) else network
+
+
+def save_network(network: Network, folder: str) -> None:
+    """Write a model, or of one with an adapter only that, as its library does."""
+    if not rank_of(network):
+        return network.save_pretrained(folder)
+    network.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub about the model
+    os.remove(os.path.join(folder, "README.md"))  # a form to be filled in

@@ -1,0 +1,213 @@
+"""The training state in a run folder: saved so that a run which is killed goes on as if it had not been."""
+
+import itertools
+import json
+import logging
+import random
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+from ignite.engine import Engine, State
+from torch import nn
+
+from transfertransfo.cli import UserError, first_line
+from transfertransfo.files import open_atomically, write_atomically
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "training_args.json"
+METRICS = "metrics.jsonl"
+# What may differ between a run and its resumption; all else decides what is computed.
+CHANGEABLE = {
+    "resume", "n_epochs", "valid_batch_size", "eval_before_start", "log_every", "save_every", "n_saved", "patience",
+    "device", "local_rank", "dataset_cache", "export", "compile", "unset",
+}  # fmt: skip
+NOT_RESUMED = {"resume", "local_rank", "device", "world_size"}  # of them a resumption takes its own
+
+
+class RandomState:
+    """The random generators of every process, as one object that is saved and loaded."""
+
+    def state_dict(self) -> dict:
+        generator = np.random.get_state(legacy=False)
+        state = {
+            "python": random.getstate(),
+            "numpy": (
+                generator["state"]["key"].tolist(), generator["state"]["pos"],
+                generator["has_gauss"], generator["gauss"],
+            ),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        states: list[dict | None] = [state]
+        if torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, state)
+        return {"ranks": states}
+
+    def load_state_dict(self, states: dict) -> None:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        state = states["ranks"][rank]
+        random.setstate(state["python"])
+        keys, *rest = state["numpy"]
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class TrainedParameters:
+    """The parameters of a model that are trained, as one object that is saved and loaded."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def state_dict(self) -> dict:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+
+
+class Best:
+    """The best validation so far, and for how many validations there was no better one."""
+
+    def __init__(self, metric: str):
+        self.metric = metric
+        self.value: float | None = None
+        self.since = 0
+
+    def update(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these metrics are the best yet. `nll` is better the lower, `hits@1` the higher."""
+        value = -metrics["nll"] if self.metric == "nll" else metrics["accuracy"]
+        better = self.value is None or value > self.value
+        self.value, self.since = (value, 0) if better else (self.value, self.since + 1)
+        return better
+
+    def state_dict(self) -> dict:
+        return {"value": self.value, "since": self.since}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value, self.since = state["value"], state["since"]
+
+
+def save_checkpoint(folder: Path | None, trainer: Engine, to_save: Mapping, n_saved: int) -> None:
+    """Save the states of `to_save` as `checkpoint_STEP.pt`, whole or not at all; keep the newest `n_saved`.
+
+    All processes must call it, since each has a random state; the one with a folder writes. Where there is no room
+    the older checkpoints stay, and one line says so.
+    """
+    state = {name: item.state_dict() for name, item in to_save.items()}
+    if folder is None:
+        return
+    path = folder / f"checkpoint_{trainer.state.optimizer_step}.pt"
+    try:
+        with open_atomically(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer answers an OSError with a RuntimeError that hides it
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        logger.error("%s: not written (%s); older checkpoints stay", path, first_line(cause))
+        return
+    for old in list_checkpoints(folder)[:-n_saved]:  # only now, so that at any instant there is a whole one
+        old.unlink()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, the newest last; files of other names are the user's own."""
+    steps = {path: path.stem.removeprefix("checkpoint_") for path in folder.glob("checkpoint_*.pt")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
+
+
+def load_checkpoint(folder: Path, to_load: Mapping) -> None:
+    """Load the newest checkpoint of a run folder into the objects of `to_load`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = list_checkpoints(folder)[-1]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, item in to_load.items():
+            item.load_state_dict(state[name])
+    except Exception as error:  # whatever unpickling met
+        message = f"--resume {path}: damaged ({first_line(error)}); delete it to go on from an older one"
+        raise UserError(message) from error
+    logger.info("Resuming from %s", path)
+
+
+def find_run(resume: str, args: Namespace) -> Path | None:
+    """The run folder to resume: the one given, or for "auto" the newest of the same arguments, if there is one.
+
+    Raises:
+        UserError: the folder given is no run folder, or has no checkpoint yet.
+    """
+    if resume != "auto":
+        folder = Path(resume)
+        if not (folder / ARGUMENTS).is_file():
+            raise UserError(f"--resume {resume}: no run folder (it has no {ARGUMENTS})")
+        if not list_checkpoints(folder):
+            raise UserError(f"--resume {resume}: the run has no checkpoint yet; start it anew")
+        return folder
+    here = vars(args)
+    runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for file in runs:
+        try:
+            saved = read_arguments(file.parent)
+        except UserError as error:  # another program's, or a damaged one
+            logger.warning("%s", error)
+            continue
+        given = saved | dict.fromkeys(saved.get("unset", ()))  # before the model's own took the place of unset ones
+        same = all(here[name] in (given[name], saved[name]) for name in saved.keys() & here.keys() - CHANGEABLE)
+        if same and list_checkpoints(file.parent):
+            return file.parent
+    return None
+
+
+def read_arguments(folder: Path) -> dict:
+    """The arguments of a run."""
+    try:
+        arguments = json.loads((folder / ARGUMENTS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {folder / ARGUMENTS}: {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"--resume {folder / ARGUMENTS}: expected an object")
+    return arguments
+
+
+def changed_arguments(saved: Mapping, args: Namespace) -> list[str]:
+    """The arguments that differ from those of a run and may not, each as `--flag is X there, Y here`; None is unset."""
+    here = vars(args)
+    return [
+        f"{'the number of processes' if name == 'world_size' else f'--{name}'} is {saved[name]!r} there,"
+        f" {here[name]!r} here"
+        for name in sorted(saved.keys() & here.keys() - CHANGEABLE)
+        if saved[name] != here[name] and here[name] is not None
+    ]
+
+
+def cut_metrics(folder: Path, state: State) -> None:
+    """Drop the lines of `metrics.jsonl` that a killed run wrote after the checkpoint which it resumes from.
+
+    Args:
+        state: the trainer's, as the checkpoint has it.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    write_atomically(path, "".join(itertools.takewhile(lambda line: _is_before(line, state), lines)))
+
+
+def _is_before(line: str, state: State) -> bool:
+    try:
+        figures = json.loads(line)
+    except ValueError:  # the last line, if it was not written whole
+        return False
+    # an epoch's validation may follow its last step after forwards that await the next one
+    return figures["step"] <= state.optimizer_step and ("split" not in figures or figures["epoch"] <= state.epoch)

@@ -1,0 +1,126 @@
+"""The two engines of a training run: what happens to one batch in training and in validation."""
+
+import contextlib
+import math
+from argparse import Namespace
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, EventEnum, Events
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from transfertransfo.data.inputs import IGNORED, Batch
+from transfertransfo.training.precision import Precision
+
+
+class StepEvents(EventEnum):
+    """Fired by the trainer when the parameters have changed: once in `gradient_accumulation_steps` iterations."""
+
+    OPTIMIZER_STEP = "optimizer_step"
+
+
+def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace, device: torch.device) -> Engine:
+    """An engine whose iteration is one forward and backward, and every so many of them an optimizer step.
+
+    It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
+    the language-model and the choice loss, of this process.
+    """
+    accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
+    coefficients = torch.tensor([args.lm_coef, args.mc_coef], device=device)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        state = engine.state
+        n_iterations = state.max_epochs * state.epoch_length
+        share = 1 - (state.iteration - 1) / n_iterations
+        if args.warmup_steps:
+            share *= min(1, (state.optimizer_step + 1) / args.warmup_steps)
+        for group, lr in zip(precision.optimizer.param_groups, (args.lr, args.head_lr)):
+            group["lr"] = lr * share
+        micro_steps = args.gradient_accumulation_steps
+        # original: what is left over at the end of the run is thrown away
+        full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not full else contextlib.nullcontext():
+            with precision.autocast():
+                losses = distributed_losses(model, batch.to(device), args.label_smoothing)
+            loss = losses @ coefficients
+            precision.backward(loss / micro_steps)
+        accumulated.append(torch.cat([loss[None], losses]).detach())
+        if not full:
+            return
+        state.optimizer_step += 1
+        set_adam_eps_(precision.optimizer, state.optimizer_step)
+        precision.step(args.max_norm)
+        state.losses = torch.stack(accumulated).mean(0)
+        accumulated.clear()
+        engine.fire_event(StepEvents.OPTIMIZER_STEP)
+
+    trainer = Engine(step)
+    trainer.register_events(*StepEvents, event_to_attr={StepEvents.OPTIMIZER_STEP: "optimizer_step"})
+    trainer.state_dict_user_keys.append("optimizer_step")
+    return trainer
+
+
+def distributed_losses(model: torch.nn.Module, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+    """(2,): language-model and choice loss, whose mean over processes is the loss of all their rows in one batch.
+
+    Each is a sum divided by what all processes count, not a mean of means: k processes are one with a k-fold batch.
+    Label smoothing (Szegedy et al. 2016, section 7) is of the language model's.
+    """
+    counts = count_labels(batch)
+    # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
+    reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
+    lm_logits, choice_scores = model(batch)
+    sums = torch.stack([
+        cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum", label_smoothing=label_smoothing),
+        cross_entropy(choice_scores.float(), batch.choice_labels, reduction="sum"),
+    ])  # fmt: skip
+    if reduction:
+        reduction.wait()
+    return sums * idist.get_world_size() / counts
+
+
+def count_labels(batch: Batch) -> torch.Tensor:
+    """(2,), int64: number of the labels of each head, made on the device: a copy to it would wait for it."""
+    return torch.stack([(labels != IGNORED).sum() for labels in (batch.lm_labels, batch.choice_labels)])
+
+
+def set_adam_eps_(optimizer: AdamW, step: int, eps: float = 1e-6) -> None:
+    """Make torch's AdamW at step `step`, from 1 on, that of transformers 2: eps added before the bias correction."""
+    for group in optimizer.param_groups:
+        group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** step)
+
+
+def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch.device) -> Engine:
+    """An engine that leaves `nll` (nats a token), `ppl` and `accuracy` (hits@1) of all examples in `state.metrics`."""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nll, tokens, hits, examples
+
+    @torch.inference_mode()
+    def step(engine: Engine, batch: Batch | None) -> None:
+        if batch is None:
+            return
+        batch = batch.to(device)
+        with precision.autocast():
+            lm_logits, choice_scores = model(batch)
+        nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
+        hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
+        tokens, examples = count_labels(batch)
+        sums.add_(torch.stack([nll, tokens, hits, examples]))
+
+    evaluator = Engine(step)
+
+    @evaluator.on(Events.STARTED)
+    def begin() -> None:
+        model.eval()
+        sums.zero_()
+
+    @evaluator.on(Events.COMPLETED)
+    def finish(engine: Engine) -> None:
+        nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
+        nll /= max(tokens, 1)
+        ppl = math.exp(min(nll, 700))  # JSON, in which it is written, has no infinity
+        engine.state.metrics = {"nll": nll, "ppl": ppl, "accuracy": hits / examples}
+        model.train()
+
+    return evaluator

@@ -1,0 +1,208 @@
+"""What happens around the steps of a training run: validation, figures, checkpoints, an orderly stop."""
+
+import json
+import logging
+import signal
+import socket
+import struct
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import masked_crc32c
+from torch.utils.data import DataLoader
+
+from transfertransfo.cli import UserError
+from transfertransfo.training.checkpoints import METRICS, Best
+from transfertransfo.training.distribution import greatest
+from transfertransfo.training.engines import StepEvents
+from transfertransfo.training.precision import MAX_BAD_STEPS, Precision
+
+logger = logging.getLogger(__name__)
+
+
+class FigureWriter:
+    """Writes figures to a run folder's `metrics.jsonl` and, the same, to TensorBoard's event file.
+
+    Nothing waits in memory, so that a run which is killed has all its lines; tensorboardX's own writer keeps events for
+    two minutes, in a thread whose death of a full disk brings the run to a standstill. The event file is made anew
+    from `metrics.jsonl` when a run begins or goes on.
+    """
+
+    def __init__(self, folder: Path):
+        self.metrics = folder / METRICS
+        self.events = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._append_event(event_pb2.Event(file_version="brain.Event:2"))
+        if self.metrics.exists():
+            for line in self.metrics.read_text().splitlines():
+                self._show(json.loads(line))
+
+    def write(self, figures: dict) -> None:
+        """Write a line: `step`, `epoch`, numbers by name, and `split` if they are of a validation.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._append(self.metrics, json.dumps(figures).encode() + b"\n")
+        self._show(figures)
+
+    def _show(self, figures: dict) -> None:
+        group = "validation" if "split" in figures else "training"
+        values = [
+            summary_pb2.Summary.Value(tag=f"{group}/{name}", simple_value=value)
+            for name, value in figures.items() if name not in ("step", "epoch", "split")
+        ]  # fmt: skip
+        self._append_event(event_pb2.Event(step=figures["step"], summary=summary_pb2.Summary(value=values)))
+
+    def _append_event(self, event: event_pb2.Event) -> None:
+        """Add a record of TensorFlow's format: length, its checksum, content, its checksum."""
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+        self._append(self.events, length + checksums[0] + content + checksums[1])
+
+    def _append(self, path: Path, content: bytes) -> None:
+        try:
+            with open(path, "ab") as file:
+                file.write(content)
+        except OSError as error:
+            message = f"{path}: not written ({error.strerror}); go on from the last checkpoint with --resume"
+            raise UserError(message) from error
+
+
+def attach_validation(
+    trainer: Engine, evaluator: Engine, loader: DataLoader, best: Best, export: Callable[[], None], args: Namespace
+) -> None:
+    """Validate after each epoch, and before the first one if asked; export the best model; stop without progress."""
+
+    def validate(engine: Engine) -> None:
+        evaluator.run(loader)
+        logger.info("Validation: %s", ", ".join(f"{key} {value:.4f}" for key, value in evaluator.state.metrics.items()))
+
+    def judge(engine: Engine) -> None:
+        if best.update(evaluator.state.metrics) and args.export == "best":
+            export()
+        if args.patience and best.since >= args.patience:
+            logger.info("Stopped: %s is no better since %d epochs (--patience)", best.metric, best.since)
+            engine.terminate()
+
+    def validate_first(engine: Engine) -> None:
+        if not engine.state.iteration:
+            validate(engine)
+
+    if args.eval_before_start:
+        trainer.add_event_handler(Events.STARTED, validate_first)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, judge)
+
+
+def attach_figures(
+    trainer: Engine,
+    evaluator: Engine,
+    precision: Precision,
+    args: Namespace,
+    folder: Path | None,
+) -> None:
+    """Write each logged step's and each validation's figures to `metrics.jsonl` and TensorBoard; show them on a bar.
+
+    `folder` is None on the processes that do not write. They take part in the reductions.
+    """
+    logged = StepEvents.OPTIMIZER_STEP(every=args.log_every)  # type: ignore[operator]  # ignite's events are called
+    since = {"time": 0.0, "iteration": 0}  # set where an epoch begins or goes on
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin_epoch(engine: Engine) -> None:  # what was validated and saved in between is no part of a step
+        since.update(time=time.perf_counter(), iteration=engine.state.iteration)
+
+    @trainer.on(logged)
+    def collect(engine: Engine) -> None:
+        loss, lm_loss, mc_loss = (idist.all_reduce(engine.state.losses) / idist.get_world_size()).tolist()
+        seconds = time.perf_counter() - since["time"]
+        iterations = engine.state.iteration - since["iteration"]
+        engine.state.metrics = {
+            "loss": loss,
+            "lm_loss": lm_loss,
+            "mc_loss": mc_loss,
+            "lr": precision.optimizer.param_groups[0]["lr"],
+            "examples_per_second": iterations * args.train_batch_size * idist.get_world_size() / seconds,
+            "ms_per_step": 1000 * seconds / iterations * args.gradient_accumulation_steps,
+            "skipped_steps": int(precision.skipped_steps),
+        }
+        since.update(time=time.perf_counter(), iteration=engine.state.iteration)
+        if precision.bad_steps >= MAX_BAD_STEPS:
+            raise UserError(
+                f"step {engine.state.optimizer_step}: {int(precision.bad_steps)} steps in a row had no finite gradient;"
+                " lower --lr, or use --fp16 bf16 or none, and go on from the last checkpoint with --resume"
+            )
+
+    if folder is None:
+        return
+    writer = FigureWriter(folder)
+
+    def write(figures: dict) -> None:
+        writer.write({"step": trainer.state.optimizer_step, "epoch": trainer.state.epoch} | figures)
+
+    trainer.add_event_handler(logged, lambda engine: write(engine.state.metrics))
+    evaluator.add_event_handler(Events.COMPLETED, lambda engine: write({"split": "valid"} | engine.state.metrics))
+
+    bar = ProgressBar(persist=True, disable=None)  # None = only on a terminal
+    shown = ("loss", "lr")
+    bar.attach(trainer, output_transform=lambda _: {k: v for k, v in trainer.state.metrics.items() if k in shown})
+
+
+def attach_checkpoints(trainer: Engine, save: Callable[[], None], args: Namespace) -> list[int]:
+    """Save after each epoch, every `save_every` steps (0 = off), and when SIGINT or SIGTERM asks the run to stop.
+
+    Only between optimizer steps, or at the run's end: a checkpoint holds no gradients.
+
+    Returns:
+        A list in which the signal that stopped the run will stand, in every process.
+    """
+    asked, stopped = [], []
+    due = {"epoch": False}
+
+    def request_stop(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        logger.info("Asked to stop: after this step or validation, with a checkpoint; once more stops at once")
+
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @trainer.on(Events.COMPLETED)
+    def listen_no_more() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def save_if_due(engine: Engine) -> None:
+        # launchers signal their processes one after another: they stop together, at the first one's wish
+        stop = greatest(max(asked, default=0))
+        every = args.save_every and engine.state.optimizer_step % args.save_every == 0
+        if stop or every or due["epoch"]:
+            save()
+            due["epoch"] = False
+        if stop and engine.state.epoch_length * args.n_epochs > engine.state.iteration:  # else it is done anyway
+            stopped.append(stop)
+            engine.terminate()
+
+    @trainer.on(StepEvents.OPTIMIZER_STEP)
+    def step_done(engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length:  # else the epoch's end is about to be validated first
+            save_if_due(engine)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def epoch_done(engine: Engine) -> None:
+        due["epoch"] = True
+        between_steps = engine.state.iteration % args.gradient_accumulation_steps == 0
+        # where --patience ends the run in the midst of a step, that step is never taken
+        if between_steps or engine.state.epoch == args.n_epochs or engine.should_terminate:
+            save_if_due(engine)
+
+    return stopped
