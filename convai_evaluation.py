@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transfertransfo.cli import (
     ArgumentParser,
-    UserError,
     add_data_flags,
     add_evaluation_flags,
     number,
@@ -20,6 +19,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
+from transfertransfo.errors import UserError
 from transfertransfo.files import write_atomically
 
 
@@ -58,7 +58,8 @@ def run(argv: list[str] | None = None) -> dict:
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from transfertransfo.evaluation.native import companions, evaluate, evaluate_in_parlai
+    from transfertransfo.evaluation.native import companions, evaluate
+    from transfertransfo.evaluation.parlai_backend import evaluate_in_parlai
 
     set_up_logging()
     set_seed(args.seed)

@@ -7,19 +7,16 @@
     printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
 """
 
-import contextlib
 import json
 import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
 from transfertransfo.cli import (
     ArgumentParser,
-    UserError,
     add_data_flags,
     add_decoding_flags,
     add_model_flags,
@@ -29,16 +26,10 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-
-if TYPE_CHECKING:
-    from prompt_toolkit.history import History
-
-    from transfertransfo.chat.conversation import Chat
+from transfertransfo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PROMPT = ">>> "
-COLOURS = {"reply": "\x1b[36m", "note": "\x1b[2m", "persona": "\x1b[33m"}
 GIVE_PERSONA = 'give a persona instead: --personality "i like dogs ." "i live in ohio ."'
 
 
@@ -79,6 +70,7 @@ def run(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
+    from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
     from transfertransfo.model.loading import load_finetuned
 
     set_up_logging(logging.WARNING)
@@ -147,104 +139,18 @@ def recorded_dataset(checkpoint: str) -> str:
 
 # ---- terminal ----
 
-def talk(chat: "Chat", read: Callable[[], str], show: Callable[..., None]) -> None:
-    """Answer line after line until the end of the input, `/quit`, or Ctrl-C twice."""
-    from transfertransfo.chat.conversation import answer
-
-    interrupted = False
-    while True:
-        try:
-            line = read()
-            interrupted = False
-            answered = answer(chat, line)
-            if isinstance(answered, str):
-                show(f"{answered}\n", "note")
-                continue
-            with contextlib.closing(answered) as pieces:
-                for piece in pieces:
-                    show(piece, "reply")
-            show("\n")
-        except EOFError:
-            return show("\n")
-        except KeyboardInterrupt:
-            if interrupted:
-                return show("\n")
-            interrupted = True
-            show("\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n", "note")
-        except UserError as error:
-            show(f"{error}\n", "note")
 
 
-def make_printer() -> Callable[..., None]:
-    """A function that shows text, at once, in a colour of `COLOURS` if stdout is a terminal that has any."""
-    coloured = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
-
-    def show(text: str, kind: str = "") -> None:
-        print(f"{COLOURS[kind]}{text}\x1b[0m" if coloured and kind else text, end="", flush=True)
-
-    return show
 
 
-def make_reader() -> Callable[[], str]:
-    """A function that reads a line: with editing and a history on a terminal, plainly from anything else.
-
-    It raises EOFError at the end of the input and KeyboardInterrupt at Ctrl-C.
-    """
-    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    return make_editor() if terminal else read_plainly
 
 
-def read_plainly() -> str:
-    line = input(PROMPT)
-    if not sys.stdin.isatty():
-        print(line)  # so that the output reads as a dialog
-    return line
 
 
-def make_editor() -> Callable[[], str]:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-
-    from transfertransfo.chat.conversation import COMMANDS
-
-    completer = WordCompleter([*COMMANDS], sentence=True)
-    editor: PromptSession[str] = PromptSession(
-        history=open_history(), completer=completer, complete_while_typing=False
-    )
-    return lambda: editor.prompt(PROMPT)
 
 
-def open_history() -> "History":
-    """The lines typed in earlier chats, and where those of this one go: a file of the user's own, if there can be."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    from transfertransfo.download import cache_folder
-
-    try:
-        path = cache_folder() / "chat_history"
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
-    except (OSError, UserError) as error:
-        logger.warning("no history of what is typed is kept: %s", error)
-        return InMemoryHistory()
-    return FileHistory(path)
 
 
-@contextlib.contextmanager
-def open_transcript(path: str | None) -> Iterator[TextIO | None]:
-    """`--transcript`, open for more lines, or None."""
-    if not path:
-        yield None
-        return
-    try:
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--transcript {path}: {error.strerror}") from error
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(OSError):  # lines that the disk did not take: the chat has said so
-            file.close()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -25,70 +24,45 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.cli import (
     ArgumentParser,
-    UserError,
     add_data_flags,
     add_model_flags,
     add_seed_flag,
-    default_device,
-    first_line,
     number,
     run_script,
     set_seed,
     set_up_logging,
 )
-from transfertransfo.data.dataset import (
-    ATTR_TO_SPECIAL_TOKEN,
-    SPECIAL_TOKENS,
-    load_dataset,
-    load_tokenizer,
-    make_logdir,
-)
+from transfertransfo.data.dataset import load_dataset
 from transfertransfo.data.inputs import (
-    IGNORED,
     MODEL_INPUTS,
     PADDED_INPUTS,
-    Batch,
     BucketSampler,
-    Example,
     build_input_from_segments,
     format_example,
     make_examples,
-    make_row,
-    pack,
     pad_dataset,
 )
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS
+from transfertransfo.errors import UserError, first_line
 from transfertransfo.files import remove_leftovers, write_atomically
-from transfertransfo.model.loading import (
+from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_adapter_,
     add_special_tokens_,
+    default_device,
     enable_gradient_checkpointing_,
     freeze_embeddings_,
-    load_model,
     merge_adapter_,
-    save_model,
-    use_eager_attention_,
 )
-from transfertransfo.model.lora import HEAD, rank_of
-from transfertransfo.training.checkpoints import (
-    ARGUMENTS,
-    NOT_RESUMED,
-    Best,
-    RandomState,
-    TrainedParameters,
-    changed_arguments,
-    cut_metrics,
-    find_run,
-    load_checkpoint,
-    read_arguments,
-    save_checkpoint,
-)
+from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
+from transfertransfo.model.lora import rank_of
+from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.training.checkpoints import Best, RandomState, TrainedParameters, load_checkpoint, save_checkpoint
 from transfertransfo.training.distribution import (
     average_distributed_scalar,
     check_same_run,
@@ -96,9 +70,19 @@ from transfertransfo.training.distribution import (
     setup_distributed,
     share_weights_,
 )
-from transfertransfo.training.engines import create_evaluator, create_trainer
+from transfertransfo.training.engines import create_evaluator, create_trainer, make_adamw
 from transfertransfo.training.handlers import attach_checkpoints, attach_figures, attach_validation
+from transfertransfo.training.loaders import log_examples, make_loader, pack_examples
 from transfertransfo.training.precision import LEVELS, make_precision
+from transfertransfo.training.runs import (
+    ARGUMENTS,
+    NOT_RESUMED,
+    changed_arguments,
+    cut_metrics,
+    find_run,
+    make_logdir,
+    read_arguments,
+)
 
 __all__ = [  # the original's public names, wherever they are defined now
     "ATTR_TO_SPECIAL_TOKEN", "MODEL_INPUTS", "PADDED_INPUTS", "SPECIAL_TOKENS", "add_special_tokens_",
@@ -243,54 +227,12 @@ def get_data_loaders(
     return train_loader, valid_loader, train_sampler, valid_sampler
 
 
-def make_loader(
-    examples: list[Example],
-    collate: Callable[[list[Example]], Batch | None],
-    batch_size: int,
-    shuffle: bool,
-    seed: int = 0,
-) -> tuple[DataLoader, BucketSampler]:
-    """A loader of packed batches, of this process's share of the examples, and its sampler."""
-    sampler = BucketSampler(
-        [example.row_length for example in examples],
-        batch_size, shuffle, seed, idist.get_rank(), idist.get_world_size(),
-    )  # fmt: skip
-    loader: DataLoader = DataLoader(
-        examples,  # type: ignore[arg-type]  # torch takes any sequence
-        batch_sampler=sampler,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each epoch would draw from torch's own, a resumed one too
-    )
-    return loader, sampler
 
 
-def pack_examples(
-    examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    history_start: int,
-    multiple: int,
-    filler: Example | None = None,
-) -> Batch | None:
-    """A batch of examples; of none, as a process's share of a last batch may be, `filler` without labels, or None."""
-    rows = [make_row(example, tokenizer, history_start) for example in examples]
-    if not rows and filler:
-        rows = [make_row(filler, tokenizer, history_start)._replace(lm_reply=IGNORED)]
-    return pack(rows, tokenizer.pad_token_id, multiple) if rows else None
 
 
-def log_examples(split: str, examples: list[Example], sampler: BucketSampler) -> None:
-    candidates = max(len(example.candidates) for example in examples)
-    logger.info("%s: %d examples of up to %d candidates, %d tokens in packed rows, the longest %d",
-                split, len(examples), candidates, sampler.lengths.sum(), sampler.lengths.max())
 
 
-def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
-    """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
-    groups: tuple[list, list] = ([], [])
-    for name, parameter in zip(names, parameters, strict=True):
-        groups[args.head_lr is not None and HEAD in name].append(parameter)
-    return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)
 
 
 def prepare_model(

@@ -2,13 +2,9 @@
 
 from typing import Any
 
-from transfertransfo.data.dataset import (
-    HF_FINETUNED_MODEL,
-    PERSONACHAT_URL,
-    download_pretrained_model,
-    get_dataset,
-    make_logdir,
-)
+from transfertransfo.data.dataset import PERSONACHAT_URL, get_dataset
+from transfertransfo.model.sources import HF_FINETUNED_MODEL, download_pretrained_model
+from transfertransfo.training.runs import make_logdir
 
 __all__ = [
     "HF_FINETUNED_MODEL", "PERSONACHAT_URL", "AttrDict", "download_pretrained_model", "get_dataset", "make_logdir",

@@ -15,7 +15,7 @@ from benchmarks.measure import Seconds, check_equal, figure, in_turn, ratio, tim
 from benchmarks.setting import DECODING, Setting
 from transfertransfo.data.inputs import Example, context_length
 from transfertransfo.decoding import Context, decode, sample_sequence
-from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads
 
 CONTEXT = 120
 ROUNDS = 2  # of each repetition: one reply is short

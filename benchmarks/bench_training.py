@@ -9,7 +9,7 @@ from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
 from transfertransfo.data.inputs import Batch, BucketSampler, Example, make_row, pack
-from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.training.engines import create_trainer, distributed_losses
 from transfertransfo.training.precision import make_precision
 

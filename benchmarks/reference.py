@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from transfertransfo.data.dataset import special_ids
 from transfertransfo.data.inputs import IGNORED, MODEL_INPUTS, PADDED_INPUTS, Example, build_input_from_segments
+from transfertransfo.data.tokenization import special_ids
 from transfertransfo.decoding import top_filtering
 from transfertransfo.evaluation.metrics import SMOOTHING
-from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads
 
 DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeadsModel}
 LM_HEAD = {"openai-gpt": OpenAIGPTLMHeadModel, "gpt2": GPT2LMHeadModel}

@@ -28,7 +28,8 @@ from benchmarks.bench_evaluation import f1, f1_gold_lengths, hits, small_word_pp
 from benchmarks.bench_training import candidates, training  # noqa: E402
 from benchmarks.measure import format_row, json_line  # noqa: E402
 from benchmarks.setting import FULL, QUICK, Setting  # noqa: E402
-from transfertransfo.cli import ArgumentParser, UserError, number, run_script  # noqa: E402
+from transfertransfo.cli import ArgumentParser, number, run_script  # noqa: E402
+from transfertransfo.errors import UserError  # noqa: E402
 
 BENCHMARKS: dict[str, Callable[[Setting], Iterator[dict]]] = {
     "data": data,

@@ -10,19 +10,14 @@ import torch
 from transformers import OpenAIGPTConfig, PreTrainedTokenizerBase
 
 from train import parse_args
-from transfertransfo.data.dataset import (
-    ATTR_TO_SPECIAL_TOKEN,
-    TokenizedDataset,
-    load_dataset,
-    load_tokenizer,
-    locate_dataset,
-    special_ids,
-)
+from transfertransfo.data.dataset import TokenizedDataset, load_dataset, locate_dataset
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.inputs import Example, make_examples
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
 from transfertransfo.evaluation.evaluator import Turn, make_turns
+from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
-from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.model.sources import load_tokenizer
 
 
 class Shape(NamedTuple):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from transfertransfo.cli import ArgumentParser, UserError, run_script
-from transfertransfo.training.checkpoints import ARGUMENTS
+from transfertransfo.cli import ArgumentParser, run_script
+from transfertransfo.errors import UserError
+from transfertransfo.training.runs import ARGUMENTS
 
 FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -14,8 +14,9 @@ from transformers import (
     OpenAIGPTTokenizer,
 )
 
-from transfertransfo.data.dataset import load_tokenizer
-from transfertransfo.model.loading import add_special_tokens_, load_model
+from transfertransfo.model.double_heads import add_special_tokens_
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.sources import load_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
 

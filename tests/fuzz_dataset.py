@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from transfertransfo.cli import UserError  # noqa: E402
 from transfertransfo.data.dialogs import draw_persona, read_dialogs  # noqa: E402
 from transfertransfo.data.formats import write_parlai  # noqa: E402
+from transfertransfo.errors import UserError  # noqa: E402
 
 MAX_SECONDS, MAX_BYTES = 5, 10**9
 ODD = [None, 0, -1, 1e400, 10**400, True, "", " ", "\0", "\ud800", "\u202e", "🙂" * 9, "x" * 10**6, [], {}, [[[]]],

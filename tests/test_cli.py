@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from transfertransfo import cli
-from transfertransfo.cli import ArgumentParser, UserError, number, run_script, set_seed, set_up_logging
+from transfertransfo.cli import ArgumentParser, number, run_script, set_seed, set_up_logging
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import default_device
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     for name in ("cuda", "cuda:0"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"^'{name}' asked for, but torch sees no GPU here"):
             cli.device(name)
-    assert cli.device("cpu") == cli.default_device() == "cpu"
+    assert cli.device("cpu") == default_device() == "cpu"
 
 
 def test_one_gpu_too_far(monkeypatch):
@@ -113,7 +115,7 @@ def test_one_gpu_too_far(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert cli.device("cuda:1") == "cuda:1"
-    assert cli.device("cuda") == cli.default_device() == "cuda"
+    assert cli.device("cuda") == default_device() == "cuda"
     with pytest.raises(argparse.ArgumentTypeError, match=r"^'cuda:2' asked for, but torch sees 2 GPUs here$"):
         cli.device("cuda:2")
 
@@ -163,7 +165,7 @@ def test_other_errors_are_not_hidden():
 
 def test_a_reader_that_leaves_ends_the_script_quietly():
     """`script.py | head` ended in a traceback, twice: the second at exit, when Python flushes stdout."""
-    code = "from transfertransfo.cli import run_script\ndef script():\n    while True: print('line' * 100)\nrun_script(script)"
+    code = "from transfertransfo import cli\ndef script():\n    while True: print('line' * 100)\ncli.run_script(script)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()

@@ -13,14 +13,14 @@ from helpers import FAMILIES, OTHERS, ROOT
 
 import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
-from transfertransfo.cli import UserError
 from transfertransfo.data.dataset import load_dataset
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.formats import write_parlai
+from transfertransfo.errors import UserError
 from transfertransfo.evaluation import evaluator as evaluation
-from transfertransfo.evaluation import native as backends
+from transfertransfo.evaluation import native, parlai_backend
 from transfertransfo.evaluation.metrics import distinct_n, f1, hit, write_word_counts
-from transfertransfo.evaluation.native import install_command, make_data_folder, recorder
+from transfertransfo.evaluation.parlai_backend import install_command, make_data_folder, recorder
 
 FLAGS = ["--device", "cpu", "--no_sample", "--max_length", "6"]
 
@@ -243,7 +243,7 @@ def test_a_backend_that_is_not_installed(arguments, monkeypatch, backend, instal
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(UserError) as error:
-        backends.evaluate_in_parlai(arguments("--backend", backend))
+        parlai_backend.evaluate_in_parlai(arguments("--backend", backend))
     assert str(error.value).endswith(install_command(backend))
     assert "\n" not in str(error.value)
 
@@ -263,10 +263,10 @@ def test_the_temporary_folder_is_private_and_removed(arguments, monkeypatch, tmp
         found.update(folder=folder, mode=stat.S_IMODE(folder.stat().st_mode))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backends, "check_installed", lambda backend: None)
-    monkeypatch.setattr(backends, "run_parlai", look)
+    monkeypatch.setattr(parlai_backend, "check_installed", lambda backend: None)
+    monkeypatch.setattr(parlai_backend, "run_parlai", look)
     with pytest.raises(KeyboardInterrupt):
-        backends.evaluate_in_parlai(arguments("--backend", "parlai"))
+        parlai_backend.evaluate_in_parlai(arguments("--backend", "parlai"))
     assert found["mode"] == 0o700
     assert not found["folder"].exists()
 
@@ -392,7 +392,7 @@ def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
 
 @pytest.mark.parametrize("flag", ["--report", "--details"])
 def test_a_file_that_cannot_be_written_is_said_before_the_work(checkpoint, dataset, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr(backends, "evaluate", lambda _: pytest.fail("evaluated first"))
+    monkeypatch.setattr(native, "evaluate", lambda _: pytest.fail("evaluated first"))
     for path in (tmp_path, tmp_path / "nowhere" / "file"):
         with pytest.raises(UserError, match=f"^{flag} {path}: no file can be written there$"):
             convai_evaluation.run(["--model", str(checkpoint), "--dataset_path", str(dataset), flag, str(path)])

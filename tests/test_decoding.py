@@ -9,9 +9,8 @@ from helpers import FAMILIES, OTHERS
 from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
-from transfertransfo.cli import UserError
-from transfertransfo.data.dataset import SPECIAL_TOKENS
 from transfertransfo.data.inputs import build_input_from_segments, context_positions
+from transfertransfo.data.tokenization import SPECIAL_TOKENS
 from transfertransfo.decoding import (
     OFF,
     CachedRows,
@@ -26,8 +25,9 @@ from transfertransfo.decoding import (
     top_filtering,
     with_defaults,
 )
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
-from transfertransfo.model.loading import DoubleHeads
 
 of_every_family = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from test_packaging import MAY_IMPORT
+from test_packaging import MODULES, SCRIPTS
 
 LINES = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ").splitlines()
 INSTRUCTIONS = [tuple(line.split(maxsplit=1)) for line in LINES if line.strip()]
@@ -36,8 +36,9 @@ def ignored(path: str) -> bool:
 def test_what_is_copied_is_there_and_not_left_out():
     copied = [source for rest in values("COPY") for source in rest.split()[:-1] if not source.startswith("--")]
     assert copied == ["requirements.txt", "."]
-    example = [str(path.relative_to(ROOT)) for path in (ROOT / "example").rglob("*") if path.is_file()]
-    needed = [f"{module}.py" for module in MAY_IMPORT] + [path for path in example if "__pycache__" not in path]
+    example = [path for path in (ROOT / "example").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    paths = [*(ROOT / f"{script}.py" for script in SCRIPTS), *MODULES.values(), *example]
+    needed = [str(path.relative_to(ROOT)) for path in paths]
     assert len(needed) > 25 and not [path for path in needed if ignored(path) or not (ROOT / path).exists()]
 
 

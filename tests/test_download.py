@@ -23,8 +23,8 @@ import requests
 from filelock import FileLock
 
 from transfertransfo import download
-from transfertransfo.cli import UserError
 from transfertransfo.download import cache_folder, extract, fetch, is_url
+from transfertransfo.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB, so that a cut comes after several chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from transfertransfo.data.dataset import load_tokenizer
 from transfertransfo.model.loading import load_model
+from transfertransfo.model.sources import load_tokenizer
 
 
 @pytest.fixture

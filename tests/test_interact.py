@@ -20,14 +20,18 @@ import torch
 from helpers import ROOT
 
 import interact
-from transfertransfo.chat.conversation import COMMANDS, Chat, answer, readable
-from transfertransfo.cli import ArgumentParser, UserError, add_decoding_flags
-from transfertransfo.data.dataset import SPECIAL_TOKENS, get_dataset, knows_dialog_tokens, load_tokenizer
+from transfertransfo.chat import conversation, terminal
+from transfertransfo.chat.commands import COMMANDS, answer
+from transfertransfo.chat.conversation import Chat, readable
+from transfertransfo.cli import ArgumentParser, add_decoding_flags
+from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.dialogs import draw_persona, read_dialogs
 from transfertransfo.data.formats import write_parlai
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, knows_dialog_tokens, tokenize
 from transfertransfo.decoding import sample_sequence, score_replies
+from transfertransfo.errors import UserError
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.sources import load_tokenizer
 
 EXAMPLE = ROOT / "example" / "personachat.json"
 PERSONA = ["i like dogs .", "i live in ohio ."]
@@ -75,7 +79,7 @@ def test_a_reply_is_streamed_word_by_word(chat, tokenizer):
     for text, ids in zip(sentences, tokenize(tokenizer, sentences)):
         reply = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("transfertransfo.chat.conversation.decode", lambda *args, ids=ids: ([[token]] for token in ids))
+            patch.setattr(conversation, "decode", lambda *args, ids=ids: ([[token]] for token in ids))
             pieces = list(chat.stream(None, reply))
         assert reply == ids
         assert "".join(pieces) == chat.text_of(ids), text
@@ -100,7 +104,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
     assert transcript(chat)[-1]["stopped"]
     monkeypatch.undo()
     (words,) = tokenize(chat.tokenizer, ["i like dogs and cats"])
-    monkeypatch.setattr("transfertransfo.chat.conversation.decode", lambda *args: ([[token]] for token in words))
+    monkeypatch.setattr(conversation, "decode", lambda *args: ([[token]] for token in words))
     with closing(answer(chat, "go on")) as pieces:
         next(pieces)
     assert 0 < len(chat.exchanges[1].reply) < len(words)
@@ -108,7 +112,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
 
 
 def test_a_reply_stopped_before_its_first_token_leaves_nothing(chat, model, monkeypatch):
-    monkeypatch.setattr("transfertransfo.chat.conversation.candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(conversation, "candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     chat.args.num_beams = 2
     with pytest.raises(KeyboardInterrupt):
         say(chat, "hello")
@@ -347,8 +351,9 @@ def test_a_persona_is_drawn_from_any_format(tmp_path, suffix):
 
 def test_drawing_reads_nothing_else(monkeypatch):
     """The original tokenised the whole dataset to draw one persona."""
-    for name in ("dialogs.read_dialogs", "tokenization.tokenize", "json.load"):
+    for name in ("transfertransfo.data.dialogs.read_dialogs", "json.load"):
         monkeypatch.setattr(name, None)
+    monkeypatch.setattr("transfertransfo.data.tokenization.tokenize", None)
     personas = [dialog["personality"] for split in json.loads(EXAMPLE.read_text()).values() for dialog in split]
     assert draw_persona([EXAMPLE]) in personas
 
@@ -492,7 +497,7 @@ def editor(monkeypatch, tmp_path):
 
     def type_into_new_session(*keys: str) -> list[str]:
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-            read = interact.make_editor()
+            read = terminal.make_editor()
             lines = []
             for typed in keys:
                 pipe.send_text(typed)
@@ -538,8 +543,8 @@ def test_ctrl_c_stops_a_reply_and_a_second_one_leaves(monkeypatch):
         yield line
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transfertransfo.chat.conversation.answer", stopped_after_a_word)
-    interact.talk(None, read, lambda text, kind="": shown.append(text))
+    monkeypatch.setattr(terminal, "answer", stopped_after_a_word)
+    terminal.talk(None, read, lambda text, kind="": shown.append(text))
     hint = "\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n"
     assert shown == ["hi", hint, "again", hint, "\n"]
     assert next(events) == "never read"

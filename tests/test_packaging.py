@@ -11,71 +11,82 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-# Each module of the project and the modules of the project that it may import; each stands below those it imports.
+PACKAGE = "transfertransfo"
+SCRIPTS = {"train", "interact", "convai_evaluation", "utils", "example_entry"}
+# Each room of the package, or module beside the rooms, and those that it may import; each stands below them.
 MAY_IMPORT = {
-    "cli": set(),
-    "example_entry": set(),
+    "errors": set(),
     "files": set(),
-    "metrics": {"files"},
-    "tokenization": set(),
-    "download": {"cli"},
-    "distractors": set(),
-    "formats": {"cli", "files"},
-    "dialogs": {"cli", "distractors", "formats"},
-    "utils": {"cli", "dialogs", "download", "files", "formats", "tokenization"},
-    "inputs": {"cli", "utils"},
-    "gpt": set(),
-    "heads": {"cli", "gpt"},
-    "lora": {"cli"},
-    "precision": {"cli"},
-    "model": {"cli", "files", "heads", "inputs", "lora", "precision", "utils"},
-    "decoding": {"cli", "inputs", "model", "utils"},
-    "evaluation": {"cli", "decoding", "inputs", "metrics", "model", "tokenization", "utils"},
-    "parlai_agent": {"cli", "dialogs", "evaluation", "formats", "metrics", "model", "tokenization", "utils"},
-    "distribution": {"cli"},
-    "checkpoints": {"cli", "files"},
-    "engines": {"inputs", "precision"},
-    "handlers": {"checkpoints", "cli", "distribution", "engines", "precision"},
-    "train": {
-        "checkpoints", "cli", "distribution", "engines", "files", "handlers", "inputs", "lora", "model", "precision",
-        "utils",
-    },
-    "chat": {"cli", "decoding", "files", "inputs", "model", "tokenization", "utils"},
-    "interact": {"chat", "cli", "decoding", "dialogs", "download", "inputs", "model", "utils"},
-    "backends": {"cli", "dialogs", "evaluation", "formats", "inputs", "metrics", "model", "utils"},
-    "convai_evaluation": {"backends", "cli", "files", "parlai_agent"},
+    "cli": {"errors"},
+    "download": {"errors"},
+    "data": {"errors", "files", "download"},
+    "model": {"errors", "files", "download", "data"},
+    "decoding": {"errors", "data", "model"},
+    "training": {"errors", "files", "data", "model"},
+    "evaluation": {"errors", "files", "data", "model", "decoding"},
+    "chat": {"errors", "files", "download", "data", "model", "decoding"},
 }
-AROUND = ("tests", "benchmarks", "example", "figures")  # folders whose code may use the development requirements
+# What parses the flags of others: ParlAI's options, and those of `/set`.
+PARSERS = {"evaluation.parlai_agent": {"cli"}, "chat.commands": {"cli"}}
+MODULES = {  # name within the package -> file
+    ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path
+    for path in (ROOT / PACKAGE).rglob("*.py")
+    if path.name != "__init__.py"
+}
+AROUND = ("tests", "benchmarks", "example", "docs")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.
 OPTIONAL = {"apex", "parlai", "peft", "projects"}
 
 
 def imported(path: Path, lazy: bool = True) -> set[str]:
-    """The top-level modules that a file imports; without `lazy` only those imported outside of functions."""
+    """The modules that a file imports, by their full names; without `lazy` only those imported outside of functions.
+
+    What stands under `if TYPE_CHECKING` is not imported.
+    """
     names, waiting = set(), [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[0] for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}".startswith(PACKAGE))
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
         if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             waiting += ast.iter_child_nodes(node)
     return names
 
 
+def own_imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, as `MODULES` names them."""
+    return {name.removeprefix(f"{PACKAGE}.") for name in imported(path)} & set(MODULES)
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def forbidden_imports(module: str, path: Path) -> set[str]:
+    """What a module of the package imports of the project and may not."""
+    allowed = MAY_IMPORT[room(module)] | {room(module)} | PARSERS.get(module, set())
+    scripts = {name.split(".")[0] for name in imported(path)} & SCRIPTS
+    return {name for name in own_imports(path) if room(name) not in allowed} | scripts
+
+
 def third_party(paths: Iterable[Path]) -> set[str]:
     """The top-level modules these files import that are neither Python's nor the project's nor optional."""
-    own = {path.stem for folder in AROUND for path in (ROOT / folder).glob("*.py")} | set(MAY_IMPORT) | set(AROUND)
-    return {name for path in paths for name in imported(path)} - own - OPTIONAL - set(sys.stdlib_module_names)
+    names = {name.split(".")[0] for path in paths for name in imported(path)}
+    own = {path.stem for folder in AROUND for path in (ROOT / folder).rglob("*.py")} | SCRIPTS | {PACKAGE, *AROUND}
+    return names - own - OPTIONAL - set(sys.stdlib_module_names)
 
 
-def requirements(name: str) -> dict[str, str]:
+def requirements(file: Path) -> dict[str, str]:
     """Distribution (lower case) -> the line that asks for it, of a requirements file and those it includes."""
     lines = {}
-    for line in (ROOT / name).read_text().splitlines():
+    for line in file.read_text().splitlines():
         if line.startswith("-r "):
-            lines |= requirements(line[3:].strip())
+            lines |= requirements(file.parent / line[3:].strip())
         elif line and not line.startswith("#"):
             lines[re.split(r"[^\w.-]", line)[0].lower()] = line
     return lines
@@ -87,41 +98,74 @@ def distributions(modules: set[str]) -> set[str]:
     return {providers.get(module, [module])[0].lower() for module in modules}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "requirements.txt", *sorted((ROOT / "requirements").glob("*.txt"))], ids=lambda path: path.name
+)
 def test_pins_are_exact(path):
-    loose = [line for line in requirements(path.name).values() if not re.match(r"[\w.-]+==\d[\w.]*(;|$)", line)]
+    loose = [line for line in requirements(path).values() if not re.match(r"[\w.-]+==\d[\w.]*(;|$)", line)]
     assert not loose
 
 
-def test_modules_are_listed():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(MAY_IMPORT)
+def test_the_root_holds_the_scripts_alone():
+    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_rooms_are_listed():
+    assert {room(module) for module in MODULES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_one_way(module):
-    assert imported(ROOT / f"{module}.py") & set(MAY_IMPORT) <= MAY_IMPORT[module]
+    assert forbidden_imports(module, MODULES[module]) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "found"),
+    [
+        ("training.engines", "from transfertransfo.decoding import generate", {"decoding"}),
+        ("training.engines", "from transfertransfo import decoding", {"decoding"}),
+        ("evaluation.metrics", "def f():\n    import transfertransfo.chat.commands", {"chat.commands"}),
+        ("model.loading", "from transfertransfo.cli import set_seed", {"cli"}),
+        ("chat.terminal", "from transfertransfo import cli", {"cli"}),
+        ("data.inputs", "from utils import get_dataset", {"utils"}),
+        ("data.inputs", "import train", {"train"}),
+        ("chat.commands", "from transfertransfo import cli", set()),
+    ],
+)
+def test_a_forbidden_import_is_found(module, line, found, tmp_path):
+    (tmp_path / "module.py").write_text(line)
+    assert forbidden_imports(module, tmp_path / "module.py") == found
 
 
 def test_allowed_imports_have_no_cycle():
-    modules = list(MAY_IMPORT)
-    for place, module in enumerate(modules):
-        assert MAY_IMPORT[module] <= set(modules[:place]), module
+    rooms = list(MAY_IMPORT)
+    for place, name in enumerate(rooms):
+        assert MAY_IMPORT[name] <= set(rooms[:place]), name
+
+
+def test_modules_import_one_another_in_one_direction():
+    waiting = {module: own_imports(path) for module, path in MODULES.items()}
+    while done := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
+        waiting = {module: needs for module, needs in waiting.items() if module not in done}
+    assert not waiting
 
 
 def test_only_the_trainer_loads_ignite():
     """The chat and the evaluation start without the time that ignite and tensorboardX take to load."""
-    loading = {path.stem for path in ROOT.glob("*.py") if imported(path, lazy=False) & {"ignite", "tensorboardX"}}
-    assert loading <= {"train", "engines", "handlers", "checkpoints", "distribution"}
+    paths = [*ROOT.glob("*.py"), *MODULES.values()]
+    loaded = {path: {name.split(".")[0] for name in imported(path, lazy=False)} for path in paths}
+    loading = [path for path, names in loaded.items() if names & {"ignite", "tensorboardX"}]
+    assert {path.relative_to(ROOT).parts[:2] for path in loading} == {("train.py",), (PACKAGE, "training")}
 
 
 def test_requirements_are_what_the_project_imports():
-    used = distributions(third_party(ROOT.glob("*.py")))
-    assert used == set(requirements("requirements.txt"))
+    used = distributions(third_party([*ROOT.glob("*.py"), *MODULES.values()]))
+    assert used == set(requirements(ROOT / "requirements.txt"))
 
 
 def test_dev_requirements_hold_what_the_rest_imports():
-    used = distributions(third_party(path for folder in AROUND for path in (ROOT / folder).glob("*.py")))
-    assert used <= set(requirements("requirements/dev.txt"))
+    used = distributions(third_party(path for folder in AROUND for path in (ROOT / folder).rglob("*.py")))
+    assert used <= set(requirements(ROOT / "requirements" / "dev.txt"))
 
 
 def test_deprecations_of_every_module_are_errors():
@@ -129,4 +173,5 @@ def test_deprecations_of_every_module_are_errors():
         filters = tomllib.load(file)["tool"]["pytest"]["ini_options"]["filterwarnings"]
     for line in filters:
         pattern = line.split(":", 3)[3]
-        assert [module for module in MAY_IMPORT if not re.match(pattern, module)] == ["example_entry"]
+        assert not [module for module in MODULES if not re.match(pattern, f"{PACKAGE}.{module}")]
+        assert [script for script in sorted(SCRIPTS) if not re.match(pattern, script)] == ["example_entry"]

@@ -41,10 +41,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from transfertransfo.cli import ArgumentParser  # noqa: E402
-from transfertransfo.data.dataset import ATTR_TO_SPECIAL_TOKEN, load_tokenizer  # noqa: E402
 from transfertransfo.data.dialogs import read_dialogs  # noqa: E402
 from transfertransfo.data.inputs import Example, format_example  # noqa: E402
-from transfertransfo.data.tokenization import tokenize  # noqa: E402
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, tokenize  # noqa: E402
+from transfertransfo.model.sources import load_tokenizer  # noqa: E402
 
 
 class Captured(Exception):
@@ -140,8 +140,10 @@ def test_the_example_of_an_input_is_what_the_trainer_prints():
 
 
 def test_tree():
-    described = set(re.findall(r"^([a-z_]+\.py) ", README.read_text(), re.MULTILINE))
-    assert described == {path.name for path in ROOT.glob("*.py")}
+    described = set(re.findall(r"^([a-z_/]+\.py) ", README.read_text(), re.MULTILINE))
+    package = ROOT / "transfertransfo"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert described == {path.name for path in ROOT.glob("*.py")} | modules
 
 
 @pytest.mark.parametrize("kind", ["make targets", "files"])
@@ -168,7 +170,7 @@ def test_a_command_that_needs_more_is_one(command):
     if program == "make":
         assert re.search(rf"^make {argv[0]}\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     elif program == "pip":
-        assert any(f"#   {command}" in path.read_text() for path in [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")])
+        assert any(f"#   {command}" in path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
     elif program == "docker":
         assert argv[0] in ("build", "run") and "convai" in argv
     elif argv[:2] == ["-m", "parlai"]:
@@ -250,13 +252,14 @@ def test_the_demo_is_the_documented_steps():
 @pytest.mark.slow
 def test_pictures(workplace):
     """The packed row is the one that its script draws; curves and chat can be drawn of a run."""
-    shutil.copytree(ROOT / "figures", workplace / "figures", dirs_exist_ok=True)
+    for folder in ("docs/figures", "transfertransfo"):
+        shutil.copytree(ROOT / folder, workplace / folder, dirs_exist_ok=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, workplace)
     for argv in (["packed_row.py"], ["curves.py", "runs/NAME"], ["chat.py", "runs/NAME"]):
-        subprocess.run([sys.executable, f"figures/{argv[0]}", *argv[1:]], cwd=workplace, check=True)
-    drawn = {path.name: path.read_text() for path in (workplace / "figures").glob("*.svg")}
-    committed = {path.name: path.read_text() for path in (ROOT / "figures").glob("*.svg")}
+        subprocess.run([sys.executable, f"docs/figures/{argv[0]}", *argv[1:]], cwd=workplace, check=True)
+    drawn = {path.name: path.read_text() for path in (workplace / "docs/figures").glob("*.svg")}
+    committed = {path.name: path.read_text() for path in (ROOT / "docs/figures").glob("*.svg")}
     assert drawn.keys() == committed.keys() and drawn["packed_row.svg"] == committed["packed_row.svg"]
     assert drawn["curves.svg"] != committed["curves.svg"]
 

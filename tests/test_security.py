@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-from transfertransfo.cli import UserError
-from transfertransfo.data.dataset import load_tokenizer
+from transfertransfo.errors import UserError
 from transfertransfo.files import open_atomically
 from transfertransfo.model.loading import load_finetuned, load_model
+from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training import checkpoints as checkpoint_files
 
 

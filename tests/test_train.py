@@ -20,11 +20,13 @@ from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
 
 import convai_evaluation
 from train import train
-from transfertransfo.cli import UserError
-from transfertransfo.data.dataset import SPECIAL_TOKENS, get_dataset, load_tokenizer
+from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
-from transfertransfo.data.tokenization import tokenize
-from transfertransfo.model.loading import add_special_tokens_, load_finetuned, load_model
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import add_special_tokens_
+from transfertransfo.model.loading import load_finetuned, load_model
+from transfertransfo.model.sources import load_tokenizer
 
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 LANGUAGE_MODELS = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}

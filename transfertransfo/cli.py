@@ -1,7 +1,6 @@
 """What the three scripts share on the command line: flags, one-line errors, seeds, devices and the log."""
 
 import argparse
-import importlib.util
 import logging
 import os
 import random
@@ -10,13 +9,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from transfertransfo.errors import UserError, first_line
+
 logger = logging.getLogger(__name__)
 
 DATASET_CACHE = "./dataset_cache.bin"
 
 
-class UserError(Exception):
-    """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -47,23 +46,8 @@ def run_script(script: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line, whatever library it came from."""
-    text = str(error).strip() or type(error).__name__
-    if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same
-        return "not safe to load: a pickle of more than weights, or damaged"
-    return text.splitlines()[0]
 
 
-def require(flag: str, *packages: str) -> None:
-    """Check that packages of requirements/extra.txt, which only some flags need, are installed.
-
-    Raises:
-        UserError: one is not.
-    """
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        names = " and ".join(missing)
-        raise UserError(f"{flag}: needs {names}; pip install -r requirements/extra.txt")
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
@@ -167,12 +151,6 @@ def device(text: str) -> str:
     if index and int(index) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees {torch.cuda.device_count()} GPUs here")
     return text
-
-
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def set_seed(seed: int) -> None:

@@ -16,10 +16,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
-from transfertransfo.cli import UserError
-from transfertransfo.data.dataset import special_ids
 from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_row, pack
-from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.data.tokenization import special_ids
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import DoubleHeads
 
 OFF = {  # flags that the original does not have; arguments from scripts of its time lack them
     "num_beams": 0,

@@ -21,7 +21,7 @@ from filelock import FileLock
 from requests.structures import CaseInsensitiveDict
 from tqdm import tqdm
 
-from transfertransfo.cli import UserError
+from transfertransfo.errors import UserError
 
 logger = logging.getLogger(__name__)
 

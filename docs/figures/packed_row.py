@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from transfertransfo.data.dataset import ATTR_TO_SPECIAL_TOKEN, load_tokenizer  # noqa: E402
 from transfertransfo.data.inputs import IGNORED, Batch, Example, make_row, pack  # noqa: E402
-from transfertransfo.data.tokenization import tokenize  # noqa: E402
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, tokenize  # noqa: E402
+from transfertransfo.model.sources import load_tokenizer  # noqa: E402
 
 COLOURS = ["#dce6f2", "#f6e3c5", "#d5ead1", "#eeeeee"]  # context, candidates, padding
 matplotlib.rcParams |= {"svg.hashsalt": "packed row", "font.size": 8}

@@ -16,19 +16,16 @@ from datetime import datetime
 import pytest
 from transformers import AutoTokenizer
 
-from transfertransfo.cli import UserError
-from transfertransfo.data import dataset as utils
-from transfertransfo.data.dataset import (
-    ATTR_TO_SPECIAL_TOKEN,
-    AttrDict,
-    get_dataset,
-    load_dataset,
-    load_tokenizer,
-    make_logdir,
-    resolve_checkpoint,
-    tokenize,
-)
+from transfertransfo.data import dataset
+from transfertransfo.data.dataset import get_dataset, load_dataset, tokenize
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN
+from transfertransfo.errors import UserError
+from transfertransfo.model import sources
 from transfertransfo.model.loading import load_model
+from transfertransfo.model.sources import load_tokenizer, resolve_checkpoint
+from transfertransfo.training import runs
+from transfertransfo.training.runs import make_logdir
+from utils import AttrDict
 
 DATASET = {
     "train": [
@@ -112,7 +109,7 @@ def test_texts_and_tokens_of_a_loaded_dataset_correspond(gpt, dataset_path, stem
 def test_a_second_start_does_not_tokenise(gpt, dataset_path, stem, monkeypatch):
     first = get_dataset(gpt, dataset_path, stem)
     assert len(caches(stem)) == 1
-    monkeypatch.setattr(utils, "tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(dataset, "tokenize", lambda *_: pytest.fail("tokenised again"))
     assert get_dataset(gpt, dataset_path, stem) == first
 
 
@@ -247,7 +244,8 @@ def test_a_cache_that_cannot_be_is_one_clear_line(gpt, dataset_path, tmp_path, m
 
 def test_a_dataset_that_may_not_be_read_is_one_clear_line(gpt, dataset_path, stem, monkeypatch):
     """Its content is read for the cache's key before it is read as dialogs."""
-    monkeypatch.setattr("transfertransfo.data.dataset.hashlib.file_digest", lambda *_: exec("raise PermissionError(13, 'Permission denied')"))
+    refused = "raise PermissionError(13, 'Permission denied')"
+    monkeypatch.setattr("transfertransfo.data.dataset.hashlib.file_digest", lambda *_: exec(refused))
     with pytest.raises(UserError, match=f"^{re.escape(str(dataset_path))}: cannot be read: Permission denied$"):
         get_dataset(gpt, dataset_path, stem)
 
@@ -339,7 +337,7 @@ def test_a_damaged_file_of_a_checkpoint_is_one_clear_line(checkpoints, family, t
 
 def test_an_error_without_a_text_gets_a_line_too(tmp_path):
     for error in (EOFError(), ValueError("\nfirst\nsecond")):
-        line = utils.cannot_load(tmp_path, "weights", error)
+        line = sources.cannot_load(tmp_path, "weights", error)
         assert line.startswith(f"--model_checkpoint {tmp_path}: no usable weights there (")
         assert "\n" not in line and not line.endswith("()")
 
@@ -387,7 +385,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
             return False
         raise ConnectionError
 
-    monkeypatch.setattr(utils, "has_file", no_network)
+    monkeypatch.setattr(sources, "has_file", no_network)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("tried all the same"))
     with pytest.raises(UserError, match=r"^--model_checkpoint gpt2: neither a folder nor a model that can be had"):
         load_tokenizer("gpt2")
@@ -397,8 +395,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_hub_model_loads_from_the_cache_or_from_the_hub(checkpoints, monkeypatch, cached):
     tokenizer = load_tokenizer(checkpoints["gpt2"])
-    monkeypatch.setattr(utils, "has_file", lambda *_, local_files_only: local_files_only == cached)
-    monkeypatch.setattr(utils, "load_config", lambda _: "the configuration")
+    monkeypatch.setattr(sources, "has_file", lambda *_, local_files_only: local_files_only == cached)
+    monkeypatch.setattr(sources, "load_config", lambda _: "the configuration")
     loading = {"openai-community/gpt2": tokenizer}
     from_pretrained = lambda pretrained_model_name_or_path, **_: loading[pretrained_model_name_or_path]  # noqa: E731
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
@@ -407,18 +405,18 @@ def test_a_hub_model_loads_from_the_cache_or_from_the_hub(checkpoints, monkeypat
 
 def test_a_url_is_downloaded_and_extracted(checkpoints, monkeypatch):
     asked = []
-    monkeypatch.setattr(utils, "fetch", lambda url: asked.append(url) or url)
-    monkeypatch.setattr(utils, "extract", lambda archive: checkpoints["gpt"])
+    monkeypatch.setattr(sources, "fetch", lambda url: asked.append(url) or url)
+    monkeypatch.setattr(sources, "extract", lambda archive: checkpoints["gpt"])
     assert resolve_checkpoint("https://example.org/model.tar.gz") == str(checkpoints["gpt"])
-    assert utils.download_pretrained_model() == str(checkpoints["gpt"])
-    assert asked == ["https://example.org/model.tar.gz", utils.HF_FINETUNED_MODEL]
+    assert sources.download_pretrained_model() == str(checkpoints["gpt"])
+    assert asked == ["https://example.org/model.tar.gz", sources.HF_FINETUNED_MODEL]
 
 
 def test_no_dataset_path_is_personachat(gpt, dataset_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(utils, "fetch", lambda url: asked.append(url) or dataset_path)
+    monkeypatch.setattr(dataset, "fetch", lambda url: asked.append(url) or dataset_path)
     assert get_dataset(gpt, "", "") == get_dataset(gpt, "https://example.org/d.json", "") == by_hand(gpt, DATASET)
-    assert asked == [utils.PERSONACHAT_URL, "https://example.org/d.json"]
+    assert asked == [dataset.PERSONACHAT_URL, "https://example.org/d.json"]
 
 
 # Run folders and files
@@ -431,8 +429,8 @@ def frozen_clock(monkeypatch):
         def now(cls, tz=None):
             return cls(2019, 11, 21, 20, 57, 1)
 
-    monkeypatch.setattr(utils, "datetime", Clock)
-    monkeypatch.setattr(utils.socket, "gethostname", lambda: "host")
+    monkeypatch.setattr(runs, "datetime", Clock)
+    monkeypatch.setattr(runs.socket, "gethostname", lambda: "host")
 
 
 @pytest.mark.parametrize("model_name", ["gpt2", "openai-community/gpt2", "/models/gpt2/", "https://example.org/gpt2"])
@@ -480,8 +478,8 @@ def test_attr_dict():
 
 def test_the_garbage_collector_is_as_before_in_the_end():
     assert gc.isenabled()
-    with pytest.raises(KeyError), utils.paused_collector():
-        with utils.paused_collector():
+    with pytest.raises(KeyError), dataset.paused_collector():
+        with dataset.paused_collector():
             assert not gc.isenabled()
         assert not gc.isenabled()
         raise KeyError

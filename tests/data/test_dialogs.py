@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 
 from example_entry import EXAMPLE_ENTRY
-from transfertransfo.cli import UserError
 from transfertransfo.data.dialogs import dataset_files, draw_persona, read_dialogs
 from transfertransfo.data.distractors import NUM_DISTRACTORS
 from transfertransfo.data.formats import MAX_TURNS, write_parlai
+from transfertransfo.errors import UserError
 
 
 def dialog(*replies, personality=("i like tea .",), distractors=("no .", "why ?")):

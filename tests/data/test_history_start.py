@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from transfertransfo.cli import UserError
 from transfertransfo.data.inputs import Example, context_positions, fit, make_examples, make_row, pack
 from transfertransfo.decoding import generate
+from transfertransfo.errors import UserError
 from transfertransfo.evaluation.evaluator import Turn, rank_candidates
 from transfertransfo.model.loading import load_model, save_model
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from transfertransfo.data.dataset import SPECIAL_TOKENS, load_tokenizer
 from transfertransfo.data.inputs import (
     IGNORED,
     BucketSampler,
@@ -22,6 +21,8 @@ from transfertransfo.data.inputs import (
     pack,
     pad_dataset,
 )
+from transfertransfo.data.tokenization import SPECIAL_TOKENS
+from transfertransfo.model.sources import load_tokenizer
 
 
 @pytest.fixture(scope="module")

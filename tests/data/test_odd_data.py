@@ -10,10 +10,11 @@ from itertools import chain
 import pytest
 import torch
 
-from transfertransfo.data.dataset import SPECIAL_TOKENS, get_dataset, load_tokenizer
+from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import make_examples, make_row, pack
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
 from transfertransfo.model.loading import load_model
+from transfertransfo.model.sources import load_tokenizer
 
 TEXTS = {
     "NUL": "a\0b",

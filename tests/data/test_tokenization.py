@@ -3,8 +3,8 @@
 import pytest
 
 from transfertransfo.data import tokenization
-from transfertransfo.data.dataset import SPECIAL_TOKENS, load_tokenizer
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.model.sources import load_tokenizer
 
 TEXTS = [
     "i'm fine , thanks .",

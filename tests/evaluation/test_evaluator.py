@@ -12,9 +12,9 @@ from helpers import dialogs_of_text
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import OpenAIGPTTokenizer
 
-from transfertransfo.data.dataset import SPECIAL_TOKENS, load_dataset
+from transfertransfo.data.dataset import load_dataset
 from transfertransfo.data.inputs import build_input_from_segments, context_length
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
 from transfertransfo.evaluation.evaluator import Evaluator, LabelScorer, Turn, by_length, make_turns, rank_candidates
 from transfertransfo.evaluation.metrics import SMOOTHING, count_words, split_words
 

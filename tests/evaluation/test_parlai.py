@@ -16,9 +16,9 @@ from helpers import ROOT
 from test_readme import commands
 
 from convai_evaluation import run
-from transfertransfo.cli import UserError
 from transfertransfo.data.formats import write_parlai
-from transfertransfo.evaluation.native import PARLAI
+from transfertransfo.errors import UserError
+from transfertransfo.evaluation.parlai_backend import PARLAI
 
 try:
     VERSION = importlib.metadata.version("parlai")

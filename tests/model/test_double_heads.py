@@ -10,8 +10,6 @@ import transformers
 from helpers import FAMILIES, OTHERS
 from torch.nn.functional import cross_entropy
 
-from transfertransfo.cli import UserError
-from transfertransfo.data.dataset import load_tokenizer
 from transfertransfo.data.inputs import (
     IGNORED,
     Example,
@@ -21,15 +19,10 @@ from transfertransfo.data.inputs import (
     pack,
     pad_dataset,
 )
-from transfertransfo.model.loading import (
-    SHORTEST,
-    add_special_tokens_,
-    enable_gradient_checkpointing_,
-    halve_,
-    load_model,
-    save_model,
-    use_eager_attention_,
-)
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import add_special_tokens_, enable_gradient_checkpointing_, halve_
+from transfertransfo.model.loading import SHORTEST, load_model, save_model, use_eager_attention_
+from transfertransfo.model.sources import load_tokenizer
 
 PADDED_CLASSES = {
     "gpt": transformers.OpenAIGPTDoubleHeadsModel,

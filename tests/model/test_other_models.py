@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerFast
 import convai_evaluation
 import interact
 from train import train
-from transfertransfo.cli import UserError, require
-from transfertransfo.data.dataset import SPECIAL_TOKENS, load_tokenizer
 from transfertransfo.data.inputs import Example, make_row, pack
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.errors import UserError, require
 from transfertransfo.evaluation.evaluator import LabelScorer
 from transfertransfo.evaluation.metrics import split_words
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training.checkpoints import list_checkpoints
 
 FLAGS = ["--train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lr", 0.01, "--head_lr", 0.05, "--n_epochs", 2]

@@ -17,7 +17,7 @@ from helpers import DATASET, ROOT, Run, run_training
 
 import train
 from transfertransfo import files
-from transfertransfo.cli import UserError
+from transfertransfo.errors import UserError
 from transfertransfo.model import loading as model
 from transfertransfo.model.loading import load_model
 from transfertransfo.training import checkpoints, engines, handlers

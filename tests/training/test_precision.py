@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from transfertransfo.cli import UserError
+from transfertransfo.errors import UserError
 from transfertransfo.training.precision import NativePrecision, make_precision
 
 CPU = torch.device("cpu")

@@ -3,208 +3,59 @@
 import contextlib
 import gc
 import hashlib
-import importlib.util
 import itertools
 import logging
-import os
-import re
-import socket
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as dump_arrays
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GPT2Config,
-    OpenAIGPTConfig,
-    OpenAIGPTTokenizer,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
 
-from transfertransfo.cli import UserError, first_line, require
 from transfertransfo.data.dialogs import dataset_files, read_dialogs
 from transfertransfo.data.formats import SPLITS
 from transfertransfo.data.tokenization import fingerprint, tokenize
-from transfertransfo.download import extract, fetch, is_url
+from transfertransfo.download import fetch, is_url
+from transfertransfo.errors import UserError
 from transfertransfo.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
-HF_FINETUNED_MODEL = (
-    "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
-)
-HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
-    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-}
-SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
-ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
-    "bos_token": "<bos>",
-    "eos_token": "<eos>",
-    "pad_token": "<pad>",
-    "additional_special_tokens": ["<speaker1>", "<speaker2>"],
-}
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
-           "adapter_model.safetensors")
 CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
 
 
-class AttrDict(dict):
-    """A dict whose keys are attributes too."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.__dict__ = self
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def download_pretrained_model() -> str:
-    """The folder of the fine-tuned GPT of 2019, downloaded on first use."""
-    return str(extract(fetch(HF_FINETUNED_MODEL)))
 
 
-def resolve_checkpoint(checkpoint: str | Path) -> str:
-    """The folder or the hub's full name that a `--model_checkpoint` stands for; an archive's URL is downloaded."""
-    text = str(checkpoint)
-    if is_url(text):
-        return str(extract(fetch(text)))
-    if os.path.isdir(text):
-        if not os.path.isfile(os.path.join(text, "config.json")):
-            raise UserError(f"--model_checkpoint {text}: the folder has no config.json, so it is not a checkpoint")
-        return text
-    if is_gguf(text):
-        return locate_gguf(text)
-    if os.path.exists(text):
-        raise UserError(f"--model_checkpoint {text}: expected a folder, a GGUF file, a hub name or a URL, got a file")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):  # what a model's name on the hub looks like
-        raise UserError(f"--model_checkpoint {text}: no such folder")
-    return HUB_NAMES.get(text, text)
 
 
-def is_gguf(path: str) -> bool:
-    """Whether a path names a GGUF file; a run folder's name may end as its model's."""
-    return path.endswith(".gguf") and not os.path.isdir(path)
 
 
-def locate_gguf(path: str) -> str:
-    """The file of a path, which may begin with the name of an installed Python package that carries it.
-
-    Raises:
-        UserError: no such file, or what reads it is not installed.
-    """
-    require(f"--model_checkpoint {path}", "gguf", "accelerate")
-    if os.path.isfile(path):
-        return path
-    package, _, rest = path.partition("/")
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    for folder in (found and found.submodule_search_locations) or ():
-        if os.path.isfile(os.path.join(folder, rest)):
-            return os.path.join(folder, rest)
-    raise UserError(f"--model_checkpoint {path}: no such file, neither here nor in an installed Python package")
 
 
-def pretrained_arguments(checkpoint: str) -> dict[str, Any]:
-    """What transformers' `from_pretrained` methods are to be called with for a resolved checkpoint."""
-    if not is_gguf(checkpoint):
-        return {"pretrained_model_name_or_path": checkpoint}
-    folder, name = os.path.split(os.path.abspath(checkpoint))
-    return {"pretrained_model_name_or_path": folder, "gguf_file": name}
 
 
-def has_weights(checkpoint: str) -> bool:
-    """Whether a resolved checkpoint holds weights; the hub's models all do."""
-    return not os.path.isdir(checkpoint) or any(os.path.isfile(os.path.join(checkpoint, name)) for name in WEIGHTS)
 
 
-def load_config(checkpoint: str | Path) -> PretrainedConfig:
-    """A checkpoint's configuration. Those of 2019 do not name their family; GPT's alone has `afn`.
-
-    Raises:
-        UserError: no configuration there that transformers knows.
-    """
-    folder = resolve_checkpoint(checkpoint)
-    try:
-        arguments = pretrained_arguments(folder)
-        values, _ = PretrainedConfig.get_config_dict(**arguments)
-        if "model_type" not in values and "n_embd" in values:
-            return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
-        if "gguf_file" in arguments:
-            return AutoConfig.for_model(**values)
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
-    except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
-        raise UserError(cannot_load(checkpoint, "GGUF header" if is_gguf(folder) else "config.json", error)) from error
 
 
-def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; its `init_kwargs["gpt_tokenization"]` says how GPT's text is split into words.
-
-    Saved with the tokenizer, that entry is a run's record of it. Where there is none: "basic" for a checkpoint that
-    knows the dialog tokens already, since the original tokenised so in effect; "spacy", as in GPT's own pre-training
-    (Radford et al. 2018, section 4.1), for a new run.
-
-    Raises:
-        UserError: no tokenizer there, or `gpt_tokenization` given for another family than GPT.
-    """
-    folder = resolve_checkpoint(checkpoint)
-    if not os.path.exists(folder) and not _can_be_had(folder):
-        raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
-    config = load_config(checkpoint)
-    try:
-        arguments = pretrained_arguments(folder)
-        tokenizer = AutoTokenizer.from_pretrained(**arguments, config=config, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
-        raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
-    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= 1:
-        files = "tokenizer.json, or vocab.json and merges.txt"
-        raise UserError(f"--model_checkpoint {checkpoint}: no tokenizer there ({files})")
-    fine_tuned = knows_dialog_tokens(tokenizer)
-    if fine_tuned:  # from files of 2019 the speakers come as words, which a text could contain
-        tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
-    if isinstance(tokenizer, OpenAIGPTTokenizer):
-        recorded = tokenizer.init_kwargs.get("gpt_tokenization") or ("basic" if fine_tuned else "spacy")
-        tokenizer.init_kwargs["gpt_tokenization"] = gpt_tokenization or recorded
-    elif gpt_tokenization:
-        raise UserError(f"--gpt_tokenization {gpt_tokenization}: this is for GPT's text, and {checkpoint} is no GPT")
-    return tokenizer
 
 
-def _can_be_had(name: str) -> bool:
-    """Whether a hub model is in transformers' cache or on the hub. Asked once: loading retries for a minute."""
-    for in_cache in (True, False):
-        with contextlib.suppress(Exception):  # whatever a network does
-            if has_file(name, "config.json", local_files_only=in_cache):
-                return True
-    return False
 
 
-def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer belongs to a model that was made for dialogs."""
-    return set(SPECIAL_TOKENS) <= tokenizer.get_added_vocab().keys()
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of `SPECIAL_TOKENS`."""
-    return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # type: ignore[return-value]  # of a list it is a list
 
 
-def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
-    """One line for what transformers could not load."""
-    if os.path.exists(checkpoint) or is_gguf(str(checkpoint)):
-        return f"--model_checkpoint {checkpoint}: no usable {what} there ({first_line(error)})"
-    return (
-        f"--model_checkpoint {checkpoint}: neither a folder nor a model that can be had from the hub here;"
-        " give a local folder, or the embedded example: --model_checkpoint example/model"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets
@@ -414,17 +265,3 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
 # ---------------------------------------------------------------------------------------------------------- run folders
 
 
-def make_logdir(model_name: str) -> str:
-    """Make a new run folder, as `runs/Nov21_20-57-01_host_model`; a start in the same second gets another one."""
-    started = datetime.now().strftime("%b%d_%H-%M-%S")
-    name = f"{started}_{socket.gethostname()}_{os.path.basename(os.path.abspath(model_name))}"
-    suffixes = itertools.chain([""], (f"_{i}" for i in itertools.count(2)))
-    while True:
-        folder = Path("runs", name + next(suffixes))
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder}: cannot make the run folder ({error.strerror})") from error
-        return str(folder)

@@ -13,7 +13,6 @@ import random
 import re
 from pathlib import Path
 
-from transfertransfo.cli import UserError
 from transfertransfo.data.distractors import add_distractors_
 from transfertransfo.data.formats import (
     MAX_FAULTS,
@@ -27,6 +26,7 @@ from transfertransfo.data.formats import (
     persona_of,
     read_records,
 )
+from transfertransfo.errors import UserError
 
 logger = logging.getLogger(__name__)
 

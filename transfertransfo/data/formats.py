@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transfertransfo.cli import UserError
+from transfertransfo.errors import UserError
 from transfertransfo.files import open_atomically
 
 SPLITS = ("train", "valid")

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from transfertransfo.data.dataset import paused_collector, special_ids
+from transfertransfo.data.dataset import paused_collector
+from transfertransfo.data.tokenization import special_ids
 
 logger = logging.getLogger(__name__)
 

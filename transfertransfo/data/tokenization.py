@@ -4,9 +4,18 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
+ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "additional_special_tokens": ["<speaker1>", "<speaker2>"],
+}
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -81,3 +90,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
         parts += ["spacy", spacy.__version__, ftfy.__version__]
     return json.dumps(parts)
+
+
+def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer belongs to a model that was made for dialogs."""
+    return set(SPECIAL_TOKENS) <= tokenizer.get_added_vocab().keys()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of `SPECIAL_TOKENS`."""
+    return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # type: ignore[return-value]  # of a list it is a list

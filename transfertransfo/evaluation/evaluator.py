@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from transfertransfo.cli import UserError
 from transfertransfo.data.inputs import Example, Row, context_length, fit, make_row, pack
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.decoding import Context, generate
+from transfertransfo.errors import UserError
 from transfertransfo.evaluation.metrics import WordProbabilities, rank, read_word_counts, split_words
-from transfertransfo.model.loading import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads
 
 TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of probabilities, which stay in a cache
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from transfertransfo.cli import ArgumentParser, UserError, add_evaluation_flags, set_seed
+from transfertransfo.cli import ArgumentParser, add_evaluation_flags, set_seed
 from transfertransfo.data.dialogs import dataset_files, read_dialogs
 from transfertransfo.data.formats import OWN_PERSONA, PARTNER_PERSONA
 from transfertransfo.data.tokenization import tokenize
+from transfertransfo.errors import UserError
 from transfertransfo.evaluation.evaluator import Evaluator, Turn, read_dictionary
 from transfertransfo.evaluation.metrics import count_words, perplexity
 from transfertransfo.model.loading import load_finetuned

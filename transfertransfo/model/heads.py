@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from transfertransfo.cli import UserError
+from transfertransfo.errors import UserError
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {  # that have a choice head, and token types, from transformers

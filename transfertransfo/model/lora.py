@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from transfertransfo.cli import UserError, require
+from transfertransfo.errors import UserError, require
 
 CONFIG = "adapter_config.json"
 HEAD = "multiple_choice_head"

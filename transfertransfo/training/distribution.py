@@ -11,7 +11,8 @@ import ignite.distributed as idist
 import torch
 import torch.distributed
 
-from transfertransfo.cli import UserError, default_device, first_line
+from transfertransfo.errors import UserError, first_line
+from transfertransfo.model.double_heads import default_device
 
 
 def average_distributed_scalar(scalar: float, args: Namespace | None = None) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from argparse import Namespace
+from collections.abc import Iterable
 
 import ignite.distributed as idist
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from transfertransfo.data.inputs import IGNORED, Batch
+from transfertransfo.model.lora import HEAD
 from transfertransfo.training.precision import Precision
 
 
@@ -124,3 +126,11 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
         model.train()
 
     return evaluator
+
+
+def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
+    """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
+    groups: tuple[list, list] = ([], [])
+    for name, parameter in zip(names, parameters, strict=True):
+        groups[args.head_lr is not None and HEAD in name].append(parameter)
+    return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)

@@ -17,11 +17,12 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 from torch.utils.data import DataLoader
 
-from transfertransfo.cli import UserError
-from transfertransfo.training.checkpoints import METRICS, Best
+from transfertransfo.errors import UserError
+from transfertransfo.training.checkpoints import Best
 from transfertransfo.training.distribution import greatest
 from transfertransfo.training.engines import StepEvents
 from transfertransfo.training.precision import MAX_BAD_STEPS, Precision
+from transfertransfo.training.runs import METRICS
 
 logger = logging.getLogger(__name__)
 

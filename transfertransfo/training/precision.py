@@ -10,7 +10,6 @@
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
@@ -20,7 +19,8 @@ from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from transfertransfo.cli import UserError
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import limit_kernel_caches
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,6 @@ def make_precision(
     return NativePrecision(level, model, make_optimizer, device)
 
 
-def limit_kernel_caches(device: torch.device) -> None:
-    """Have a CPU keep fewer of its bfloat16 kernels, of which there is one a shape: rows of all lengths filled 8 GB."""
-    if device.type == "cpu":
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "64")  # not 1024
 
 
 class NativePrecision:

@@ -1,0 +1,111 @@
+"""A chat's terminal: what reads lines, shows text in colours, and keeps what was typed."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+from transfertransfo.chat.commands import COMMANDS, answer
+from transfertransfo.chat.conversation import Chat
+from transfertransfo.download import cache_folder
+from transfertransfo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PROMPT = ">>> "
+COLOURS = {"reply": "\x1b[36m", "note": "\x1b[2m", "persona": "\x1b[33m"}
+
+
+def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None:
+    """Answer line after line until the end of the input, `/quit`, or Ctrl-C twice."""
+    interrupted = False
+    while True:
+        try:
+            line = read()
+            interrupted = False
+            answered = answer(chat, line)
+            if isinstance(answered, str):
+                show(f"{answered}\n", "note")
+                continue
+            with contextlib.closing(answered) as pieces:
+                for piece in pieces:
+                    show(piece, "reply")
+            show("\n")
+        except EOFError:
+            return show("\n")
+        except KeyboardInterrupt:
+            if interrupted:
+                return show("\n")
+            interrupted = True
+            show("\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n", "note")
+        except UserError as error:
+            show(f"{error}\n", "note")
+
+
+def make_printer() -> Callable[..., None]:
+    """A function that shows text, at once, in a colour of `COLOURS` if stdout is a terminal that has any."""
+    coloured = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+
+    def show(text: str, kind: str = "") -> None:
+        print(f"{COLOURS[kind]}{text}\x1b[0m" if coloured and kind else text, end="", flush=True)
+
+    return show
+
+
+def make_reader() -> Callable[[], str]:
+    """A function that reads a line: with editing and a history on a terminal, plainly from anything else.
+
+    It raises EOFError at the end of the input and KeyboardInterrupt at Ctrl-C.
+    """
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return make_editor() if terminal else read_plainly
+
+
+def read_plainly() -> str:
+    line = input(PROMPT)
+    if not sys.stdin.isatty():
+        print(line)  # so that the output reads as a dialog
+    return line
+
+
+def make_editor() -> Callable[[], str]:
+    completer = WordCompleter([*COMMANDS], sentence=True)
+    editor: PromptSession[str] = PromptSession(
+        history=open_history(), completer=completer, complete_while_typing=False
+    )
+    return lambda: editor.prompt(PROMPT)
+
+
+def open_history() -> History:
+    """The lines typed in earlier chats, and where those of this one go: a file of the user's own, if there can be."""
+    try:
+        path = cache_folder() / "chat_history"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+    except (OSError, UserError) as error:
+        logger.warning("no history of what is typed is kept: %s", error)
+        return InMemoryHistory()
+    return FileHistory(path)
+
+
+@contextlib.contextmanager
+def open_transcript(path: str | None) -> Iterator[TextIO | None]:
+    """`--transcript`, open for more lines, or None."""
+    if not path:
+        yield None
+        return
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--transcript {path}: {error.strerror}") from error
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # lines that the disk did not take: the chat has said so
+            file.close()

@@ -1,0 +1,224 @@
+"""Any decoder with two heads behind one interface: hidden states of a batch, next-token logits, choice scores.
+
+The heads are those of TransferTransfo (Wolf et al. 2019, section 3): the model's own language-model head and a linear
+choice head that reads one token of each candidate. Parameters keep transformers' names, so that a checkpoint is
+exchanged with transformers' own classes in both directions.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from transfertransfo.data.inputs import Batch
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
+from transfertransfo.errors import UserError
+from transfertransfo.model.heads import FAMILIES
+from transfertransfo.model.lora import (
+    HEAD,
+    Network,
+    add_adapter,
+    merge,
+    rank_of,
+)
+
+
+class DoubleHeads(nn.Module):
+    """The one interface of all model families, over a transformers model with `multiple_choice_head`.
+
+    Args:
+        network: that model, or peft's around it.
+
+    Attributes:
+        additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
+    """
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network
+        self.additive_mask = False
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.network if isinstance(self.network, PreTrainedModel) else self.network.get_base_model()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pretrained.device
+
+    @property
+    def n_positions(self) -> int:
+        """The longest sequence that the model attends to, in tokens: its positions, or its sliding window."""
+        config = self.pretrained.config.get_text_config()
+        return min(getattr(config, name, None) or sys.maxsize for name in ("max_position_embeddings", "sliding_window"))
+
+    @property
+    def latest_history_start(self) -> int:
+        """Half of the positions: the rest is for the history and the reply."""
+        return self.n_positions // 2
+
+    @property
+    def history_start(self) -> int:
+        """Position at which the history begins (`inputs.context_positions`); saved with the model."""
+        return getattr(self.pretrained.config, "history_start", 0)
+
+    @history_start.setter
+    def history_start(self, position: int) -> None:
+        if position > self.latest_history_start:
+            raise UserError(f"--history_start {position}: leaves too few of the model's {self.n_positions} positions")
+        self.pretrained.config.history_start = position
+
+    @property
+    def token_types(self) -> bool:
+        """Whether the speakers' embeddings are added to those of their words; saved with the model."""
+        config = self.pretrained.config
+        return getattr(config, "token_types", config.model_type in FAMILIES)
+
+    @token_types.setter
+    def token_types(self, on: bool) -> None:
+        self.pretrained.config.token_types = on
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Last hidden states.
+
+        Args:
+            input_ids, token_type_ids, position_ids: (B, T), int64.
+            attention_mask: (B, 1, T, past + T), True where a query attends to a key; None = causal.
+            past_key_values: a cache, extended in place by these T positions.
+
+        Returns:
+            (B, T, C).
+        """
+        embeddings = self.pretrained.get_input_embeddings()
+        if self.token_types:
+            # one look-up for both: the gradient of each is a matrix of the vocabulary's size
+            embedded = embeddings(torch.stack([input_ids, token_type_ids])).sum(0)
+        else:
+            embedded = embeddings(input_ids)
+        if self.additive_mask and attention_mask is not None:
+            lowest = torch.finfo(embedded.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=embedded.dtype).masked_fill(~attention_mask, lowest)
+        return self.pretrained.base_model(
+            inputs_embeds=embedded,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of each next token: (..., C) -> (..., vocabulary)."""
+        return self.pretrained.get_output_embeddings()(hidden)
+
+    def choice_scores(self, hidden: Tensor) -> Tensor:
+        """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
+        head = self.pretrained.get_submodule(HEAD)
+        return head(hidden.unsqueeze(-2).to(next(head.parameters(), hidden).dtype)).squeeze(-1)
+
+    def packed_hidden_states(self, batch: Batch) -> Tensor:
+        """Hidden states of packed rows, in one flat line, as its positions count: (B * T, C)."""
+        hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
+        return hidden.flatten(0, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both heads over packed rows, each only where it is asked for.
+
+        Returns:
+            lm_logits: (number of lm_positions, vocabulary).
+            choice_scores: (B, K), -inf where a row has fewer than K replies.
+        """
+        hidden = self.packed_hidden_states(batch)
+        scores = self.choice_scores(hidden[batch.last_positions])
+        return self.lm_logits(hidden[batch.lm_positions]), scores.masked_fill(batch.last_positions < 0, -torch.inf)
+
+
+def default_device() -> str:
+    """The device of a model where none is asked for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def limit_kernel_caches(device: torch.device) -> None:
+    """Have a CPU keep fewer of its bfloat16 kernels, of which there is one a shape: rows of all lengths filled 8 GB."""
+    if device.type == "cpu":
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "64")  # not 1024
+
+
+def halve_(model: DoubleHeads) -> None:
+    """Keep the weights of a model that is not trained in bfloat16."""
+    limit_kernel_caches(model.device)
+    # but for the choice head: of scores that are rounded so, some are equal
+    for part in (model.pretrained.base_model, model.pretrained.get_output_embeddings()):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.bfloat16()  # buffers stay: rotary angles need float32
+
+
+def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet."""
+    pretrained = model.pretrained
+    for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
+        trained = torch.zeros(len(weight), 1, device=weight.device)
+        trained[special_ids(tokenizer)] = 1.0
+        weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
+
+
+def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: int, base: str) -> None:
+    """Give the model of the checkpoint `base` an adapter to be trained in its place (`lora.add_adapter`).
+
+    Raises:
+        UserError: it has one of another rank, or cannot have one.
+    """
+    present = rank_of(model.network)
+    if not present:
+        model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
+    elif present != rank:
+        raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
+
+
+def merge_adapter_(model: DoubleHeads) -> None:
+    """Work a model's adapter, if it has one, into its weights, all of which are trained from then on."""
+    model.network = merge(model.network).requires_grad_()
+
+
+def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    pretrained = model.pretrained  # transformers renamed the method
+    getattr(pretrained, "activation_checkpointing_enable", pretrained.gradient_checkpointing_enable)()
+
+
+def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the five dialog tokens to the tokenizer, and rows for them to the model, where they are not there yet.
+
+    Raises:
+        UserError: the tokenizer has tokens that the model does not have.
+    """
+    pretrained = model.pretrained if isinstance(model, DoubleHeads) else model
+    before = len(tokenizer)
+    if tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN):
+        if embedding_rows(pretrained) > before:  # rows that no token has, as Qwen's
+            pretrained.resize_token_embeddings(before)
+        # original: new rows are drawn as any embedding is, not around the mean of the old ones
+        pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = embedding_rows(pretrained)
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")
+
+
+def embedding_rows(pretrained: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings for: at least its tokenizer's."""
+    embeddings: Any = pretrained.get_input_embeddings()  # torch's layer, or peft's around it
+    return len(embeddings.weight)
