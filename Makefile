@@ -42,6 +42,7 @@ bench: .venv/base.stamp  ## measure every speed claim against the plain recipe: 
 
 lint: .venv/dev.stamp  ## check the code's style and types, and the Dockerfile
 	.venv/bin/ruff check
+	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/hadolint Dockerfile
 

@@ -1,9 +1,9 @@
 """Measure a fine-tuned model as ConvAI2 did: hits@1, word perplexity and F1 on the validation split.
 
-    python convai_evaluation.py --eval_type all --model_checkpoint runs/Nov21_20-57-01_host_model
-    python convai_evaluation.py --eval_type hits@1     # the model of 2019 on PersonaChat, both downloaded
-    python convai_evaluation.py --eval_type all --backend parlai --model_checkpoint FOLDER     # in ParlAI
-    python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
+python convai_evaluation.py --eval_type all --model_checkpoint runs/Nov21_20-57-01_host_model
+python convai_evaluation.py --eval_type hits@1     # the model of 2019 on PersonaChat, both downloaded
+python convai_evaluation.py --eval_type all --backend parlai --model_checkpoint FOLDER     # in ParlAI
+python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
 """
 
 import json
@@ -35,13 +35,22 @@ def __getattr__(name: str) -> type:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser("Measure a fine-tuned model as ConvAI2 did.")
     add_evaluation_flags(parser)
-    parser.add_argument("--backend", choices=["native", "parlai", "convai2"], default="native",
-                        help="what does the evaluation: this script, ParlAI, or ConvAI2's own scripts in an old ParlAI")
+    parser.add_argument(
+        "--backend",
+        choices=["native", "parlai", "convai2"],
+        default="native",
+        help="what does the evaluation: this script, ParlAI, or ConvAI2's own scripts in an old ParlAI",
+    )
     add_data_flags(parser)
-    parser.add_argument("--datapath",
-                        help="ParlAI's data folder, in place of --dataset_path: its ConvAI2 is read, never written")
-    parser.add_argument("--batchsize", type=number(int, 1), default=16,
-                        help="examples of one forward; ConvAI2's own scripts always take one")
+    parser.add_argument(
+        "--datapath", help="ParlAI's data folder, in place of --dataset_path: its ConvAI2 is read, never written"
+    )
+    parser.add_argument(
+        "--batchsize",
+        type=number(int, 1),
+        default=16,
+        help="examples of one forward; ConvAI2's own scripts always take one",
+    )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")
     return parser.parse_args(argv)
@@ -67,8 +76,14 @@ def run(argv: list[str] | None = None) -> dict:
         use_datapath_(args)
     details, figures = evaluate(args) if args.backend == "native" else evaluate_in_parlai(args)
     report = {"examples": len(details)} | figures | companions(details)
-    for name, key in (("FINAL Hits@1", "hits@1"), ("FINAL PPL", "ppl"), ("FINAL F1", "f1"),
-                      ("Token PPL", "token_ppl"), ("Distinct-1", "distinct-1"), ("Distinct-2", "distinct-2")):
+    for name, key in (
+        ("FINAL Hits@1", "hits@1"),
+        ("FINAL PPL", "ppl"),
+        ("FINAL F1", "f1"),
+        ("Token PPL", "token_ppl"),
+        ("Distinct-1", "distinct-1"),
+        ("Distinct-2", "distinct-2"),
+    ):
         if key in report:
             print(f"{name}: {report[key]:.4g}")
     if args.report:

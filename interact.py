@@ -1,10 +1,10 @@
 """Chat in the terminal with a fine-tuned model that has a persona. `/help` there lists the commands.
 
-    python interact.py --model_checkpoint runs/Nov21_20-57-01_host_model   # a run of train.py
-    python interact.py                                                      # the model of 2019, downloaded
-    python interact.py --model_checkpoint runs/... --personality "i like dogs ." "i live in ohio ."
-    python interact.py --model_checkpoint runs/... --num_samples 8 --rank   # the best of eight replies
-    printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
+python interact.py --model_checkpoint runs/Nov21_20-57-01_host_model   # a run of train.py
+python interact.py                                                      # the model of 2019, downloaded
+python interact.py --model_checkpoint runs/... --personality "i like dogs ." "i live in ohio ."
+python interact.py --model_checkpoint runs/... --num_samples 8 --rank   # the best of eight replies
+printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
 """
 
 import json
@@ -45,8 +45,9 @@ def __getattr__(name: str) -> Callable:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser("Chat with a fine-tuned model that has a persona.")
     # persona
-    parser.add_argument("--personality", nargs="+", metavar="SENTENCE",
-                        help="the model's persona (unset = one drawn from the dataset)")
+    parser.add_argument(
+        "--personality", nargs="+", metavar="SENTENCE", help="the model's persona (unset = one drawn from the dataset)"
+    )
     parser.add_argument("--personality_file", metavar="FILE", help="the same, a sentence a line")
     add_data_flags(parser, default="the one the model was trained on, else PersonaChat, downloaded")
     # model and decoding
@@ -55,8 +56,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--force", action="store_true", help="chat with a model that was not fine-tuned on dialogs too")
     add_decoding_flags(parser)
     # session
-    parser.add_argument("--transcript", metavar="FILE",
-                        help="file to which each turn is added as it is said, a JSON object a line")
+    parser.add_argument(
+        "--transcript", metavar="FILE", help="file to which each turn is added as it is said, a JSON object a line"
+    )
     add_seed_flag(parser)
     return parser.parse_args(argv)
 
@@ -97,8 +99,6 @@ def run(argv: list[str] | None = None) -> None:
         talk(chat, make_reader(), show)
 
 
-# ---- persona ----
-
 def given_persona(args: Namespace) -> list[str] | None:
     """The persona that the flags give, if they do."""
     if args.personality and args.personality_file:
@@ -135,22 +135,6 @@ def recorded_dataset(checkpoint: str) -> str:
         return recorded if is_url(recorded) or os.path.exists(recorded) else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no run folder of this project
         return ""
-
-
-# ---- terminal ----
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

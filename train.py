@@ -98,33 +98,64 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     """The arguments, and the run folder to resume, whose arguments then stand in for flags that are not given."""
     parser = ArgumentParser("Fine-tune a decoder with two heads on dialogs with personas.")
     add_data_flags(parser)
-    parser.add_argument("--train_share", type=number(float, 1e-6, 1), default=1.0,
-                        help="share of the training dialogs to train on, the first ones of those not held out")
-    parser.add_argument("--valid_share", type=number(float, 0, 0.9), default=0.0,
-                        help="share of the training dialogs held out where the dataset has no valid split (0 = off)")
+    parser.add_argument(
+        "--train_share",
+        type=number(float, 1e-6, 1),
+        default=1.0,
+        help="share of the training dialogs to train on, the first ones of those not held out",
+    )
+    parser.add_argument(
+        "--valid_share",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help="share of the training dialogs held out where the dataset has no valid split (0 = off)",
+    )
     add_model_flags(parser, default="openai-gpt")
-    parser.add_argument("--token_types", choices=["on", "off"],
-                        help="whether the speakers' embeddings are added to those of their words (unset = as the"
-                        " checkpoint records; where it does not, on for GPT and GPT-2, off for others)")
-    parser.add_argument("--lora_rank", type=number(int, 0),
-                        help="train adapters of this rank beside the frozen weights, scaled by 2 (0 = all weights;"
-                        " unset = the checkpoint's adapters, if it has some)")
-    parser.add_argument("--merge_lora", action="store_true",
-                        help="write the whole model with its adapters worked in, instead of the adapters")
-    parser.add_argument("--num_candidates", type=number(int, 0), default=2,
-                        help="candidates of a training example, the gold one included (0 = all)")
-    parser.add_argument("--personality_permutations", type=number(int, 1), default=1,
-                        help="passes over each training dialog an epoch, its persona rotated each time")
+    parser.add_argument(
+        "--token_types",
+        choices=["on", "off"],
+        help="whether the speakers' embeddings are added to those of their words (unset = as the"
+        " checkpoint records; where it does not, on for GPT and GPT-2, off for others)",
+    )
+    parser.add_argument(
+        "--lora_rank",
+        type=number(int, 0),
+        help="train adapters of this rank beside the frozen weights, scaled by 2 (0 = all weights;"
+        " unset = the checkpoint's adapters, if it has some)",
+    )
+    parser.add_argument(
+        "--merge_lora",
+        action="store_true",
+        help="write the whole model with its adapters worked in, instead of the adapters",
+    )
+    parser.add_argument(
+        "--num_candidates",
+        type=number(int, 0),
+        default=2,
+        help="candidates of a training example, the gold one included (0 = all)",
+    )
+    parser.add_argument(
+        "--personality_permutations",
+        type=number(int, 1),
+        default=1,
+        help="passes over each training dialog an epoch, its persona rotated each time",
+    )
     add_optimisation_flags(parser)
     # hardware
-    parser.add_argument("--fp16", choices=LEVELS, default="",
-                        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)')
-    parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="save memory by computing each layer twice")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the model with torch.compile: minutes at the start, then faster steps")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1,
-                        help="set by torch.distributed.launch (-1 = one process)")
+    parser.add_argument(
+        "--fp16", choices=LEVELS, default="", help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)'
+    )
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="save memory by computing each layer twice"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model with torch.compile: minutes at the start, then faster steps",
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch (-1 = one process)"
+    )
     add_run_flags(parser)
     add_seed_flag(parser)
 
@@ -143,40 +174,70 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
 
 def add_optimisation_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--n_epochs", type=number(int, 1), default=3, help="passes over the training examples")
-    parser.add_argument("--train_batch_size", type=number(int, 1), default=4,
-                        help="examples of one forward, in each process")
+    parser.add_argument(
+        "--train_batch_size", type=number(int, 1), default=4, help="examples of one forward, in each process"
+    )
     parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same in validation")
-    parser.add_argument("--gradient_accumulation_steps", type=number(int, 1), default=8,
-                        help="forwards of one optimizer step")
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=number(int, 1), default=8, help="forwards of one optimizer step"
+    )
     parser.add_argument("--lr", type=number(float, 0), default=6.25e-5, help="first learning rate; it falls to 0")
     parser.add_argument("--head_lr", type=number(float, 0), help="the same for the choice head (unset = --lr)")
-    parser.add_argument("--warmup_steps", type=number(int, 0), default=0,
-                        help="optimizer steps over which the learning rates rise from 0 (0 = off)")
+    parser.add_argument(
+        "--warmup_steps",
+        type=number(int, 0),
+        default=0,
+        help="optimizer steps over which the learning rates rise from 0 (0 = off)",
+    )
     parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-model loss")
     parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
-    parser.add_argument("--label_smoothing", type=number(float, 0, 0.99), default=0.0,
-                        help="probability of a word that training spreads over the vocabulary (0 = off)")
-    parser.add_argument("--max_norm", type=number(float, 0), default=1.0,
-                        help="norm to which longer gradients are clipped (0 = off)")
-    parser.add_argument("--freeze_embeddings", action="store_true",
-                        help="of the word embeddings train those of the dialog tokens only")
+    parser.add_argument(
+        "--label_smoothing",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        help="probability of a word that training spreads over the vocabulary (0 = off)",
+    )
+    parser.add_argument(
+        "--max_norm", type=number(float, 0), default=1.0, help="norm to which longer gradients are clipped (0 = off)"
+    )
+    parser.add_argument(
+        "--freeze_embeddings", action="store_true", help="of the word embeddings train those of the dialog tokens only"
+    )
 
 
 def add_run_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--resume", default="",
-                        help="run folder to go on with; auto = the newest of the same arguments, or a new one")
+    parser.add_argument(
+        "--resume", default="", help="run folder to go on with; auto = the newest of the same arguments, or a new one"
+    )
     parser.add_argument("--eval_before_start", action="store_true", help="validate before the first step too")
-    parser.add_argument("--log_every", type=number(int, 0), default=0,
-                        help="optimizer steps between logged ones (0 = 1 in a run under 200 steps, else 10)")
-    parser.add_argument("--save_every", type=number(int, 0), default=0,
-                        help="optimizer steps between checkpoints, beside one an epoch (0 = off)")
+    parser.add_argument(
+        "--log_every",
+        type=number(int, 0),
+        default=0,
+        help="optimizer steps between logged ones (0 = 1 in a run under 200 steps, else 10)",
+    )
+    parser.add_argument(
+        "--save_every",
+        type=number(int, 0),
+        default=0,
+        help="optimizer steps between checkpoints, beside one an epoch (0 = off)",
+    )
     parser.add_argument("--n_saved", type=number(int, 1), default=3, help="checkpoints kept")
-    parser.add_argument("--best_metric", choices=["hits@1", "nll"], default="hits@1",
-                        help="what makes a validation the best")
-    parser.add_argument("--patience", type=number(int, 0), default=0,
-                        help="epochs without a better validation until the run stops (0 = off)")
-    parser.add_argument("--export", choices=["last", "best"], default="last",
-                        help="epoch whose weights are in the run folder's model.safetensors")
+    parser.add_argument(
+        "--best_metric", choices=["hits@1", "nll"], default="hits@1", help="what makes a validation the best"
+    )
+    parser.add_argument(
+        "--patience",
+        type=number(int, 0),
+        default=0,
+        help="epochs without a better validation until the run stops (0 = off)",
+    )
+    parser.add_argument(
+        "--export",
+        choices=["last", "best"],
+        default="last",
+        help="epoch whose weights are in the run folder's model.safetensors",
+    )
 
 
 def get_data_loaders(
@@ -227,14 +288,6 @@ def get_data_loaders(
     return train_loader, valid_loader, train_sampler, valid_sampler
 
 
-
-
-
-
-
-
-
-
 def prepare_model(
     args: Namespace, run: Path | None, device: torch.device
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
@@ -271,8 +324,12 @@ def prepare_model(
         model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
     parameters = sum(map(torch.numel, model.parameters()))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("Model: %s, %d parameters%s", model.pretrained.config.model_type, parameters,
-                f", of which {trained} are trained" if trained < parameters else "")
+    logger.info(
+        "Model: %s, %d parameters%s",
+        model.pretrained.config.model_type,
+        parameters,
+        f", of which {trained} are trained" if trained < parameters else "",
+    )
     return model, tokenizer
 
 

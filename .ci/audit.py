@@ -22,11 +22,23 @@ def main() -> str | None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(re.sub(r"\+\w+$", "", frozen, flags=re.MULTILINE))  # 2.13.0+cpu is 2.13.0 there
         file.flush()
-        report = output(OWN / "bin/pip-audit", "--disable-pip", "--no-deps", "--progress-spinner", "off", "-f", "json",
-                        "-r", file.name)
+        report = output(
+            OWN / "bin/pip-audit",
+            "--disable-pip",
+            "--no-deps",
+            "--progress-spinner",
+            "off",
+            "-f",
+            "json",
+            "-r",
+            file.name,
+        )
     packages = json.loads(report)["dependencies"]
-    faults = [f"{package['name']} {package['version']}: {fault['id']}, mended in {fault['fix_versions']}"
-              for package in packages for fault in package.get("vulns", ())]
+    faults = [
+        f"{package['name']} {package['version']}: {fault['id']}, mended in {fault['fix_versions']}"
+        for package in packages
+        for fault in package.get("vulns", ())
+    ]
     known = sum("vulns" in package for package in packages)
     print(f"{'notice: ' if known < len(packages) else ''}{known} of {len(packages)} requirements could be looked up")
     return "\n".join(faults) or None

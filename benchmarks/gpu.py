@@ -1,7 +1,7 @@
 """What one GPU has to show, as JSON lines: correctness in each precision, training's speed, the evaluation's, memory.
 
-    python benchmarks/gpu.py --dataset_path personachat.json.xz --tokenizer openai-gpt
-    python benchmarks/gpu.py --dry-run                              # all of it on a CPU with tiny sizes
+python benchmarks/gpu.py --dataset_path personachat.json.xz --tokenizer openai-gpt
+python benchmarks/gpu.py --dry-run                              # all of it on a CPU with tiny sizes
 """
 
 import contextlib
@@ -238,8 +238,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = ArgumentParser("What one GPU has to show.")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
     parser.add_argument("--dataset_path", default=str(ROOT / "example" / "personachat.json"), help="as for train.py")
-    parser.add_argument("--tokenizer", default=str(ROOT / "example" / "model"),
-                        help="folder of a GPT tokenizer and its config.json")
+    parser.add_argument(
+        "--tokenizer", default=str(ROOT / "example" / "model"), help="folder of a GPT tokenizer and its config.json"
+    )
     parser.add_argument("--budget", type=number(float, 0), default=520, help="seconds after which no part is begun")
     args = parser.parse_args(argv)
     figures, start = [], time.perf_counter()

@@ -117,8 +117,11 @@ def peak_memory() -> float:
 
 def format_row(row: dict) -> str:
     unit = next(key for key in row if key not in ("benchmark", "goal", "met"))
-    sides = f"{row['reference_s']:9.3f} s {row['ours_s']:9.3f} s  {row['lowest']:.1f} to {row['highest']:.1f}" \
-        if "ours_s" in row else ""
+    sides = (
+        f"{row['reference_s']:9.3f} s {row['ours_s']:9.3f} s  {row['lowest']:.1f} to {row['highest']:.1f}"
+        if "ours_s" in row
+        else ""
+    )
     met = {None: "", True: "met", False: "MISSED"}[row["met"]]
     return f"{row['benchmark']:<46} {row[unit]:8.2f} {unit:<7} {row['goal']:>8} {met:<6} {sides}".rstrip()
 

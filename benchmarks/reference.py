@@ -34,7 +34,7 @@ DOUBLE_HEADS = {"openai-gpt": OpenAIGPTDoubleHeadsModel, "gpt2": GPT2DoubleHeads
 LM_HEAD = {"openai-gpt": OpenAIGPTLMHeadModel, "gpt2": GPT2LMHeadModel}
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ---- models ----
 
 
 def double_heads(model: DoubleHeads) -> PreTrainedModel:
@@ -55,7 +55,7 @@ def lm_head(plain: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# ---- data ----
 
 
 def read_dataset(tokenizer: PreTrainedTokenizerBase, path: str, cache: str) -> dict:
@@ -118,7 +118,7 @@ def to_tensors(
     return {name: torch.tensor(columns[name], device=device).view(shapes[name]) for name in MODEL_INPUTS}
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ---- training ----
 
 
 def losses(plain: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def training_step(
     return loss.item()
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# ---- evaluation ----
 
 
 @torch.no_grad()

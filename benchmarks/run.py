@@ -1,8 +1,8 @@
 """Measure every speed claim against the plain recipe, in one run: a table, and one JSON line a figure.
 
-    python benchmarks/run.py                     # all, GPT's shape; under 15 minutes on two quiet cores
-    python benchmarks/run.py --quick             # all, a tiny shape: does it run? its ratios mean nothing
-    python benchmarks/run.py training hits@1 --dataset_path personachat.json --tokenizer openai-gpt
+python benchmarks/run.py                     # all, GPT's shape; under 15 minutes on two quiet cores
+python benchmarks/run.py --quick             # all, a tiny shape: does it run? its ratios mean nothing
+python benchmarks/run.py training hits@1 --dataset_path personachat.json --tokenizer openai-gpt
 """
 
 import json
@@ -51,8 +51,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} (none = all)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, once: does it run?")
     parser.add_argument("--dataset_path", default=str(ROOT / "example" / "personachat.json"), help="as for train.py")
-    parser.add_argument("--tokenizer", default=str(ROOT / "example" / "model"),
-                        help="folder of a GPT tokenizer and its config.json; the model's vocabulary is GPT's")
+    parser.add_argument(
+        "--tokenizer",
+        default=str(ROOT / "example" / "model"),
+        help="folder of a GPT tokenizer and its config.json; the model's vocabulary is GPT's",
+    )
     parser.add_argument("--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), help="torch's threads")
     parser.add_argument("--repetitions", type=number(int, 1), help="of each measurement (unset = 3; with --quick 1)")
     args = parser.parse_args(argv)

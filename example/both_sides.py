@@ -29,8 +29,12 @@ def main() -> None:
     parser = ArgumentParser("Add a dataset's training dialogs as their other speaker has them.")
     parser.add_argument("dataset", help="dataset: a file, a folder or a URL")
     parser.add_argument("file", type=Path, help="file to write, FILE.json")
-    parser.add_argument("--valid_share", type=number(float, 0, 0.9), default=0.0,
-                        help="share of the training dialogs held out, the last ones")
+    parser.add_argument(
+        "--valid_share",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help="share of the training dialogs held out, the last ones",
+    )
     args = parser.parse_args()
     dialogs = read_training_dialogs(args.dataset)
     end = len(dialogs) - round(len(dialogs) * args.valid_share)

@@ -49,8 +49,9 @@ def train_tokenizer(texts: list[str]) -> OpenAIGPTTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # "special" only to this trainer, where it means a fixed place at the head of the vocabulary
     head = ["<unk>", *CHARACTERS, *(character + "</w>" for character in CHARACTERS)]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=head, end_of_word_suffix="</w>",
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=head, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(split_both_ways(texts), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]

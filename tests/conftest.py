@@ -37,9 +37,7 @@ def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
     bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     bpe.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False),
     )
     save_tokenizer(OpenAIGPTTokenizer, bpe, folders["gpt"])
 

@@ -38,12 +38,17 @@ def logging_as_it_was():
         library.setLevel(level)
 
 
-@pytest.mark.parametrize("error, line", [
-    (OSError(28, "No space left on device"), "No space left on device"),
-    (FileNotFoundError(2, "No such file or directory", "runs/x/metrics.jsonl"),
-     "runs/x/metrics.jsonl: No such file or directory"),
-    (OSError("not by the system"), "not by the system"),
-])
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            FileNotFoundError(2, "No such file or directory", "runs/x/metrics.jsonl"),
+            "runs/x/metrics.jsonl: No such file or directory",
+        ),
+        (OSError("not by the system"), "not by the system"),
+    ],
+)
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, line):
     def script():
         raise error

@@ -39,8 +39,22 @@ def evaluate(checkpoint, dataset, tmp_path):
 
     def evaluate(*argv, path: Path = dataset) -> tuple[dict, dict, list[dict]]:
         report, details = tmp_path / "report.json", tmp_path / "details.jsonl"
-        returned = run(["--model_checkpoint", str(checkpoint), "--dataset_path", str(path), "--dataset_cache", "",
-                        "--report", str(report), "--details", str(details), *FLAGS, *map(str, argv)])
+        returned = run(
+            [
+                "--model_checkpoint",
+                str(checkpoint),
+                "--dataset_path",
+                str(path),
+                "--dataset_cache",
+                "",
+                "--report",
+                str(report),
+                "--details",
+                str(details),
+                *FLAGS,
+                *map(str, argv),
+            ]
+        )
         return returned, json.loads(report.read_text()), [json.loads(line) for line in details.open()]
 
     return evaluate

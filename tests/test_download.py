@@ -28,8 +28,10 @@ from transfertransfo.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB, so that a cut comes after several chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-WAYS_OUT = ("; give a local file or folder instead, or use the embedded example:"
-            " --dataset_path example/personachat.json --model_checkpoint example/model")
+WAYS_OUT = (
+    "; give a local file or folder instead, or use the embedded example:"
+    " --dataset_path example/personachat.json --model_checkpoint example/model"
+)
 
 # A key and its self-signed certificate for 127.0.0.1, made for these tests and used nowhere else.
 TLS = """\
@@ -53,6 +55,7 @@ w6U76x33KG7XtmAsKaNfIP4NiZFrQKVgexyQtwNzMwIhAOq88x5dceYNBIT0yn6K
 
 
 # ---- the server ----
+
 
 @dataclass
 class Answer:
@@ -83,11 +86,11 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        sent = body[:answer.cut]
-        self.wfile.write(sent[:len(sent) // 2])
+        sent = body[: answer.cut]
+        self.wfile.write(sent[: len(sent) // 2])
         self.wfile.flush()
         answer.meanwhile()
-        self.wfile.write(sent[len(sent) // 2:])
+        self.wfile.write(sent[len(sent) // 2 :])
 
     def log_message(self, *_):
         pass
@@ -160,6 +163,7 @@ def left_in(cache) -> list[str]:
 
 # ---- the cache folder ----
 
+
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -173,6 +177,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 @pytest.fixture
 def homeless(monkeypatch, tmp_path):
     """A user without a home; returns the folder that is then the cache."""
+
     def unknown(uid):
         raise KeyError(uid)
 
@@ -204,9 +209,19 @@ def test_a_temporary_cache_that_others_prepared_is_refused(homeless, tmp_path):
 
 # ---- downloads that work ----
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("http://host/a", True), ("HTTPS://host", True), ("ftp://host/a", False), ("file:///a", False),
-    ("data/http.json", False), ("https:/a", False), ("", False)])
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://host/a", True),
+        ("HTTPS://host", True),
+        ("ftp://host/a", False),
+        ("file:///a", False),
+        ("data/http.json", False),
+        ("https:/a", False),
+        ("", False),
+    ],
+)
 def test_is_url(text, expected):
     assert is_url(text) is expected
 
@@ -228,8 +243,9 @@ def test_urls_with_one_ending_have_their_own_files(server):
     assert [path.read_bytes() for path in paths] == [b"one", b"two", b"three"]
 
 
-@pytest.mark.parametrize("end", ["", "/", "/..", "/a/../..", "/%2e%2e%2f", "/" + "long" * 200, "/\n\0\u00e9",
-                                 "/\\..\\x"])
+@pytest.mark.parametrize(
+    "end", ["", "/", "/..", "/a/../..", "/%2e%2e%2f", "/" + "long" * 200, "/\n\0\u00e9", "/\\..\\x"]
+)
 def test_the_name_of_a_file_stays_in_the_cache_folder(server, cache, end):
     path = fetch(server.root + end)
     assert path.parent == cache and len(path.name) < 100 and path.name.isascii() and path.name.isprintable()
@@ -289,6 +305,7 @@ def test_two_at_once_do_one_download(server):
 
 def test_a_file_that_another_process_has_fetched_meanwhile_is_used(server, monkeypatch):
     """Waiting for the lock and then downloading all the same would replace a file that the other already reads."""
+
     class SlowLock(FileLock):
         def acquire(self, *arguments, **options):
             path.write_bytes(CONTENT)  # the other process ends while this one waits
@@ -309,6 +326,7 @@ def test_a_read_only_cache_serves(server, monkeypatch):
 
 # ---- downloads that break ----
 
+
 def test_a_cut_connection_is_resumed(server, caplog):
     half = len(CONTENT) // 2
     server.answers = [Answer(cut=half, headers={"ETag": '"1"'}), Answer(ranges=True, headers={"ETag": '"1"'})]
@@ -320,8 +338,11 @@ def test_a_cut_connection_is_resumed(server, caplog):
 def test_a_download_is_resumed_more_than_once(server):
     version = {"ETag": '"1"'}
     third = len(CONTENT) // 3
-    server.answers = [Answer(cut=third, headers=version), Answer(cut=third, ranges=True, headers=version),
-                      Answer(ranges=True, headers=version)]
+    server.answers = [
+        Answer(cut=third, headers=version),
+        Answer(cut=third, ranges=True, headers=version),
+        Answer(ranges=True, headers=version),
+    ]
     assert fetch(server.root + "/data.json").read_bytes() == CONTENT
     assert server.seen[2]["Range"] == f"bytes={2 * third}-"
 
@@ -330,8 +351,10 @@ def test_a_download_is_resumed_more_than_once(server):
 def test_a_cut_connection_restarts_where_it_cannot_resume(server, first):
     """The rest of a newer version must not be added to the first half of the older one."""
     newer = CONTENT[1000::-1]
-    server.answers = [Answer(cut=len(CONTENT) // 2, headers=first),
-                      Answer(body=newer, ranges=True, headers={"ETag": '"2"'})]
+    server.answers = [
+        Answer(cut=len(CONTENT) // 2, headers=first),
+        Answer(body=newer, ranges=True, headers={"ETag": '"2"'}),
+    ]
     assert fetch(server.root + "/data.json").read_bytes() == newer
     assert ("Range" in server.seen[1]) == bool(first)
 
@@ -346,8 +369,10 @@ def test_a_restart_forgets_the_version_before(server, cut):
 
 
 def test_a_range_that_was_not_asked_for_is_refused(server, cache):
-    server.answers = [Answer(cut=len(CONTENT) // 2, headers={"ETag": '"1"'}),
-                      Answer(status=206, headers={"Content-Range": "bytes 7-9/10"})]
+    server.answers = [
+        Answer(cut=len(CONTENT) // 2, headers={"ETag": '"1"'}),
+        Answer(status=206, headers={"Content-Range": "bytes 7-9/10"}),
+    ]
     assert "HTTP 206" in refusal(fetch, server.root + "/data.json")
     assert left_in(cache) == []
 
@@ -418,9 +443,20 @@ def test_the_reason_is_the_downloads_own(server):
         assert "no such model" not in refusal(fetch, server.root + "/data.json")
 
 
-@pytest.mark.parametrize("url", ["http://", "http://[", "http://127.0.0.1:port/", "http://*/", "http://%/a",
-                                 "http://127.0.0.1:99999/", "http://" + "a" * 64 + ".invalid/", "http://\ud800/",
-                                 "http://*/\nline"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://[",
+        "http://127.0.0.1:port/",
+        "http://*/",
+        "http://%/a",
+        "http://127.0.0.1:99999/",
+        "http://" + "a" * 64 + ".invalid/",
+        "http://\ud800/",
+        "http://*/\nline",
+    ],
+)
 def test_a_url_that_is_none_is_said_in_one_line(url):
     assert refusal(fetch, url).startswith("cannot download http://")
 
@@ -577,15 +613,19 @@ def test_a_tar_archive_that_ends_in_a_zip_archive_is_a_tar_archive(write):
     assert content_of(extract(write(tar_bytes(files)))) == files
 
 
-@pytest.mark.parametrize(("files", "returned"), [
-    (["config.json", "weights"], "."),
-    (["model/config.json", "model/weights"], "model"),
-    (["a/b/config.json", "a/readme", "notes"], "a/b"),
-    (["model/config.json", "model/checkpoint/config.json"], "model"),
-    (["a/config.json", "b/config.json"], "."),
-    (["data/train.txt", "data/valid.txt"], "data"),
-    (["train.txt", "valid.txt"], "."),
-    (["train.txt"], ".")])
+@pytest.mark.parametrize(
+    ("files", "returned"),
+    [
+        (["config.json", "weights"], "."),
+        (["model/config.json", "model/weights"], "model"),
+        (["a/b/config.json", "a/readme", "notes"], "a/b"),
+        (["model/config.json", "model/checkpoint/config.json"], "model"),
+        (["a/config.json", "b/config.json"], "."),
+        (["data/train.txt", "data/valid.txt"], "data"),
+        (["train.txt", "valid.txt"], "."),
+        (["train.txt"], "."),
+    ],
+)
 def test_the_folder_returned(write, files, returned):
     archive = write(tar_bytes(dict.fromkeys(files, b"")))
     folder = extract(archive)
@@ -651,8 +691,9 @@ def test_a_long_form_name_that_leads_outside_is_refused(write, name):
     assert "leads out" in refused(write(tar_bytes(CHECKPOINT, [info], format=tarfile.PAX_FORMAT)))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
-                                  tarfile.FIFOTYPE, b"?"])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"?"]
+)
 @pytest.mark.parametrize("target", ["/etc", "..", "config.json"])
 def test_links_and_devices_in_a_tar_archive_are_refused(write, kind, target):
     info = member("evil", kind, linkname=target)
@@ -719,8 +760,21 @@ def test_a_zip_archive_that_lies_about_a_size_is_refused(write):
     assert "CRC" in refused(write(bytes(content)))
 
 
-@pytest.mark.parametrize("content", [b"", b"P", b"PK", b"PK\3\4", b"<html></html>" * 100, gzip.compress(b""),
-                                     gzip.compress(b"text" * 999), b"\x1f\x8b", bytes(10), bytes(10240)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"P",
+        b"PK",
+        b"PK\3\4",
+        b"<html></html>" * 100,
+        gzip.compress(b""),
+        gzip.compress(b"text" * 999),
+        b"\x1f\x8b",
+        bytes(10),
+        bytes(10240),
+    ],
+)
 def test_what_is_no_archive_is_refused(write, content):
     archive = write(content)
     if content == bytes(10240):  # by the format, an archive without members

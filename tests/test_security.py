@@ -133,8 +133,18 @@ def test_a_checkpoint_to_resume_from(tmp_path, trap, payload):
 
 def test_pickles_that_nothing_needs_are_not_read(model, trap):
     """The original kept its arguments in model_training_args.bin, a pickle, and its checkpoints beside it."""
-    for name in ("model_training_args.bin", "training_args.bin", "pytorch_model.bin", "optimizer.pt", "scheduler.pt",
-                 "rng_state.pth", "checkpoint_1.pt", "dataset_cache.bin", "tokenizer.pkl", "vocab.pkl"):
+    for name in (
+        "model_training_args.bin",
+        "training_args.bin",
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "checkpoint_1.pt",
+        "dataset_cache.bin",
+        "tokenizer.pkl",
+        "vocab.pkl",
+    ):
         (model / name).write_bytes(PAYLOADS["pickle"](trap))
     load_finetuned(str(model), device="cpu")
 

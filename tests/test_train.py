@@ -31,6 +31,7 @@ from transfertransfo.model.sources import load_tokenizer
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 LANGUAGE_MODELS = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}
 
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Models this small gain nothing from a second one; on a busy machine waiting for it takes twenty times as long."""
@@ -268,9 +269,7 @@ def test_a_share_of_train_is_held_out(base_checkpoints, tmp_path):
         )
     ]
     assert "the last 2 training dialogs are held out" in runs[0].log and "no valid split" not in runs[0].log
-    figures = [
-        [{name: line[name] for name in ("step", "nll", "accuracy")} for line in run.validations] for run in runs
-    ]
+    figures = [[{name: line[name] for name in ("step", "nll", "accuracy")} for line in run.validations] for run in runs]
     assert len(figures[0]) == 1 and figures[0] == figures[1]
 
 

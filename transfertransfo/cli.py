@@ -16,8 +16,6 @@ logger = logging.getLogger(__name__)
 DATASET_CACHE = "./dataset_cache.bin"
 
 
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with errors of one line, without the usage above them, and with defaults in the help."""
 
@@ -46,10 +44,6 @@ def run_script(script: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-
-
-
-
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
     """An argparse type: an int or a float within [low, high]."""
     name = "a whole number" if kind is int else "a number"
@@ -70,55 +64,108 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
 
 def add_data_flags(parser: ArgumentParser, default: str = "download PersonaChat") -> None:
     parser.add_argument("--dataset_path", default="", help=f'dataset: a file, a folder or a URL ("" = {default})')
-    parser.add_argument("--dataset_cache", default=DATASET_CACHE,
-                        help="stem of the tokenised dataset's file; its name gets a key of the content")
-    parser.add_argument("--skip_bad_dialogs", action="store_true",
-                        help="leave out the dialogs that have a fault, and say how many, instead of ending there")
+    parser.add_argument(
+        "--dataset_cache",
+        default=DATASET_CACHE,
+        help="stem of the tokenised dataset's file; its name gets a key of the content",
+    )
+    parser.add_argument(
+        "--skip_bad_dialogs",
+        action="store_true",
+        help="leave out the dialogs that have a fault, and say how many, instead of ending there",
+    )
 
 
 def add_model_flags(parser: ArgumentParser, default: str) -> None:
-    parser.add_argument("--model_checkpoint", "--model", default=default,
-                        help="model: a hub name, a folder, a GGUF file, or the URL of an archive"
-                        + ("" if default else ' ("" = download the fine-tuned model)'))
-    parser.add_argument("--gpt_tokenization", choices=["spacy", "basic"],
-                        help="how GPT's text is split into words (unset = as the checkpoint records; where it does"
-                        " not, basic for a fine-tuned one and spacy for a new run)")
-    parser.add_argument("--max_history", type=number(int, 0), default=2,
-                        help="earlier exchanges kept in the history, so 2 * max_history + 1 turns")
-    parser.add_argument("--history_start", type=number(int, 0),
-                        help="position at which the history begins whatever the persona's length, as in the"
-                        " competition's system (0 = after the persona; unset = as the checkpoint records)")
+    parser.add_argument(
+        "--model_checkpoint",
+        "--model",
+        default=default,
+        help="model: a hub name, a folder, a GGUF file, or the URL of an archive"
+        + ("" if default else ' ("" = download the fine-tuned model)'),
+    )
+    parser.add_argument(
+        "--gpt_tokenization",
+        choices=["spacy", "basic"],
+        help="how GPT's text is split into words (unset = as the checkpoint records; where it does"
+        " not, basic for a fine-tuned one and spacy for a new run)",
+    )
+    parser.add_argument(
+        "--max_history",
+        type=number(int, 0),
+        default=2,
+        help="earlier exchanges kept in the history, so 2 * max_history + 1 turns",
+    )
+    parser.add_argument(
+        "--history_start",
+        type=number(int, 0),
+        help="position at which the history begins whatever the persona's length, as in the"
+        " competition's system (0 = after the persona; unset = as the checkpoint records)",
+    )
     parser.add_argument("--device", type=device, default=None, help="cpu, cuda or cuda:N (unset = cuda if there)")
 
 
 def add_precision_flag(parser: ArgumentParser) -> None:
     """`--fp16` of a model that is not trained."""
-    parser.add_argument("--fp16", choices=["", "bf16"], default="",
-                        help='precision of the model: bf16, which takes half the memory ("" = float32)')
+    parser.add_argument(
+        "--fp16",
+        choices=["", "bf16"],
+        default="",
+        help='precision of the model: bf16, which takes half the memory ("" = float32)',
+    )
 
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--no_sample", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")
     parser.add_argument("--min_length", type=number(int, 0), default=1, help="shortest reply, in tokens")
-    parser.add_argument("--temperature", type=number(float, 1e-6), default=0.7,
-                        help="sampling temperature: below 1 sharper, above 1 flatter")
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 1e-6),
+        default=0.7,
+        help="sampling temperature: below 1 sharper, above 1 flatter",
+    )
     parser.add_argument("--top_k", type=number(int, 0), default=0, help="sample among the k likeliest tokens (0 = off)")
-    parser.add_argument("--top_p", type=number(float, 0, 1), default=0.9,
-                        help="sample among the likeliest tokens with this much probability together (0 = off)")
-    parser.add_argument("--num_beams", type=number(int, 0), default=0,
-                        help="beam search with this many beams in place of sampling (0 = off, 1 = greedy)")
-    parser.add_argument("--length_penalty", type=number(float, 0, 100), default=1.0,
-                        help="a beam's log-probability is divided by its length to this power (0 = off)")
-    parser.add_argument("--no_repeat_ngram_size", type=number(int, 0), default=0,
-                        help="no sequence of this many tokens twice in a reply (0 = off)")
-    parser.add_argument("--repetition_penalty", type=number(float, 1e-6, 100), default=1.0,
-                        help="above 1, a token that the reply has already is less likely to come again (1 = off)")
-    parser.add_argument("--block_history_ngram", type=number(int, 0), default=0,
-                        help="no sequence of this many tokens from the model's own earlier turns (0 = off)")
+    parser.add_argument(
+        "--top_p",
+        type=number(float, 0, 1),
+        default=0.9,
+        help="sample among the likeliest tokens with this much probability together (0 = off)",
+    )
+    parser.add_argument(
+        "--num_beams",
+        type=number(int, 0),
+        default=0,
+        help="beam search with this many beams in place of sampling (0 = off, 1 = greedy)",
+    )
+    parser.add_argument(
+        "--length_penalty",
+        type=number(float, 0, 100),
+        default=1.0,
+        help="a beam's log-probability is divided by its length to this power (0 = off)",
+    )
+    parser.add_argument(
+        "--no_repeat_ngram_size",
+        type=number(int, 0),
+        default=0,
+        help="no sequence of this many tokens twice in a reply (0 = off)",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=number(float, 1e-6, 100),
+        default=1.0,
+        help="above 1, a token that the reply has already is less likely to come again (1 = off)",
+    )
+    parser.add_argument(
+        "--block_history_ngram",
+        type=number(int, 0),
+        default=0,
+        help="no sequence of this many tokens from the model's own earlier turns (0 = off)",
+    )
     parser.add_argument("--num_samples", type=number(int, 1), default=1, help="replies to sample, in one batch")
-    parser.add_argument("--rank", action="store_true",
-                        help="of several replies give the one that the model's choice head scores best")
+    parser.add_argument(
+        "--rank", action="store_true", help="of several replies give the one that the model's choice head scores best"
+    )
 
 
 def add_seed_flag(parser: ArgumentParser) -> None:
@@ -131,11 +178,18 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
     add_model_flags(parser, default="")
     add_precision_flag(parser)
     add_decoding_flags(parser)
-    parser.add_argument("--dict_file", default=None,
-                        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)")
-    parser.add_argument("--gpt2_ppl", choices=["spaced", "original"], default="spaced",
-                        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
-                        " as in the original")
+    parser.add_argument(
+        "--dict_file",
+        default=None,
+        help="ParlAI's dictionary for ppl: word, tab, count a line (unset = the dataset's words)",
+    )
+    parser.add_argument(
+        "--gpt2_ppl",
+        choices=["spaced", "original"],
+        default="spaced",
+        help="words for ppl where pieces carry the space before them, as GPT-2's: with it, or without"
+        " as in the original",
+    )
     add_seed_flag(parser)
 
 

@@ -35,11 +35,14 @@ MAX_MEMBERS = 10_000
 MAX_DEPTH = 32  # folders within folders
 MAX_HEADER = 1 << 20  # bytes; tarfile reads a long name or a header extension into memory at one go
 
-WAYS_OUT = ("give a local file or folder instead, or use the embedded example:"
-            " --dataset_path example/personachat.json --model_checkpoint example/model")
+WAYS_OUT = (
+    "give a local file or folder instead, or use the embedded example:"
+    " --dataset_path example/personachat.json --model_checkpoint example/model"
+)
 
 
 # ---- fetch ----
+
 
 def cache_folder() -> Path:
     """Where downloads live: $TRANSFERTRANSFO_CACHE, or transfertransfo in $XDG_CACHE_HOME or in ~/.cache.
@@ -163,8 +166,7 @@ def _transfer(session: requests.Session, url: str, file: BinaryIO, earlier: Case
     version = earlier.get("ETag") or earlier.get("Last-Modified")
     rest = {"Range": f"bytes={done}-", "If-Range": version} if version else {}
     with session.get(url, headers=rest, stream=True, timeout=TIMEOUT) as response:
-        resumed = (response.status_code == 206
-                   and response.headers.get("Content-Range", "").startswith(f"bytes {done}-"))
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
         if response.status_code != 200 and not resumed:
             raise _StatusError(response.status_code)
         if not resumed:  # the server takes no ranges, or has another version by now
@@ -205,6 +207,7 @@ def _one_line(error: BaseException) -> str:
 
 # ---- extract ----
 
+
 def extract(archive: Path) -> Path:
     """The folder with the content of a tar archive (plain, gz, bz2, xz) or of a zip archive.
 
@@ -227,8 +230,10 @@ def extract(archive: Path) -> Path:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"cannot extract {archive} ({_one_line(error)})") from error
         reason = _one_line(error).split(": -")[0]  # tarfile goes on with each format that it has tried
-        raise UserError(f"{archive}: not a whole tar or zip archive ({reason}); if it was downloaded, delete it to"
-                        " have it downloaded again") from error
+        raise UserError(
+            f"{archive}: not a whole tar or zip archive ({reason}); if it was downloaded, delete it to"
+            " have it downloaded again"
+        ) from error
     return _content_folder(folder)
 
 

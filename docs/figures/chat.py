@@ -1,7 +1,7 @@
 """Make docs/figures/chat.svg, the picture of a chat, from what interact.py really prints.
 
-    python docs/figures/chat.py                                    # with example/smollm2, as `make chat`
-    python docs/figures/chat.py runs/Nov21_20-57-01_host_model
+python docs/figures/chat.py                                    # with example/smollm2, as `make chat`
+python docs/figures/chat.py runs/Nov21_20-57-01_host_model
 """
 
 import argparse
@@ -36,8 +36,12 @@ def session(checkpoint: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make docs/figures/chat.svg from a chat with a trained model.")
-    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "example" / "smollm2"),
-                        help="run folder of train.py (not given = example/smollm2)")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=str(ROOT / "example" / "smollm2"),
+        help="run folder of train.py (not given = example/smollm2)",
+    )
     console = Console(record=True, width=90, file=io.StringIO())
     style = "yellow"  # of the persona
     for line in session(parser.parse_args().checkpoint):

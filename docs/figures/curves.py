@@ -1,6 +1,6 @@
 """Make docs/figures/curves.svg, training and validation curves of runs, from their metrics.jsonl.
 
-    python docs/figures/curves.py runs/Nov21_20-57-01_host_model [RUN ...]
+python docs/figures/curves.py runs/Nov21_20-57-01_host_model [RUN ...]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Make docs/figures/packed_row.svg: a dialog turn with two candidates as the row that the model reads, and its mask.
 
-    python docs/figures/packed_row.py
+python docs/figures/packed_row.py
 """
 
 import sys

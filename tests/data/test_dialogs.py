@@ -145,13 +145,16 @@ def test_parlai_lines_with_a_tab_are_said_by_someone_and_the_first_of_several_re
     ]
 
 
-@pytest.mark.parametrize("candidates, expected", [
-    ("x|a|y|b", ["x", "a", "y", "b"]),
-    ("x|b|y|a", ["x", "y", "a", "b"]),
-    ("b|y|b", ["b", "y", "b"]),
-    ("x|y", ["x", "y", "b"]),
-    ("x||b", ["x", "", "b"]),
-])
+@pytest.mark.parametrize(
+    "candidates, expected",
+    [
+        ("x|a|y|b", ["x", "a", "y", "b"]),
+        ("x|b|y|a", ["x", "y", "a", "b"]),
+        ("b|y|b", ["b", "y", "b"]),
+        ("x|y", ["x", "y", "b"]),
+        ("x||b", ["x", "", "b"]),
+    ],
+)
 def test_the_gold_is_the_last_candidate(read, candidates, expected):
     assert read(f"1 q\tb\t\t{candidates}")["train"][0]["utterances"][0]["candidates"] == expected
     record = {"utterances": [{"candidates": candidates.split("|"), "reply": "b"}]}
@@ -171,24 +174,40 @@ def test_the_example_entry_is_a_dialog(read):
 # Folders
 
 
-@pytest.mark.parametrize("worse", [
-    "train_self_original_no_cands.txt", "train_both_original.txt", "train_none_original.txt",
-    "train_self_revised.txt", "train_self_original.txt.gz",
-])
+@pytest.mark.parametrize(
+    "worse",
+    [
+        "train_self_original_no_cands.txt",
+        "train_both_original.txt",
+        "train_none_original.txt",
+        "train_self_revised.txt",
+        "train_self_original.txt.gz",
+    ],
+)
 def test_a_folder_s_best_variant_is_taken_and_said(tmp_path, caplog, worse):
-    for name in (worse, "train_self_original.txt", "valid.jsonl", "test_self_original.txt", "training_args.json",
-                 "train.py", "trainer.json"):
+    for name in (
+        worse,
+        "train_self_original.txt",
+        "valid.jsonl",
+        "test_self_original.txt",
+        "training_args.json",
+        "train.py",
+        "trainer.json",
+    ):
         (tmp_path / name).touch()
     with caplog.at_level(logging.INFO):
         assert dataset_files(tmp_path) == [tmp_path / "train_self_original.txt", tmp_path / "valid.jsonl"]
     assert len(caplog.messages) == 1 and "train_self_original.txt: taken for train" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("better, worse", [
-    ("train_both_revised.txt", "train_self_original_no_cands.txt"),
-    ("train_self_revised.txt", "train_both_original.txt"),
-    ("train_none_original.txt", "train_both_revised.txt"),
-])
+@pytest.mark.parametrize(
+    "better, worse",
+    [
+        ("train_both_revised.txt", "train_self_original_no_cands.txt"),
+        ("train_self_revised.txt", "train_both_original.txt"),
+        ("train_none_original.txt", "train_both_revised.txt"),
+    ],
+)
 def test_candidates_count_more_than_the_persona_s_side_and_wording(tmp_path, better, worse):
     for name in (better, worse):
         (tmp_path / name).touch()
@@ -259,25 +278,42 @@ def change(value, *keys):
 TRAIN_2, VALID_3 = ("train", 1), ("valid", 0, "utterances", 2)
 
 
-@pytest.mark.parametrize("keys, value, expected", [
-    ((*VALID_3, "candidates"), None, "valid dialog 1, utterance 3, candidates: expected a list of strings, got null"),
-    ((*VALID_3, "candidates"), "", "valid dialog 1, utterance 3, candidates: expected a list of strings, got a string"),
-    ((*VALID_3, "candidates", 1), 5,
-     "valid dialog 1, utterance 3, candidates: expected a list of strings, got a number in place 2"),
-    ((*VALID_3, "history"), {}, "valid dialog 1, utterance 3, history: expected a list of strings, got an object"),
-    ((*VALID_3, "reply"), True, "valid dialog 1, utterance 3, reply: expected a string, got true or false"),
-    ((*VALID_3, "candidates"), ..., "valid dialog 1, utterance 3: no reply"),
-    ((*VALID_3, "candidates"), [], "valid dialog 1, utterance 3: no reply"),
-    ((*VALID_3, "candidates", 2), "", "valid dialog 1, utterance 3: empty reply"),
-    (VALID_3, [], "valid dialog 1, utterance 3: expected an object, got a list"),
-    ((*TRAIN_2, "personality"), [[]],
-     "train dialog 2, personality: expected a list of strings, got a list in place 1"),
-    ((*TRAIN_2, "utterances"), 1.5, "train dialog 2, utterances: expected a list of objects, got a number"),
-    ((*TRAIN_2, "utterances"), [], "train dialog 2: no utterances"),
-    ((*TRAIN_2, "utterances"), ..., "train dialog 2: no utterances"),
-    (TRAIN_2, None, "train dialog 2: expected an object, got null"),
-    (("train",), [], "train: no dialogs"),
-])
+@pytest.mark.parametrize(
+    "keys, value, expected",
+    [
+        (
+            (*VALID_3, "candidates"),
+            None,
+            "valid dialog 1, utterance 3, candidates: expected a list of strings, got null",
+        ),
+        (
+            (*VALID_3, "candidates"),
+            "",
+            "valid dialog 1, utterance 3, candidates: expected a list of strings, got a string",
+        ),
+        (
+            (*VALID_3, "candidates", 1),
+            5,
+            "valid dialog 1, utterance 3, candidates: expected a list of strings, got a number in place 2",
+        ),
+        ((*VALID_3, "history"), {}, "valid dialog 1, utterance 3, history: expected a list of strings, got an object"),
+        ((*VALID_3, "reply"), True, "valid dialog 1, utterance 3, reply: expected a string, got true or false"),
+        ((*VALID_3, "candidates"), ..., "valid dialog 1, utterance 3: no reply"),
+        ((*VALID_3, "candidates"), [], "valid dialog 1, utterance 3: no reply"),
+        ((*VALID_3, "candidates", 2), "", "valid dialog 1, utterance 3: empty reply"),
+        (VALID_3, [], "valid dialog 1, utterance 3: expected an object, got a list"),
+        (
+            (*TRAIN_2, "personality"),
+            [[]],
+            "train dialog 2, personality: expected a list of strings, got a list in place 1",
+        ),
+        ((*TRAIN_2, "utterances"), 1.5, "train dialog 2, utterances: expected a list of objects, got a number"),
+        ((*TRAIN_2, "utterances"), [], "train dialog 2: no utterances"),
+        ((*TRAIN_2, "utterances"), ..., "train dialog 2: no utterances"),
+        (TRAIN_2, None, "train dialog 2: expected an object, got null"),
+        (("train",), [], "train: no dialogs"),
+    ],
+)
 def test_a_fault_is_one_line_with_its_place(fault, keys, value, expected):
     assert fault(change(value, *keys)) == expected
 
@@ -287,21 +323,24 @@ def test_a_split_that_is_no_list(fault):
     assert fault({"train": [None], "valid": 1}) == "valid: expected a list of dialogs, got a number"
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("", "the file is empty"),
-    (" \n\n", "the file is empty"),
-    ("hello there", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-    ("null", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-    (b"\x89PNG\r\n\x1a\n", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-    ("[]", 'expected an object with "train" or "valid", got a list'),
-    ('{"data": []}', 'expected an object with "train" or "valid", got an object without them'),
-    ('{\n"train": [,]}', "line 2, column 11: not JSON: Expecting value"),
-    ('{"train": []}\n{"valid": []}', "line 2: more text after the end of the JSON"),
-    ('{"train": ' + "[" * 100_000, "line 1: not a dataset: JSON nested too deeply"),
-    (b'{"train":\n ["\xff"]}', "line 2, byte 4: invalid UTF-8"),
-    (b'{"train": \xed\xa0\x80', "line 1, byte 11: invalid UTF-8"),
-    (gzip.compress(b""), "the file is empty"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("", "the file is empty"),
+        (" \n\n", "the file is empty"),
+        ("hello there", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
+        ("null", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
+        (b"\x89PNG\r\n\x1a\n", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
+        ("[]", 'expected an object with "train" or "valid", got a list'),
+        ('{"data": []}', 'expected an object with "train" or "valid", got an object without them'),
+        ('{\n"train": [,]}', "line 2, column 11: not JSON: Expecting value"),
+        ('{"train": []}\n{"valid": []}', "line 2: more text after the end of the JSON"),
+        ('{"train": ' + "[" * 100_000, "line 1: not a dataset: JSON nested too deeply"),
+        (b'{"train":\n ["\xff"]}', "line 2, byte 4: invalid UTF-8"),
+        (b'{"train": \xed\xa0\x80', "line 1, byte 11: invalid UTF-8"),
+        (gzip.compress(b""), "the file is empty"),
+    ],
+)
 def test_a_file_that_is_no_dataset(fault, content, expected):
     assert fault(content) == expected
 
@@ -380,14 +419,17 @@ def test_nothing_is_said_where_no_dialog_is_bad(read, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("hello there", "neither JSON nor"),
-    ('{"train": [}', "line 1, column 12: not JSON"),
-    ({"train": DATASET["train"], "valid": 1}, "valid: expected a list of dialogs, got a number"),
-    ({"train": [None, *DATASET["train"]], "valid": []}, "valid: no dialogs"),
-    ({"train": [None, 1]}, "train: no dialogs left; the first fault: train dialog 1: expected an object, got null"),
-    (b"1 \xff", "train: no dialogs left; the first fault: line 1, byte 3: invalid UTF-8"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("hello there", "neither JSON nor"),
+        ('{"train": [}', "line 1, column 12: not JSON"),
+        ({"train": DATASET["train"], "valid": 1}, "valid: expected a list of dialogs, got a number"),
+        ({"train": [None, *DATASET["train"]], "valid": []}, "valid: no dialogs"),
+        ({"train": [None, 1]}, "train: no dialogs left; the first fault: train dialog 1: expected an object, got null"),
+        (b"1 \xff", "train: no dialogs left; the first fault: line 1, byte 3: invalid UTF-8"),
+    ],
+)
 def test_faults_outside_of_dialogs_remain_faults(fault, content, expected):
     assert fault(content, skip_bad_dialogs=True).startswith(expected)
     assert "\n" not in fault(content, skip_bad_dialogs=True)
@@ -471,12 +513,15 @@ def test_distractors_are_other_dialogs_replies_without_gold_or_repeats(read):
             assert set(distractors) <= others
 
 
-@pytest.mark.parametrize("replies, expected", [
-    ([["a", "b"]], [["", ""]]),
-    ([["a", "b"], ["c"]], [["c", "c"], ["ab"]]),
-    ([["a"], ["a"]], [[""], [""]]),
-    ([["a", "b"], ["b", "c"], ["d", "d"]], [["bcd", "cd"], ["ad", "abd"], ["abc", "abc"]]),
-])
+@pytest.mark.parametrize(
+    "replies, expected",
+    [
+        ([["a", "b"]], [["", ""]]),
+        ([["a", "b"], ["c"]], [["c", "c"], ["ab"]]),
+        ([["a"], ["a"]], [[""], [""]]),
+        ([["a", "b"], ["b", "c"], ["d", "d"]], [["bcd", "cd"], ["ad", "abd"], ["abc", "abc"]]),
+    ],
+)
 def test_few_replies_give_few_distractors(read, replies, expected):
     dialogs = read({"train": without_candidates(replies)})["train"]
     found = [["".join(sorted(u["candidates"][:-1])) for u in dialog["utterances"]] for dialog in dialogs]

@@ -44,8 +44,13 @@ def test_mutated_datasets_end_well(capsys):
 def test_made_up_datasets_end_well(tmp_path, kind, start):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=EXAMPLES, deadline=1000 * MAX_SECONDS, derandomize=True, database=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=1000 * MAX_SECONDS,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(kind)
     def end_well(lines):
         path = tmp_path / "made_up.txt"

@@ -31,9 +31,7 @@ def tokenizer(checkpoints):
 
 
 def sentences(generator: random.Random, number: int, longest: int = 6, shortest: int = 1) -> list[list[int]]:
-    return [
-        [generator.randrange(5, 100) for _ in range(generator.randint(shortest, longest))] for _ in range(number)
-    ]
+    return [[generator.randrange(5, 100) for _ in range(generator.randint(shortest, longest))] for _ in range(number)]
 
 
 def random_example(generator: random.Random, shortest: int = 0) -> Example:
@@ -230,8 +228,12 @@ def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
             assert longest_sequence(example._replace(history=before), tokenizer) > n_positions
         if len(fitted.persona) < len(example.persona):
             longer = example.persona[: len(fitted.persona) + 1]
-            assert longest_sequence(example._replace(persona=longer, history=example.history[-kept:] if kept else []),
-                                    tokenizer) > n_positions
+            assert (
+                longest_sequence(
+                    example._replace(persona=longer, history=example.history[-kept:] if kept else []), tokenizer
+                )
+                > n_positions
+            )
         if kept and fitted.history[-1] != example.history[-1]:
             assert not fitted.persona and kept == 1
             assert fitted.history[0] == example.history[-1][len(example.history[-1]) - len(fitted.history[0]) :]

@@ -73,7 +73,7 @@ def test_special_tokens_written_in_a_text_stay_text(checkpoints, mode):
         ("what?!", "what ? !"),
         ("no!!! (yes)", "no !!! ( yes )"),
         ("a,b;c", "a , b ; c"),
-        ("a|b_c[d]{e}~f/g\\h*i+j\"k", 'a | b _ c [ d ] { e } ~ f / g \\ h * i + j " k'),
+        ('a|b_c[d]{e}~f/g\\h*i+j"k', 'a | b _ c [ d ] { e } ~ f / g \\ h * i + j " k'),
         ("3.5: it's fine.", "3.5: it's fine."),
         ("one \t two", "one two"),
         ("one\n\n\ntwo", "one \n two"),

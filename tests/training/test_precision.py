@@ -149,8 +149,6 @@ def test_apex_is_called_as_documented(monkeypatch):
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(model)))
 
 
-
-
 @pytest.mark.parametrize(("level", "user", "expected"), [("bf16", None, "64"), ("bf16", "9", "9"), ("", None, None)])
 def test_bfloat16_on_a_cpu_keeps_few_kernels(monkeypatch, level, user, expected):
     """Rows of all lengths filled torch's and oneDNN's caches: a small model took 9 GB after two thousand steps."""

@@ -43,7 +43,7 @@ def show_help(chat: Chat, rest: str) -> str:
 
 
 def change_persona(chat: Chat, rest: str) -> str:
-    """ ["SENTENCE" ...]: show the persona, or begin again with another: quoted sentences, or one a line"""
+    """["SENTENCE" ...]: show the persona, or begin again with another: quoted sentences, or one a line"""
     if not rest:
         return chat.introduction()
     try:
@@ -82,7 +82,7 @@ def show_history(chat: Chat, rest: str) -> str:
 
 
 def change_setting(chat: Chat, rest: str) -> str:
-    """ [NAME VALUE]: show the settings, or change one, as in /set temperature 0.9"""
+    """[NAME VALUE]: show the settings, or change one, as in /set temperature 0.9"""
     parser = SettingsParser("/set")
     add_decoding_flags(parser)
     settings = [*vars(parser.parse_args([])), "max_history"]
@@ -99,6 +99,8 @@ def change_setting(chat: Chat, rest: str) -> str:
         raise UserError(f"/set {name}: expected on or off, got {readable(value)!r}")
     chat.args = with_defaults(Namespace(**vars(chat.args) | {name: changed}))
     return f"{name} = {changed}"
+
+
 SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 
 
@@ -108,7 +110,7 @@ class SettingsParser(ArgumentParser):
 
 
 def save(chat: Chat, rest: str) -> str:
-    """ FILE: write the dialog as one of a dataset that can be trained on (JSON lines)"""
+    """FILE: write the dialog as one of a dataset that can be trained on (JSON lines)"""
     if not rest:
         raise UserError("/save: give a file's name")
     turns, utterances = [], []
@@ -146,6 +148,8 @@ def show_candidates(chat: Chat, rest: str) -> str:
 def leave(chat: Chat, rest: str) -> str:
     """: leave, as Ctrl-D does"""
     raise EOFError
+
+
 COMMANDS: dict[str, Callable[[Chat, str], str | Generator[str]]] = {
     "/help": show_help,
     "/persona": change_persona,

@@ -1,4 +1,4 @@
-"""A conversation with a model that has a persona: its turns and the commands that change it, without a terminal."""
+"""A conversation with a model that has a persona: its turns, without a terminal."""
 
 import json
 import re
@@ -149,36 +149,4 @@ def readable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).encode("utf-8", "replace").decode()
 
 
-
-
-
-
 # Commands: each gets what follows its name, and returns text to show, or a reply in pieces. The docstring is its help.
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -76,9 +76,7 @@ def read_plainly() -> str:
 
 def make_editor() -> Callable[[], str]:
     completer = WordCompleter([*COMMANDS], sentence=True)
-    editor: PromptSession[str] = PromptSession(
-        history=open_history(), completer=completer, complete_while_typing=False
-    )
+    editor: PromptSession[str] = PromptSession(history=open_history(), completer=completer, complete_while_typing=False)
     return lambda: editor.prompt(PROMPT)
 
 

@@ -1,4 +1,4 @@
-"""Where data and checkpoints come from: datasets tokenised once and cached, tokenizers, checkpoints, run folders."""
+"""Datasets, tokenised once and cached by content."""
 
 import contextlib
 import gc
@@ -27,38 +27,6 @@ logger = logging.getLogger(__name__)
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
 CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
-
-
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-# ------------------------------------------------------------------------------------------------------------- datasets
 
 
 @contextlib.contextmanager
@@ -260,8 +228,3 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
         write_atomically(path, hashlib.blake2b(payload).digest() + payload)
     except OSError as error:
         logger.warning("--dataset_cache %s: not written (%s): the next start tokenises again", path, error.strerror)
-
-
-# ---------------------------------------------------------------------------------------------------------- run folders
-
-

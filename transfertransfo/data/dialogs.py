@@ -50,14 +50,19 @@ def dataset_files(path: Path) -> list[Path]:
             raise UserError(f"{path}: no such file or folder")
         if not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder")
-        folders = [[file for file in sorted(folder.iterdir()) if file.is_file()]
-                   for folder in (path, path / "ConvAI2") if folder.is_dir()]
+        folders = [
+            [file for file in sorted(folder.iterdir()) if file.is_file()]
+            for folder in (path, path / "ConvAI2")
+            if folder.is_dir()
+        ]
         for choose in (_split_files, _single_json):
             for files in folders:
                 if chosen := choose(files):
                     return chosen
-    raise UserError(f"{path}: no dataset in this folder: looked for train* and valid* files (.txt, .json or .jsonl,"
-                    " also with .gz or .xz), there and in ConvAI2, and for a single .json file")
+    raise UserError(
+        f"{path}: no dataset in this folder: looked for train* and valid* files (.txt, .json or .jsonl,"
+        " also with .gz or .xz), there and in ConvAI2, and for a single .json file"
+    )
 
 
 def read_dialogs(files: list[Path], skip_bad_dialogs: bool = False) -> dict[str, list[dict]]:

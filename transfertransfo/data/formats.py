@@ -181,8 +181,10 @@ class _Inflated(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self._file.tell() > max(MAX_INFLATED, MAX_RATIO * self._packed.tell()):
-            raise UserError(f"{self._path}: more than {MAX_RATIO} times larger than the compressed file: refused;"
-                            " if it is a dataset all the same, give it uncompressed")
+            raise UserError(
+                f"{self._path}: more than {MAX_RATIO} times larger than the compressed file: refused;"
+                " if it is a dataset all the same, give it uncompressed"
+            )
         return self._file.readinto(buffer)
 
     def seek(self, *place: int) -> int:

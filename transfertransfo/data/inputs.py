@@ -257,8 +257,16 @@ def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
             if k == row.lm_reply:
                 lm_positions += [begin + len(row.context) - 1, *range(begin + start, begin + end - 1)][: len(reply)]
                 lm_labels += reply
-    arrays = (input_ids, token_types, positions, segments, last, np.array(lm_positions, dtype=np.int64),
-              np.array(lm_labels, dtype=np.int64), np.array([row.lm_reply for row in rows]))
+    arrays = (
+        input_ids,
+        token_types,
+        positions,
+        segments,
+        last,
+        np.array(lm_positions, dtype=np.int64),
+        np.array(lm_labels, dtype=np.int64),
+        np.array([row.lm_reply for row in rows]),
+    )
     return Batch(*map(torch.from_numpy, arrays))
 
 

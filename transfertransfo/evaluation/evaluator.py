@@ -74,8 +74,9 @@ def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turn
     # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
     distinct = [list(dict.fromkeys(map(tuple, example.candidates))) for example in examples]
     rows = [
-        make_row(example._replace(candidates=[list(candidate) for candidate in candidates]), tokenizer,
-                 model.history_start)
+        make_row(
+            example._replace(candidates=[list(candidate) for candidate in candidates]), tokenizer, model.history_start
+        )
         for example, candidates in zip(examples, distinct)
     ]
     batch = pack(rows, tokenizer.pad_token_id).to(model.device)
@@ -87,9 +88,7 @@ def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turn
     ]
 
 
-def reply(
-    model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], args: Namespace
-) -> list[str]:
+def reply(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], args: Namespace) -> list[str]:
     """For each turn a reply of the model's own, decoded as `args` say; as text with its words spaced as they are."""
     replies = generate(model, [Context(turn.persona, turn.history) for turn in turns], tokenizer, args)
     return tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -273,10 +272,14 @@ class Evaluator:
                 results[i].update(result)
 
         if measured in ("hits@1", "all"):
-            add([i for i, turn in enumerate(turns) if turn.candidates],
-                lambda batch: ({"ranking": ranking} for ranking in rank_candidates(model, tokenizer, batch)))
+            add(
+                [i for i, turn in enumerate(turns) if turn.candidates],
+                lambda batch: ({"ranking": ranking} for ranking in rank_candidates(model, tokenizer, batch)),
+            )
         if self.scorer:
             add([i for i, turn in enumerate(turns) if turn.label is not None], partial(self.scorer.score, model))
-        add([i for i, result in enumerate(results) if measured in ("f1", "all") or not result],
-            lambda batch: ({"reply": text} for text in reply(model, tokenizer, batch, self.args)))
+        add(
+            [i for i, result in enumerate(results) if measured in ("f1", "all") or not result],
+            lambda batch: ({"reply": text} for text in reply(model, tokenizer, batch, self.args)),
+        )
         return results

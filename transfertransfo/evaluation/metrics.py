@@ -121,7 +121,7 @@ def _counted_texts(dialog: dict, with_replies: bool) -> Iterable[str]:
     known = 0  # turns of the history that earlier examples have brought
     for utterance in dialog["utterances"]:
         history = utterance["history"]
-        yield from history[min(known, len(history) - 1):]  # at least the last turn: a history may be a short window
+        yield from history[min(known, len(history) - 1) :]  # at least the last turn: a history may be a short window
         if with_replies:
             yield utterance["candidates"][-1]
         known = len(history) + 1

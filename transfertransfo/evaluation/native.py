@@ -1,7 +1,4 @@
-"""What does the evaluation, as `--backend` says: this project alone, ParlAI, or ConvAI2's own scripts in an old ParlAI.
-
-All give each example's results and the figures of the validation split.
-"""
+"""The evaluation by this project alone: each example's results and the figures of the validation split."""
 
 import logging
 import math
@@ -24,10 +21,6 @@ from transfertransfo.evaluation.metrics import (
 from transfertransfo.model.loading import load_finetuned
 
 logger = logging.getLogger(__name__)
-
-
-
-# ---------------------------------------------------------------------------------------------------- without ParlAI
 
 
 def evaluate(args: Namespace) -> tuple[list[dict], dict]:
@@ -64,8 +57,9 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
 def load_validation(tokenizer: PreTrainedTokenizerBase, args: Namespace) -> TokenizedDataset:
     dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     if "valid" not in dataset.splits:
-        raise UserError(f"{args.dataset_path}: no valid split to evaluate on; a file of one split is"
-                        " valid if its name begins so")
+        raise UserError(
+            f"{args.dataset_path}: no valid split to evaluate on; a file of one split is valid if its name begins so"
+        )
     return dataset
 
 
@@ -97,34 +91,3 @@ def companions(details: list[dict]) -> dict:
         replies = [row["reply"].lower().split() for row in details]
         report |= {f"distinct-{n}": distinct_n(replies, n) for n in (1, 2)}
     return report
-
-
-# -------------------------------------------------------------------------------------------------------- in ParlAI
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

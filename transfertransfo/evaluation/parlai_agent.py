@@ -1,7 +1,7 @@
 """A fine-tuned model as an agent of ParlAI: of 1.7.2, and of 0.1.20200610, the last release with ConvAI2's own scripts.
 
-    python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
-    python -m parlai interactive -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
+python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
+python -m parlai interactive -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
 """
 
 import math

@@ -66,8 +66,10 @@ def in_one_line(args: Namespace) -> Iterator[None]:
     except RuntimeError as error:
         if "true label missing" not in str(error):
             raise
-        raise UserError(f"{args.dataset_path}: a reply is not among its candidates, which ParlAI does not take;"
-                        f" --dataset_path {args.dataset_path} adds it") from error
+        raise UserError(
+            f"{args.dataset_path}: a reply is not among its candidates, which ParlAI does not take;"
+            f" --dataset_path {args.dataset_path} adds it"
+        ) from error
 
 
 def install_command(backend: str) -> str:
@@ -80,8 +82,10 @@ def check_installed(backend: str) -> None:
     except importlib.metadata.PackageNotFoundError:
         found = "none"
     if found != PARLAI[backend]:
-        raise UserError(f"--backend {backend}: needs parlai=={PARLAI[backend]} (found: {found}). In an environment of"
-                        f" its own: {install_command(backend)}")
+        raise UserError(
+            f"--backend {backend}: needs parlai=={PARLAI[backend]} (found: {found}). In an environment of"
+            f" its own: {install_command(backend)}"
+        )
 
 
 def dictionary_in(folder: Path) -> Path:
@@ -113,8 +117,10 @@ def check_data(folder: Path, names: list[str]) -> None:
     mark = folder / ".built"
     lines = mark.read_text(errors="replace").splitlines() if mark.is_file() else []
     if lines[1:2] != [DATA_VERSION]:
-        raise UserError(f"{mark}: its second line is not {DATA_VERSION}, so that ParlAI would delete or replace the"
-                        f" folder; evaluate a copy of its data: --dataset_path {folder}")
+        raise UserError(
+            f"{mark}: its second line is not {DATA_VERSION}, so that ParlAI would delete or replace the"
+            f" folder; evaluate a copy of its data: --dataset_path {folder}"
+        )
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: not there; --dataset_path {folder} does without")

@@ -34,7 +34,9 @@ class GPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)
         attended = scaled_dot_product_attention(
-            query, key, value,
+            query,
+            key,
+            value,
             attn_mask=attention_mask,
             dropout_p=self.attn_pdrop if self.training else 0.0,
             is_causal=attention_mask is None and query.size(2) > 1,

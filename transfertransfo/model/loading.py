@@ -1,9 +1,4 @@
-"""Any decoder with two heads behind one interface: hidden states of a batch, next-token logits, choice scores.
-
-The heads are those of TransferTransfo (Wolf et al. 2019, section 3): the model's own language-model head and a linear
-choice head that reads one token of each candidate. Parameters keep transformers' names, so that a checkpoint is
-exchanged with transformers' own classes in both directions.
-"""
+"""Double-head models loaded, checked and saved."""
 
 import contextlib
 import copy
@@ -58,11 +53,7 @@ SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
-
-
-def load_model(
-    checkpoint: str | Path, device: str | torch.device = "cpu", from_scratch: bool = False
-) -> DoubleHeads:
+def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", from_scratch: bool = False) -> DoubleHeads:
     """The double-head model of a hub name, a folder, a GGUF file or the URL of an archive, in float32, for evaluation.
 
     Args:
@@ -253,8 +244,6 @@ def load_finetuned(
     return model, tokenizer
 
 
-
-
 def save_model(model: DoubleHeads, folder: Path, merge_lora: bool = False) -> None:
     """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
 
@@ -272,15 +261,3 @@ def save_model(model: DoubleHeads, folder: Path, merge_lora: bool = False) -> No
                 move_into_place(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'}: not written ({first_line(error)})") from error
-
-
-
-
-
-
-
-
-
-
-
-

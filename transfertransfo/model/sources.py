@@ -28,8 +28,13 @@ HF_FINETUNED_MODEL = (
 HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
-           "adapter_model.safetensors")
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+)
 
 
 def download_pretrained_model() -> str:

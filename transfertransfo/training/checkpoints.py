@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-
 class RandomState:
     """The random generators of every process, as one object that is saved and loaded."""
 
@@ -29,8 +28,10 @@ class RandomState:
         state = {
             "python": random.getstate(),
             "numpy": (
-                generator["state"]["key"].tolist(), generator["state"]["pos"],
-                generator["has_gauss"], generator["gauss"],
+                generator["state"]["key"].tolist(),
+                generator["state"]["pos"],
+                generator["has_gauss"],
+                generator["gauss"],
             ),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -131,13 +132,3 @@ def load_checkpoint(folder: Path, to_load: Mapping) -> None:
         message = f"--resume {path}: damaged ({first_line(error)}); delete it to go on from an older one"
         raise UserError(message) from error
     logger.info("Resuming from %s", path)
-
-
-
-
-
-
-
-
-
-

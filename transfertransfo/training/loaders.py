@@ -19,6 +19,7 @@ from transfertransfo.data.inputs import (
 
 logger = logging.getLogger(__name__)
 
+
 def make_loader(
     examples: list[Example],
     collate: Callable[[list[Example]], Batch | None],
@@ -57,5 +58,11 @@ def pack_examples(
 
 def log_examples(split: str, examples: list[Example], sampler: BucketSampler) -> None:
     candidates = max(len(example.candidates) for example in examples)
-    logger.info("%s: %d examples of up to %d candidates, %d tokens in packed rows, the longest %d",
-                split, len(examples), candidates, sampler.lengths.sum(), sampler.lengths.max())
+    logger.info(
+        "%s: %d examples of up to %d candidates, %d tokens in packed rows, the longest %d",
+        split,
+        len(examples),
+        candidates,
+        sampler.lengths.sum(),
+        sampler.lengths.max(),
+    )

@@ -1,10 +1,10 @@
 """Half precision with apex's meanings of O0 to O3: through apex where it can be imported, through torch elsewhere.
 
-    ""   O0  float32
-    bf16     bfloat16 autocast: the range of float32, so gradients need no scale
-    O1       float16 autocast, a dynamic loss scale
-    O2       float16 weights but for the norms, float32 master weights in the optimizer, a dynamic loss scale
-    O3       float16 weights, no scale
+""   O0  float32
+bf16     bfloat16 autocast: the range of float32, so gradients need no scale
+O1       float16 autocast, a dynamic loss scale
+O2       float16 weights but for the norms, float32 master weights in the optimizer, a dynamic loss scale
+O3       float16 weights, no scale
 """
 
 import contextlib
@@ -53,8 +53,6 @@ def make_precision(
     if level == "bf16":
         limit_kernel_caches(device)
     return NativePrecision(level, model, make_optimizer, device)
-
-
 
 
 class NativePrecision:
