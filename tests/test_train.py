@@ -530,6 +530,7 @@ def test_a_checkpoint_of_2019_trains_on(checkpoints, family, tmp_path):
     assert load_model(run.folder).pretrained.config.vocab_size == load_model(old).pretrained.config.vocab_size
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_it_does(base_checkpoints, tmp_path, monkeypatch):
     """Without a C++ compiler: traced and differentiated ahead of time as for one, then run by torch."""
     checkpoint = tmp_path / "without-dropout"  # whose random numbers fall elsewhere in longer rows

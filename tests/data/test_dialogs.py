@@ -338,7 +338,7 @@ def test_a_split_that_is_no_list(fault):
         ('{"train": ' + "[" * 100_000, "line 1: not a dataset: JSON nested too deeply"),
         (b'{"train":\n ["\xff"]}', "line 2, byte 4: invalid UTF-8"),
         (b'{"train": \xed\xa0\x80', "line 1, byte 11: invalid UTF-8"),
-        (gzip.compress(b""), "the file is empty"),
+        (gzip.compress(b"", mtime=0), "the file is empty"),
     ],
 )
 def test_a_file_that_is_no_dataset(fault, content, expected):

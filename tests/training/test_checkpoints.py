@@ -91,6 +91,7 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, mon
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 def test_kills_at_any_instant():
     """Real ones: see crash.py."""
     command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "3", "--short"]

@@ -143,6 +143,7 @@ def check_equal(one: Path, several: Path) -> None:
     assert all(weights[0][name] == pytest.approx(weights[1][name], abs=2e-5) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(one_process, two_processes):
     check_equal(one_process, two_processes)
 
