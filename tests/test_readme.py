@@ -1,6 +1,6 @@
-"""The README says what the code does: flags, file tree, make targets, and commands, which are run here or parsed.
+"""The README and the pages of docs/ say what the code does: flags, tree, links, and commands that are run or parsed.
 
-`python tests/test_readme.py` writes the tables of flags anew.
+`python tests/test_readme.py` writes the tables of flags in docs/flags.md anew.
 """
 
 import argparse
@@ -17,10 +17,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, FLAGS, CONTRIBUTING = ROOT / "README.md", ROOT / "docs/flags.md", ROOT / "docs/CONTRIBUTING.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "example/README.md", ROOT / "benchmarks/NOTES.md"]
+LONGEST = 15_000  # bytes of the README
+PROSE = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = ("train", "interact", "convai_evaluation")
 ENTRIES = {"train.py": "train", "interact.py": "run", "convai_evaluation.py": "run"}  # each script's entry function
 MAKEFILE = (ROOT / "Makefile").read_text()
+GATHERED = {"runs/", "runs/NAME", "models/"}  # what a checkout does not hold
 # Commands that cannot run everywhere: a pattern, and what they need. Their flags are parsed all the same.
 NEEDS = {
     r"make .*": "its own environments; .ci/run runs it",
@@ -33,13 +38,14 @@ NEEDS = {
     r"pip install .*": "a package index",
     r"docker .*": "Docker; test_docker.py runs what the image is made by",
 }
-# Flags that the README names and other programs have.
-FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--rdzv_backend",
-           "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir"}  # fmt: skip
+# Flags that the pages name and other programs have.
+FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--permutations",
+           "--rdzv_backend", "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir"}  # fmt: skip
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from transfertransfo.chat.commands import COMMANDS  # noqa: E402
 from transfertransfo.cli import ArgumentParser  # noqa: E402
 from transfertransfo.data.dialogs import read_dialogs  # noqa: E402
 from transfertransfo.data.inputs import Example, format_example  # noqa: E402
@@ -79,7 +85,7 @@ def flag_table(script: str) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The README with the flag tables as they should be."""
+    """The page of flags with the tables as they should be."""
     for script in SCRIPTS:
         start, end = f"<!-- flags: {script}.py -->\n", f"<!-- end of flags: {script}.py -->"
         head, rest = text.split(start)
@@ -88,8 +94,8 @@ def with_tables(text: str) -> str:
 
 
 def commands() -> list[str]:
-    """Every command of the README's shell blocks, in their order, its comment left out."""
-    shell = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    """Every command of the pages' shell blocks, in their order, its comment left out."""
+    shell = re.findall(r"```sh\n(.*?)```", PROSE, re.DOTALL)
     lines = "".join(shell).replace("\\\n", " ").splitlines()
     words = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
     return [shlex.join(command) for command in words if command]
@@ -105,25 +111,66 @@ def parse_script(script: str, argv: list[str]) -> argparse.Namespace:
     return parser_of(Path(script).stem).parse_args(argv)
 
 
+def headings(page: Path) -> list[str]:
+    """The titles of a page's sections, in their order; those of blocks of code are none."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub links a heading by."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= LONGEST
+
+
+def test_the_readme_lists_its_sections():
+    contents = re.search(r"^\*\*Contents:\*\*(.*?)\n\n", README.read_text(), re.DOTALL | re.MULTILINE)[1]
+    sections = headings(README)[1:]
+    assert re.findall(r"\[(.*?)\]\(#(.*?)\)", contents) == [(title, anchor(title)) for title in sections]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Each link to a file of the project, and to a heading of a page, as they are clicked on from this page."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links or page.name in ("SECURITY.md",)
+    lost = []
+    for link in links:
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or heading and heading not in map(anchor, headings(target)):
+            lost.append(link)
+    assert not lost
+
+
+def test_each_page_can_be_reached_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", README.read_text()))
+    assert linked == {str(page.relative_to(ROOT)) for page in PAGES[1:]}
+
+
 def test_flags():
-    assert with_tables(README.read_text()) == README.read_text()
+    assert with_tables(FLAGS.read_text()) == FLAGS.read_text()
 
 
 def test_flags_in_the_text_exist():
     own = {name for script in SCRIPTS for action in parser_of(script)._actions for name in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README.read_text()))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PROSE))
     assert named - own <= FOREIGN | set(re.findall(r"--\w+", MAKEFILE))
     assert named >= FOREIGN
 
 
-def blocks(title: str, kinds: str) -> list[str]:
-    """The code blocks of these kinds, as "json|text", in a section."""
-    section = re.search(rf"^## {title}\n(.*?)^## ", README.read_text(), re.DOTALL | re.MULTILINE)[1]
+def blocks(page: Path, title: str, kinds: str) -> list[str]:
+    """The code blocks of these kinds, as "json|text", in a section of a page."""
+    section = re.search(rf"^## {title}\n(.*?)^## ", page.read_text(), re.DOTALL | re.MULTILINE)[1]
     return re.findall(rf"```(?:{kinds})\n(.*?)```", section, re.DOTALL)
 
 
 def test_every_format_of_the_examples_is_read(tmp_path):
-    examples = blocks("Your own data", "json|text")
+    examples = blocks(README, "Your own data", "json|text")
     for name, text in zip(("a.json", "train.jsonl", "train.txt"), examples, strict=True):
         (tmp_path / name).write_text(text)
         (dialog,) = read_dialogs([tmp_path / name])["train"]
@@ -131,7 +178,7 @@ def test_every_format_of_the_examples_is_read(tmp_path):
 
 
 def test_the_example_of_an_input_is_what_the_trainer_prints():
-    (shown,) = blocks("How an input looks", "text")
+    (shown,) = blocks(ROOT / "docs/data.md", "One sequence", "text")
     tokenizer = load_tokenizer(ROOT / "example" / "model", "basic")  # the quicker one; these texts are cut alike
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
     persona, history, reply = tokenize(tokenizer, ["i like dogs .", "hi , how are you ?", "fine , and you ?"])
@@ -139,23 +186,46 @@ def test_the_example_of_an_input_is_what_the_trainer_prints():
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
+def tree() -> set[str]:
+    """The paths of the modules that the tree in docs/CONTRIBUTING.md has a line for."""
+    (lines,) = blocks(CONTRIBUTING, "The tree", "text")
+    paths, folders = set(), []
+    for indent, name in re.findall(r"^( *)(\S+)", lines, re.MULTILINE):
+        folders = folders[: len(indent) // 2]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            paths.add("".join(folders) + name)
+    return paths
+
+
 def test_tree():
-    described = set(re.findall(r"^([a-z_/]+\.py) ", README.read_text(), re.MULTILINE))
-    package = ROOT / "transfertransfo"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    assert described == {path.name for path in ROOT.glob("*.py")} | modules
+    modules = [*ROOT.glob("*.py"), *(ROOT / "transfertransfo").rglob("*.py")]
+    assert tree() == {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
 
 
-@pytest.mark.parametrize("kind", ["make targets", "files"])
-def test_what_is_named_exists(kind):
-    text = README.read_text()
-    if kind == "make targets":
-        targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
-        assert named and named <= set(targets)
-    else:
-        named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(re.findall(r"`((?:example|benchmarks)/[\w./]+)`", text))
-        assert named and not [name for name in named if not (ROOT / name).exists()]
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE)
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", PROSE, re.MULTILINE))
+    assert named and named <= set(targets)
+
+
+def test_files_in_the_text_exist():
+    """Each `folder/name`, from the root, from the package or from the page on which it stands."""
+    folders = [path.name for path in (*ROOT.iterdir(), *(ROOT / "transfertransfo").iterdir()) if path.is_dir()]
+    named = set(re.findall(rf"`((?:{'|'.join(map(re.escape, folders))})/[\w./-]*)`", PROSE)) - GATHERED
+    assert len(named) > 10
+    assert not [name for name in named if not any((ROOT / place / name).exists() for place in (".", "transfertransfo"))]
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(transfertransfo(?:\.\w+)+)`", PROSE))))
+def test_a_function_in_the_text_exists(name):
+    module, _, function = name.rpartition(".")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_page_of_the_chat_names_every_command():
+    assert set(re.findall(r"`(/[a-z]+)\b", (ROOT / "docs/chat.md").read_text())) == set(COMMANDS)
 
 
 def test_make_help_lists_every_target():
@@ -233,10 +303,10 @@ def test_a_command_runs(command, workplace, monkeypatch, capsys):
     assert shown[script] in (said.err if script == "train.py" else said.out)
 
 
-def test_a_reply_without_the_scripts(workplace, capsys):
-    (code,) = blocks("Questions", "python")
-    with contextlib.chdir(workplace):
-        exec(code, {})
+def test_a_reply_without_the_scripts(capsys, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PROSE, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
     assert capsys.readouterr().out.strip()
 
 
@@ -265,4 +335,4 @@ def test_pictures(workplace):
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    FLAGS.write_text(with_tables(FLAGS.read_text()))
