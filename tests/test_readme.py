@@ -45,6 +45,8 @@ FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from test_packaging import MAY_IMPORT, PARSERS  # noqa: E402
+
 from transfertransfo.chat.commands import COMMANDS  # noqa: E402
 from transfertransfo.cli import ArgumentParser  # noqa: E402
 from transfertransfo.data.dialogs import read_dialogs  # noqa: E402
@@ -162,10 +164,13 @@ def test_flags_in_the_text_exist():
     assert named >= FOREIGN
 
 
+def section(page: Path, title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?:^## |\Z)", page.read_text(), re.DOTALL | re.MULTILINE)[1]
+
+
 def blocks(page: Path, title: str, kinds: str) -> list[str]:
     """The code blocks of these kinds, as "json|text", in a section of a page."""
-    section = re.search(rf"^## {title}\n(.*?)^## ", page.read_text(), re.DOTALL | re.MULTILINE)[1]
-    return re.findall(rf"```(?:{kinds})\n(.*?)```", section, re.DOTALL)
+    return re.findall(rf"```(?:{kinds})\n(.*?)```", section(page, title), re.DOTALL)
 
 
 def test_every_format_of_the_examples_is_read(tmp_path):
@@ -201,6 +206,28 @@ def tree() -> set[str]:
 def test_tree():
     modules = [*ROOT.glob("*.py"), *(ROOT / "transfertransfo").rglob("*.py")]
     assert tree() == {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+
+
+def test_the_table_of_imports_is_the_tested_one():
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|$", section(CONTRIBUTING, "Who may import what"), re.MULTILINE)
+    allowed, parsers = {}, {}
+    for rooms, may_import in rows[1:-1]:  # without the head and the scripts, which may import all
+        for room in rooms.split(", "):
+            shared, *more = may_import.replace("nothing of the project", "").split("; ")
+            allowed[room] = set(filter(None, shared.split(", ")))
+            parsers |= {f"{room}.{file}": {name} for file, name in re.findall(r"`(\w+)\.py` also (\w+)", "".join(more))}
+    assert (allowed, parsers) == (MAY_IMPORT, PARSERS)
+
+
+def test_the_way_of_a_dialog_is_there():
+    """Each function that it names is in one of the files that it names."""
+    named = re.findall(r"`(.*?)`", section(CONTRIBUTING, "The way of a dialog"))
+    files = {name for name in named if name.endswith(".py")}
+    defined: set[str] = set()
+    for name in files - {"train.py"}:
+        text = (ROOT / "transfertransfo" / name).read_text()
+        defined.update(re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE))
+    assert len(files) > 10 and set(named) - files <= defined
 
 
 def test_make_targets_exist():
