@@ -8,6 +8,7 @@ python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent
 
 import json
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from transfertransfo.cli import (
@@ -19,7 +20,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError
+from transfertransfo.errors import UserError, flags_named
 from transfertransfo.files import write_atomically
 
 
@@ -56,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+@flags_named()
 def run(argv: list[str] | None = None) -> dict:
     """Evaluate as the command line says; returns the figures, which it prints.
 
@@ -67,15 +69,14 @@ def run(argv: list[str] | None = None) -> dict:
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from transfertransfo.evaluation.native import companions, evaluate
-    from transfertransfo.evaluation.parlai_backend import evaluate_in_parlai
+    from transfertransfo.evaluation.native import extra_figures
 
     set_up_logging()
     set_seed(args.seed)
     if args.datapath:
         use_datapath_(args)
-    details, figures = evaluate(args) if args.backend == "native" else evaluate_in_parlai(args)
-    report = {"examples": len(details)} | figures | companions(details)
+    details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
+    report = {"examples": len(details)} | figures | extra_figures(details)
     for name, key in (
         ("FINAL Hits@1", "hits@1"),
         ("FINAL PPL", "ppl"),
@@ -100,6 +101,37 @@ def use_datapath_(args: Namespace) -> None:
     dictionary = folder / "models" / "convai2" / "dict_self"
     if not args.dict_file and dictionary.is_file():
         args.dict_file = str(dictionary)
+
+
+def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
+    """Each example's results, and the figures, by this project alone."""
+    from transfertransfo.decoding import Decoding
+    from transfertransfo.evaluation.evaluator import Evaluator
+    from transfertransfo.evaluation.native import evaluate, load_validation, word_counts
+    from transfertransfo.model.loading import load_finetuned
+
+    decoding = Decoding.of(args)
+    model, tokenizer = load_finetuned(
+        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
+    )
+    dataset = load_validation(tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs)
+    counts = partial(word_counts, dataset, args.dict_file)
+    evaluator = Evaluator(model, tokenizer, args.eval_type, decoding, counts=counts, gpt2_words=args.gpt2_ppl)
+    return evaluate(evaluator, dataset, max_history=args.max_history, batchsize=args.batchsize)
+
+
+def evaluate_in_backend(args: Namespace) -> tuple[list[dict], dict]:
+    """The same in ParlAI, which loads the model in an agent of its own, by the same flags."""
+    from transfertransfo.evaluation.native import load_validation, word_counts
+    from transfertransfo.evaluation.parlai_backend import check_installed, evaluate_in_parlai
+    from transfertransfo.model.sources import download_pretrained_model, load_tokenizer
+
+    check_installed(args.backend)
+    tokenizer = load_tokenizer(args.model_checkpoint or download_pretrained_model(), args.gpt_tokenization)
+    dataset = load_validation(tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs)
+    counts = partial(word_counts, dataset, args.dict_file)
+    own_data = Path(args.dataset_path) if args.datapath else None
+    return evaluate_in_parlai(args.backend, dataset, counts, vars(args), own_data=own_data)
 
 
 def write_output(flag: str, path: str, content: str) -> None:

@@ -26,7 +26,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError
+from transfertransfo.errors import UserError, flags_named
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+@flags_named()
 def run(argv: list[str] | None = None) -> None:
     """Chat as the command line says, until the input ends.
 
@@ -73,10 +74,12 @@ def run(argv: list[str] | None = None) -> None:
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
     from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
+    from transfertransfo.decoding import Decoding
     from transfertransfo.model.loading import load_finetuned
 
     set_up_logging(logging.WARNING)
     set_seed(args.seed)
+    decoding = Decoding.of(args)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # whatever bytes a pipe brings, whatever a terminal can show
@@ -86,15 +89,20 @@ def run(argv: list[str] | None = None) -> None:
         show(f"{text}\n", "note")
 
     def draw() -> list[str]:
-        return draw_persona(args, tell)
+        return draw_from_dataset(args, tell)
 
     persona = given_persona(args)
     persona = draw() if persona is None else persona
     model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16, args.force
+        args.model_checkpoint,
+        args.gpt_tokenization,
+        args.device,
+        args.history_start,
+        args.fp16,
+        force=args.force,
     )
     with open_transcript(args.transcript) as transcript:
-        chat = Chat(model, tokenizer, args, persona, draw, tell, transcript)
+        chat = Chat(model, tokenizer, decoding, args.max_history, persona, draw, tell, transcript)
         show(f"{chat.introduction()}\n", "persona")
         talk(chat, make_reader(), show)
 
@@ -112,16 +120,16 @@ def given_persona(args: Namespace) -> list[str] | None:
         raise UserError(f"--personality_file {args.personality_file}: {reason}") from error
 
 
-def draw_persona(args: Namespace, tell: Callable[[str], None]) -> list[str]:
+def draw_from_dataset(args: Namespace, tell: Callable[[str], None]) -> list[str]:
     """A persona out of the dataset: `--dataset_path`, else the one that the model was trained on, else PersonaChat."""
-    from transfertransfo.data import dialogs
     from transfertransfo.data.dataset import locate_dataset
+    from transfertransfo.data.dialogs import draw_persona
 
     path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if path and not args.dataset_path:
         tell(f"(a persona from {path})")
     try:
-        return dialogs.draw_persona(locate_dataset(path), args.skip_bad_dialogs)
+        return draw_persona(locate_dataset(path), args.skip_bad_dialogs)
     except UserError as error:
         raise UserError(f"{error}; or {GIVE_PERSONA}") from error
 

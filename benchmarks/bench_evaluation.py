@@ -1,12 +1,11 @@
 """hits@1, word perplexity and F1: batches of turns over packed rows and a cache, and one sequence after another."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, in_turn, ratio
 from benchmarks.setting import DECODING, Setting, Shape, spread
-from transfertransfo.data.inputs import Example
 from transfertransfo.decoding import Context, generate
 from transfertransfo.evaluation.evaluator import Evaluator, Turn, by_length
 from transfertransfo.evaluation.metrics import count_words, split_words
@@ -39,17 +38,13 @@ def time_turns(
     return ratio(benchmark, own, other, goal, turns=size)
 
 
-def example_of(turn: Turn) -> Example:
-    return Example(turn.persona, turn.history, turn.candidates)
-
-
 def hits(setting: Setting) -> Iterator[dict]:
     model, tokenizer = setting.model, setting.tokenizer
-    evaluator = Evaluator(model, tokenizer, Namespace(eval_type="hits@1"), dict)
+    evaluator = Evaluator(model, tokenizer, "hits@1", DECODING, counts=dict)
     plain = reference.double_heads(model)
     yield time_turns(
         "hits@1, 20 candidates", setting, "hits@1", setting.sizes.turns // 2, evaluator,
-        lambda turn: reference.rank_candidates(plain, tokenizer, example_of(turn)),
+        lambda turn: reference.rank_candidates(plain, tokenizer, turn.example),
         lambda ours, theirs: check_equal("hits@1, ranking", ours["ranking"], theirs),
         ">= 6",
     )  # fmt: skip
@@ -62,7 +57,7 @@ def word_ppl(
     model = setting.make_model(shape) if shape else setting.model
     dataset = setting.dataset
     counts = count_words(dataset.all_dialogs(dataset.texts))
-    evaluator = Evaluator(model, tokenizer, Namespace(eval_type="ppl", gpt2_ppl="spaced"), lambda: counts)
+    evaluator = Evaluator(model, tokenizer, "ppl", DECODING, counts=lambda: counts)
     lm = reference.lm_head(reference.double_heads(model))
     scorer = reference.WordScorer(counts, lambda word: tokenizer.backend_tokenizer.model.tokenize(word)[0].id)
 
@@ -75,7 +70,7 @@ def word_ppl(
 
     yield time_turns(
         f"word ppl, {name}", setting, "ppl", setting.sizes.turns, evaluator,
-        lambda turn: scorer.probabilities(lm, tokenizer, example_of(turn), split_words(turn.label)),
+        lambda turn: scorer.probabilities(lm, tokenizer, turn.example, split_words(turn.label)),
         same, goal,
     )  # fmt: skip
 
@@ -90,17 +85,17 @@ def f1(setting: Setting, gold_lengths: bool = False) -> Iterator[dict]:
     lm = reference.lm_head(reference.double_heads(model))
     longest = DECODING.max_length
     length_of = lambda turn: min(len(turn.label_ids) + 1, longest) if gold_lengths else longest  # noqa: E731
-    up_to = lambda length: Namespace(**vars(DECODING) | {"max_length": length})  # noqa: E731
+    up_to = lambda length: replace(DECODING, max_length=length)  # noqa: E731
 
     def ours(turns: list[Turn]) -> list[list[int]]:
-        contexts = [Context(turn.persona, turn.history) for turn in turns]
+        contexts = [Context(turn.example.persona, turn.example.history) for turn in turns]
         replies = generate(model, contexts, tokenizer, up_to(max(map(length_of, turns))))
         return [reply[: length_of(turn)] for reply, turn in zip(replies, turns)]
 
     yield time_turns(
         "F1, greedy, " + ("as long as the gold replies" if gold_lengths else f"{longest} tokens a reply"),
         setting, "f1", setting.sizes.turns, ours,
-        lambda turn: reference.greedy_reply(lm, tokenizer, example_of(turn), up_to(length_of(turn))),
+        lambda turn: reference.greedy_reply(lm, tokenizer, turn.example, up_to(length_of(turn))),
         lambda ours, theirs: check_equal("F1, reply", ours, theirs),
         ">= 15",
     )  # fmt: skip

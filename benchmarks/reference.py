@@ -26,7 +26,7 @@ from transformers import (
 
 from transfertransfo.data.inputs import IGNORED, MODEL_INPUTS, PADDED_INPUTS, Example, build_input_from_segments
 from transfertransfo.data.tokenization import special_ids
-from transfertransfo.decoding import top_filtering
+from transfertransfo.decoding import Decoding, top_filtering
 from transfertransfo.evaluation.metrics import SMOOTHING
 from transfertransfo.model.double_heads import DoubleHeads
 
@@ -168,14 +168,14 @@ def next_token_logits(
 
 
 def greedy_reply(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example, args: Namespace
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example, decoding: Decoding
 ) -> list[int]:
     """A reply's token ids, the likeliest each, by one forward a token, filtered as if one were drawn."""
     special = special_ids(tokenizer)
     reply: list[int] = []
-    for _ in range(args.max_length):
-        logits = next_token_logits(lm, tokenizer, example, reply) / args.temperature
-        token = int(top_filtering(logits, args.top_k, args.top_p).softmax(-1).argmax())
+    for _ in range(decoding.max_length):
+        logits = next_token_logits(lm, tokenizer, example, reply) / decoding.temperature
+        token = int(top_filtering(logits, decoding.top_k, decoding.top_p).softmax(-1).argmax())
         if token in special:
             break
         reply.append(token)

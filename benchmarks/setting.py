@@ -14,6 +14,7 @@ from transfertransfo.data.dataset import TokenizedDataset, load_dataset, locate_
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.inputs import Example, make_examples
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
+from transfertransfo.decoding import Decoding
 from transfertransfo.evaluation.evaluator import Turn, make_turns
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
@@ -45,7 +46,7 @@ QUICK = Sizes(SMALL._replace(n_layer=4), SMALL, repetitions=1, longest=280, turn
 
 TRAINING = ["--num_candidates", "4", "--gradient_accumulation_steps", "1"]  # the paper's recipe, a step a forward
 # the defaults of the evaluation, but for sampling
-DECODING = Namespace(max_length=20, min_length=1, no_sample=True, temperature=0.7, top_k=0, top_p=0.9)
+DECODING = Decoding(no_sample=True)
 
 
 class Setting:

@@ -69,9 +69,7 @@ def test_a_side_that_differs_is_caught(name, function, wrong, setting, monkeypat
 def test_replies_do_not_end_by_themselves(setting):
     """A random model that gives `<speaker1>` at once made a benchmark of replies without a token."""
     lm = reference.lm_head(reference.double_heads(setting.model))
-    reply = reference.greedy_reply(
-        lm, setting.tokenizer, bench_evaluation.example_of(setting.turns[0]), bench_evaluation.DECODING
-    )
+    reply = reference.greedy_reply(lm, setting.tokenizer, setting.turns[0].example, bench_evaluation.DECODING)
     assert len(reply) == bench_evaluation.DECODING.max_length
 
 

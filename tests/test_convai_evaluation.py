@@ -194,16 +194,13 @@ def test_input_that_cannot_be_used(evaluate, dataset, tmp_path):
 # What ParlAI is given
 
 
-@pytest.fixture
-def arguments(checkpoint, dataset, tmp_path):
-    return lambda *argv: parse_args(["--dataset_path", str(dataset), "--model_checkpoint", str(checkpoint),
-                                     "--dataset_cache", str(tmp_path / "cache.bin"), *map(str, argv)])  # fmt: skip
+COUNTS = {"i": 3}.copy
 
 
-def test_parlai_gets_a_copy_of_the_validation_split(arguments, dataset, tokenizer, tmp_path):
+def test_parlai_gets_a_copy_of_the_validation_split(dataset, tokenizer, tmp_path):
     data = tmp_path / "temporary"
     data.mkdir()
-    make_data_folder(data, arguments("--backend", "convai2"), load_dataset(tokenizer, dataset, ""))
+    make_data_folder(data, "convai2", load_dataset(tokenizer, dataset, ""), COUNTS)
     files = {path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()}
     names = ("valid_self_original.txt", "valid_self_original_no_cands.txt", ".built")
     assert files == {*(f"ConvAI2/{name}" for name in names), "models/convai2/dict_self"}
@@ -216,40 +213,38 @@ def snapshot(folder: Path) -> dict:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_parlai_never_sees_the_users_own_folder(arguments, parlai_data, tokenizer, tmp_path):
+def test_parlai_never_sees_the_users_own_folder(parlai_data, tokenizer, tmp_path):
     """ParlAI deletes a folder whose mark it does not like. It gets a link, which cannot be deleted through."""
-    args = arguments("--backend", "parlai", "--datapath", parlai_data)
-    convai_evaluation.use_datapath_(args)
+    own = parlai_data / "ConvAI2"
     data = tmp_path / "temporary"
     data.mkdir()
     before = snapshot(parlai_data)
-    make_data_folder(data, args, load_dataset(tokenizer, args.dataset_path, ""))
+    make_data_folder(data, "parlai", load_dataset(tokenizer, own, ""), COUNTS, own_data=own)
     assert (data / "ConvAI2").is_symlink()
     assert snapshot(parlai_data) == before
 
 
 @pytest.mark.parametrize("mark", [None, "", "today", "today\nv4.0", "v5.0\n"])
-def test_a_folder_that_parlai_would_delete_is_refused(arguments, parlai_data, tokenizer, tmp_path, mark):
+def test_a_folder_that_parlai_would_delete_is_refused(evaluate, monkeypatch, parlai_data, mark):
     built = parlai_data / "ConvAI2" / ".built"
     built.unlink() if mark is None else built.write_text(mark)
-    args = arguments("--backend", "parlai", "--datapath", parlai_data)
-    convai_evaluation.use_datapath_(args)
+    monkeypatch.setattr(parlai_backend, "check_installed", lambda backend: None)
     with pytest.raises(UserError) as error:
-        make_data_folder(tmp_path, args, load_dataset(tokenizer, args.dataset_path, ""))
+        evaluate("--backend", "parlai", "--datapath", parlai_data)
     assert str(error.value).startswith(f"{built}: its second line is not v5.0")
+    assert str(error.value).endswith(f"; evaluate a copy of its data: --dataset_path {parlai_data / 'ConvAI2'}")
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_parlai_would_miss_is_named(arguments, parlai_data, tokenizer, tmp_path):
-    args = arguments("--backend", "convai2", "--datapath", parlai_data)
-    convai_evaluation.use_datapath_(args)
+def test_a_file_that_parlai_would_miss_is_named(evaluate, monkeypatch, parlai_data):
+    monkeypatch.setattr(parlai_backend, "check_installed", lambda backend: None)
     with pytest.raises(UserError, match=r"original_no_cands\.txt: not there; --dataset_path .* does without"):
-        make_data_folder(tmp_path, args, load_dataset(tokenizer, args.dataset_path, ""))
+        evaluate("--backend", "convai2", "--datapath", parlai_data)
 
 
 @pytest.mark.parametrize("backend", ["parlai", "convai2"])
 @pytest.mark.parametrize("installed", [None, "0.9"])
-def test_a_backend_that_is_not_installed(arguments, monkeypatch, backend, installed):
+def test_a_backend_that_is_not_installed(evaluate, monkeypatch, backend, installed):
     def version(name: str) -> str:
         if installed is None:
             raise importlib.metadata.PackageNotFoundError(name)
@@ -257,7 +252,8 @@ def test_a_backend_that_is_not_installed(arguments, monkeypatch, backend, instal
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(UserError) as error:
-        parlai_backend.evaluate_in_parlai(arguments("--backend", backend))
+        evaluate("--backend", backend)
+    assert str(error.value).startswith(f"--backend {backend}: needs parlai==")
     assert str(error.value).endswith(install_command(backend))
     assert "\n" not in str(error.value)
 
@@ -269,7 +265,7 @@ def test_the_install_command_is_that_of_the_requirements(backend):
     assert [line.lstrip("# ") for line in lines if line.startswith("#   ")] == [install_command(backend)]
 
 
-def test_the_temporary_folder_is_private_and_removed(arguments, monkeypatch, tmp_path):
+def test_the_temporary_folder_is_private_and_removed(evaluate, monkeypatch):
     found = {}
 
     def look(opt: dict, measures: tuple) -> dict:
@@ -280,7 +276,7 @@ def test_the_temporary_folder_is_private_and_removed(arguments, monkeypatch, tmp
     monkeypatch.setattr(parlai_backend, "check_installed", lambda backend: None)
     monkeypatch.setattr(parlai_backend, "run_parlai", look)
     with pytest.raises(KeyboardInterrupt):
-        parlai_backend.evaluate_in_parlai(arguments("--backend", "parlai"))
+        evaluate("--backend", "parlai")
     assert found["mode"] == 0o700
     assert not found["folder"].exists()
 
@@ -406,7 +402,7 @@ def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
 
 @pytest.mark.parametrize("flag", ["--report", "--details"])
 def test_a_file_that_cannot_be_written_is_said_before_the_work(checkpoint, dataset, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr(native, "evaluate", lambda _: pytest.fail("evaluated first"))
+    monkeypatch.setattr(native, "evaluate", lambda *_, **__: pytest.fail("evaluated first"))
     for path in (tmp_path, tmp_path / "nowhere" / "file"):
         with pytest.raises(UserError, match=f"^{flag} {path}: no file can be written there$"):
             convai_evaluation.run(["--model", str(checkpoint), "--dataset_path", str(dataset), flag, str(path)])

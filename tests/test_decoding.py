@@ -1,7 +1,9 @@
 """Replies: cached as uncached, batched as one by one, beams as brute force, ranking as one sequence a reply."""
 
 import itertools
+import re
 from argparse import Namespace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from helpers import FAMILIES, OTHERS
 from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
+from transfertransfo.cli import ArgumentParser, add_decoding_flags
 from transfertransfo.data.inputs import build_input_from_segments, context_positions
 from transfertransfo.data.tokenization import SPECIAL_TOKENS
 from transfertransfo.decoding import (
-    OFF,
     CachedRows,
     Context,
+    Decoding,
     beam_search,
     candidate_replies,
     decode,
@@ -23,9 +26,8 @@ from transfertransfo.decoding import (
     sample_sequence,
     score_replies,
     top_filtering,
-    with_defaults,
 )
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError, UserError, flags_named
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
 
@@ -40,10 +42,8 @@ CONTEXTS = [
 ]
 
 
-def options(**changed) -> Namespace:
-    """The arguments that a script of the original's time gives, greedy, and what is changed."""
-    original = {"max_length": 8, "min_length": 1, "no_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
-    return Namespace(**original | changed)
+def options(**changed) -> Decoding:
+    return Decoding(**{"no_sample": True, "max_length": 8} | changed)
 
 
 def next_logits(model, context, reply, tokenizer):
@@ -177,8 +177,7 @@ def test_every_special_token_ends_a_reply(model, tokenizer, token):
 def test_one_beam_is_greedy(model, tokenizer, min_length):
     args = options(min_length=min_length, max_length=12)
     want = generate(model, CONTEXTS, tokenizer, args)
-    args.num_beams, args.no_sample = 1, False
-    assert generate(model, CONTEXTS, tokenizer, args) == want
+    assert generate(model, CONTEXTS, tokenizer, replace(args, num_beams=1, no_sample=False)) == want
 
 
 def test_beams_of_a_batch_equal_those_of_one_context(model, tokenizer):
@@ -238,7 +237,7 @@ def test_wide_beams_equal_brute_force(tiny_model, length_penalty, min_length):
     want = [words for score, words in brute_force(tiny_model, context, tokenizer, args) if score > -float("inf")]
     (found,) = beam_search(tiny_model, [context], tokenizer, args)
     assert found == want
-    args.num_beams = 12  # fewer than the 155 ends that there are, and more than the best needs
+    args = replace(args, num_beams=12)  # fewer than the 155 ends that there are, and more than the best needs
     assert beam_search(tiny_model, [context], tokenizer, args)[0][0] == want[0]
 
 
@@ -250,10 +249,19 @@ def test_longer_replies_win_with_a_length_penalty(tiny_model):
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 
-def test_the_flags_against_repetition_are_off_in_arguments_of_the_original(model, tokenizer):
-    args = with_defaults(options())
-    assert {name: getattr(args, name) for name in OFF} == OFF
-    assert generate(model, CONTEXTS, tokenizer, options()) == generate(model, CONTEXTS, tokenizer, args)
+def test_arguments_of_the_originals_time(model, tokenizer):
+    """They lack the newer flags, and have others that are none of decoding's."""
+    original = {"max_length": 8, "min_length": 3, "no_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
+    args = Namespace(**original, dataset_path="", seed=0)
+    assert Decoding.of(args) == Decoding(**original)
+    want = generate(model, CONTEXTS, tokenizer, Decoding(**original))
+    assert [sample_sequence(*context, tokenizer, model, args) for context in CONTEXTS] == want
+
+
+def test_the_defaults_are_those_of_the_flags():
+    parser = ArgumentParser("")
+    add_decoding_flags(parser)
+    assert list(asdict(Decoding()).items()) == list(vars(parser.parse_args([])).items())
 
 
 @pytest.mark.parametrize("num_beams", [0, 3])
@@ -261,7 +269,7 @@ def test_no_ngram_comes_twice_in_a_reply(model, tokenizer, num_beams):
     logits = LogitsModel(model, {7: 3.0, 8: 2.0, 9: 1.0})
     args = options(max_length=9, top_p=0.0, num_beams=num_beams)
     assert 7 in generate(logits, CONTEXTS, tokenizer, args)[0][1:]
-    args.no_repeat_ngram_size = 2
+    args = replace(args, no_repeat_ngram_size=2)
     for reply in generate(logits, CONTEXTS, tokenizer, args):
         bigrams = list(itertools.pairwise(reply))
         assert len(bigrams) > 3 and len(set(bigrams)) == len(bigrams)
@@ -294,7 +302,7 @@ def test_ranking_equals_the_scores_of_one_sequence_a_reply(model, tokenizer):
     args = options(no_sample=False, num_samples=5, temperature=2.0)
     torch.manual_seed(1)
     drawn = candidate_replies(model, CONTEXTS, tokenizer, args)
-    args.rank = True
+    args = replace(args, rank=True)
     torch.manual_seed(1)
     ranked = candidate_replies(model, CONTEXTS, tokenizer, args)
     scores = score_replies(model, CONTEXTS, drawn, tokenizer)
@@ -321,23 +329,31 @@ def test_scores_of_different_numbers_of_replies(model, tokenizer):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_beams": 2, "num_samples": 2}, "^--num_beams and --num_samples: "),
-        ({"num_samples": 2}, "^--num_samples 2: with --no_sample"),
-        ({"rank": True}, "^--rank: there is one reply only"),
-        ({"rank": True, "num_beams": 1}, "^--rank: there is one reply only"),
-        ({"max_length": 126}, "^--max_length 126: more than the model's 128 positions hold$"),
+        ({"num_beams": 2, "num_samples": 2}, "num_beams and num_samples: beams are not sampled; give one of the two"),
+        ({"num_samples": 2}, "num_samples 2: with no_sample they would all be the same"),
+        ({"rank": True}, "rank: there is one reply only; give num_samples or num_beams of at least 2 too"),
+        (
+            {"rank": True, "num_beams": 1},
+            "rank: there is one reply only; give num_samples or num_beams of at least 2 too",
+        ),
+        ({"max_length": 126}, "max_length 126: more than the model's 128 positions hold"),
     ],
 )
-def test_flags_that_exclude_each_other(model, tokenizer, changed, message):
-    with pytest.raises(UserError, match=message):
+def test_settings_that_cannot_be(model, tokenizer, changed, message):
+    """The library names its own fields, a script their flags."""
+    with pytest.raises(SettingError) as error:
         generate(model, CONTEXTS, tokenizer, options(**changed))
+    assert str(error.value) == message
+    with pytest.raises(UserError) as error, flags_named():
+        generate(model, CONTEXTS, tokenizer, options(**changed))
+    assert str(error.value) == re.sub("rank|num_beams|num_samples|no_sample|max_length", r"--\g<0>", message)
 
 
 def test_contexts_longer_than_the_model(model, tokenizer):
     """The original's embedding lookup failed with an IndexError."""
     long = ([[7] * 30] * 3, [[8] * 200, [9] * 50, [10] * 300])
     args = options(max_length=20, min_length=20)
-    cut = fit_context(model, Context(*long), args)
+    cut = fit_context(model, Context(*long), args.max_length)
     assert [len(turn) for turn in cut.history] < [len(turn) for turn in long[1]]
     assert generate(model, [long, CONTEXTS[0]], tokenizer, args) == [
         generate(model, [context], tokenizer, args)[0] for context in (cut, CONTEXTS[0])

@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,12 +24,11 @@ import interact
 from transfertransfo.chat import conversation, terminal
 from transfertransfo.chat.commands import COMMANDS, answer
 from transfertransfo.chat.conversation import Chat, readable
-from transfertransfo.cli import ArgumentParser, add_decoding_flags
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.dialogs import draw_persona, read_dialogs
 from transfertransfo.data.formats import write_parlai
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, knows_dialog_tokens, tokenize
-from transfertransfo.decoding import sample_sequence, score_replies
+from transfertransfo.decoding import Decoding, sample_sequence, score_replies
 from transfertransfo.errors import UserError
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
@@ -37,17 +37,11 @@ EXAMPLE = ROOT / "example" / "personachat.json"
 PERSONA = ["i like dogs .", "i live in ohio ."]
 
 
-def options(*flags: str) -> Namespace:
-    parser = ArgumentParser("")
-    add_decoding_flags(parser)
-    return Namespace(**vars(parser.parse_args(flags)), max_history=2)
-
-
 @pytest.fixture
 def chat(model, tokenizer):
     told = []
-    flags = options("--max_length", "6", "--min_length", "6", "--no_sample")
-    made = Chat(model, tokenizer, flags, PERSONA, lambda: ["i was drawn ."], told.append, io.StringIO())
+    decoding = Decoding(max_length=6, min_length=6, no_sample=True)
+    made = Chat(model, tokenizer, decoding, 2, PERSONA, lambda: ["i was drawn ."], told.append, io.StringIO())
     made.told = told
     return made
 
@@ -67,7 +61,7 @@ def test_replies_are_those_of_sample_sequence(chat, model, tokenizer):
     history = []
     for text in ("hello , how are you ?", "what do you do ?", "do you like dogs ?", "why ?"):
         history += tokenize(tokenizer, [text])
-        reply = sample_sequence(tokenize(tokenizer, PERSONA), history[-5:], tokenizer, model, chat.args)
+        reply = sample_sequence(tokenize(tokenizer, PERSONA), history[-5:], tokenizer, model, chat.decoding)
         history.append(reply)
         assert say(chat, text) == chat.text_of(reply)
     assert chat.context(chat.exchanges, [7]).earlier == history[1:4:2]
@@ -113,7 +107,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
 
 def test_a_reply_stopped_before_its_first_token_leaves_nothing(chat, model, monkeypatch):
     monkeypatch.setattr(conversation, "candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    chat.args.num_beams = 2
+    chat.decoding = replace(chat.decoding, num_beams=2)
     with pytest.raises(KeyboardInterrupt):
         say(chat, "hello")
     assert chat.exchanges == []
@@ -224,16 +218,16 @@ def test_a_reply_stays_where_no_other_comes(chat):
     say(chat, "hello")
     exchanges = chat.exchanges.copy()
     for length in (600, 10**12):
-        chat.args.max_length = length
-        with pytest.raises(UserError, match=f"--max_length {length}: more than the model's 128 positions hold"):
+        chat.decoding = replace(chat.decoding, max_length=length)
+        with pytest.raises(UserError, match=f"^max_length {length}: more than the model's 128 positions hold"):
             say(chat, "/retry")
         assert chat.exchanges == exchanges
 
 
 def test_settings(chat):
-    assert say(chat, "/set temperature 0.9") == "temperature = 0.9" and chat.args.temperature == 0.9
+    assert say(chat, "/set temperature 0.9") == "temperature = 0.9" and chat.decoding.temperature == 0.9
     assert say(chat, "/set temperature") == "temperature = 0.9"
-    assert say(chat, "/set no_sample off") == "no_sample = False" and chat.args.no_sample is False
+    assert say(chat, "/set no_sample off") == "no_sample = False" and chat.decoding.no_sample is False
     say(chat, "/set max_history 0")
     say(chat, "hello")
     assert len(chat.context(chat.exchanges, [7]).history) == 1
@@ -253,10 +247,10 @@ def test_settings(chat):
     ],
 )
 def test_wrong_settings_change_nothing(chat, rest, message):
-    before = vars(chat.args).copy()
+    before = chat.decoding, chat.max_history
     with pytest.raises(UserError, match=message):
         say(chat, f"/set {rest}")
-    assert vars(chat.args) == before
+    assert (chat.decoding, chat.max_history) == before
 
 
 def test_candidates_are_scored_by_the_choice_head(chat, model, tokenizer):
@@ -367,14 +361,14 @@ def test_no_persona_to_draw(tmp_path):
     (tmp_path / "empty.json").touch()
     for name, fault in (("train.txt", "no dialog with a persona"), ("empty.json", "the file is empty")):
         with pytest.raises(UserError, match=f"{name}: {fault}; or give a persona .*--personality"):
-            interact.draw_persona(arguments(tmp_path / name), print)
+            interact.draw_from_dataset(arguments(tmp_path / name), print)
 
 
 def test_a_run_folder_tells_its_dataset(tmp_path):
     told = []
     args = arguments("", model_checkpoint=str(tmp_path))
     (tmp_path / "training_args.json").write_text(json.dumps({"dataset_path": str(EXAMPLE)}))
-    assert interact.draw_persona(args, told.append)
+    assert interact.draw_from_dataset(args, told.append)
     assert told == [f"(a persona from {EXAMPLE})"]
     for content in ('{"dataset_path": "/no/such"}', "[]", "{", '{"dataset_path": null}', "{}"):
         (tmp_path / "training_args.json").write_text(content)
@@ -387,7 +381,7 @@ def test_no_download_names_the_way_out(monkeypatch):
 
     monkeypatch.setattr("transfertransfo.data.dataset.fetch", fail)
     with pytest.raises(UserError, match=r"^cannot download https.*; or give a persona instead: --personality "):
-        interact.draw_persona(arguments(""), print)
+        interact.draw_from_dataset(arguments(""), print)
 
 
 def test_persona_flags(tmp_path):
@@ -418,18 +412,25 @@ def chat_through_a_pipe(monkeypatch, capsys, lines: list[str], *flags: str) -> s
 
 def test_run_through_a_pipe(monkeypatch, capsys, checkpoint, tmp_path):
     flags = ["--model", checkpoint, "--transcript", tmp_path / "t.jsonl", "--personality", "i like <eos> dogs .", " "]
-    out = chat_through_a_pipe(monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo"], *flags)
+    out = chat_through_a_pipe(
+        monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo", "/set max_length 200", "hello"], *flags
+    )
     lines = out.splitlines()
     assert lines[:2] == ["Persona: i like <eos> dogs .", ">>> hello"]
     assert lines[3:] == [
         ">>> ", "(say something, or leave with Ctrl-D)", "",
         ">>> /xyzzy", "/xyzzy: no such command; /help lists them",
         ">>> /undo", "(taken back: hello)",
+        ">>> /set max_length 200", "max_length = 200",
+        ">>> hello", "(more than the model's 128 positions: the oldest is left out now)",
+        "--max_length 200: more than the model's 128 positions hold",
         ">>> ",
     ]  # fmt: skip
     assert "\x1b" not in out
     recorded = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert [line.get("speaker") or line.get("command") for line in recorded] == [None, "user", "model", "/undo"]
+    assert [line.get("speaker") or line.get("command") for line in recorded] == [
+        None, "user", "model", "/undo", "/set max_length 200", "user"
+    ]  # fmt: skip
 
 
 def test_seeds(monkeypatch, capsys, checkpoint):

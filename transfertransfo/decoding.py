@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -18,22 +19,52 @@ from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
 from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_row, pack
 from transfertransfo.data.tokenization import special_ids
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads
 
-OFF = {  # flags that the original does not have; arguments from scripts of its time lack them
-    "num_beams": 0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "repetition_penalty": 1.0,
-    "block_history_ngram": 0,
-    "num_samples": 1,
-    "rank": False,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a reply is chosen. The fields are the flags of `cli.add_decoding_flags`, with their defaults.
+
+    Raises:
+        SettingError: fields that exclude each other.
+    """
+
+    no_sample: bool = False  # the likeliest token instead of a sampled one
+    max_length: int = 20  # of a reply, in tokens
+    min_length: int = 1
+    temperature: float = 0.7
+    top_k: int = 0  # as in `top_filtering`, likewise `top_p`
+    top_p: float = 0.9
+    num_beams: int = 0  # of `beam_search`; 0 = none, 1 = greedy
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0  # as in `AgainstRepetition`, likewise the next two
+    repetition_penalty: float = 1.0
+    block_history_ngram: int = 0
+    num_samples: int = 1  # replies to draw
+    rank: bool = False  # whether the choice head says which of several replies comes first
+
+    def __post_init__(self) -> None:
+        if self.num_beams and self.num_samples > 1:
+            message = "num_beams and num_samples: beams are not sampled; give one of the two"
+            raise SettingError(message, "num_beams", "num_samples")
+        if self.no_sample and self.num_samples > 1:
+            message = f"num_samples {self.num_samples}: with no_sample they would all be the same"
+            raise SettingError(message, "num_samples", "no_sample")
+        if self.rank and max(self.num_beams, self.num_samples) < 2:
+            message = "rank: there is one reply only; give num_samples or num_beams of at least 2 too"
+            raise SettingError(message, "rank", "num_samples", "num_beams")
+
+    @classmethod
+    def of(cls, args: "Namespace | Decoding") -> "Decoding":
+        """The decoding of a script's arguments. Fields that they lack, as older scripts' do, have their defaults."""
+        given = vars(args)
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 class Context(NamedTuple):
-    """What is to be answered, in token ids. Wherever one is asked for, a tuple (persona, history) serves too."""
+    """Persona and history to reply to, as token ids. A plain tuple (persona, history) serves too."""
 
     persona: list[list[int]]
     history: list[list[int]]  # the partner's last turn at its end
@@ -45,55 +76,58 @@ def sample_sequence(
     history: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     model: DoubleHeads,
-    args: Namespace,
+    args: Namespace | Decoding,
     current_output: list[int] | None = None,
 ) -> list[int]:
     """The token ids of one reply, without special tokens.
 
     Args:
-        args: with `max_length`, `min_length`, `no_sample`, `temperature`, `top_k` and `top_p`, and those of `OFF` that
-            are to be on.
+        args: the fields of `Decoding`, those that are not to have their defaults.
         current_output: the reply's first tokens, if they are given already; the result begins with them.
     """
-    return candidate_replies(model, [Context(personality, history)], tokenizer, args, current_output)[0][0]
+    context = Context(personality, history)
+    return candidate_replies(model, [context], tokenizer, Decoding.of(args), current_output)[0][0]
 
 
 def generate(
-    model: DoubleHeads, contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase, args: Namespace
+    model: DoubleHeads, contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> list[list[int]]:
-    """One reply for each context, as `sample_sequence` gives it, in one batch."""
-    return [replies[0] for replies in candidate_replies(model, contexts, tokenizer, args)]
+    """The token ids of one reply to each context, without special tokens, all decoded in one batch."""
+    return [replies[0] for replies in candidate_replies(model, contexts, tokenizer, decoding)]
 
 
 def candidate_replies(
     model: DoubleHeads,
     contexts: Sequence[Context],
     tokenizer: PreTrainedTokenizerBase,
-    args: Namespace,
+    decoding: Decoding,
     prefix: list[int] | None = None,
 ) -> list[list[list[int]]]:
-    """For each context its replies, that which is to be given first.
+    """All replies to each context. The first of them is the one to give.
 
-    These are `num_samples` in the order in which they were drawn, or `num_beams`, the likeliest first; with `rank` the
-    one with the best choice score first. `prefix` are first tokens of every reply.
+    There are `num_samples` in the order in which they were drawn, or `num_beams`, the likeliest first. With `rank` the
+    one with the best choice score comes first.
 
-    Raises:
-        UserError: flags that exclude each other.
+    Args:
+        prefix: the first tokens of every reply, if they are given already.
     """
-    args = with_defaults(args)
-    if args.num_beams:
-        found = beam_search(model, contexts, tokenizer, args, prefix)
+    if decoding.num_beams:
+        found = beam_search(model, contexts, tokenizer, decoding, prefix)
     else:
-        rows = [list(prefix or []) for _ in range(len(contexts) * args.num_samples)]
-        for step in decode(model, contexts, tokenizer, args, prefix):
+        rows = [list(prefix or []) for _ in range(len(contexts) * decoding.num_samples)]
+        for step in decode(model, contexts, tokenizer, decoding, prefix):
             for reply, tokens in zip(rows, step):
                 reply += tokens
-        found = [rows[start : start + args.num_samples] for start in range(0, len(rows), args.num_samples)]
-    if args.rank:
-        scores = score_replies(model, [fit_context(model, context, args) for context in contexts], found, tokenizer)
-        order = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in scores]
-        found = [[replies[i] for i in places] for replies, places in zip(found, order)]
-    return found
+        found = [rows[start : start + decoding.num_samples] for start in range(0, len(rows), decoding.num_samples)]
+    if not decoding.rank:
+        return found
+    seen = [fit_context(model, context, decoding.max_length) for context in contexts]
+    return list(map(best_first, found, score_replies(model, seen, found, tokenizer)))
+
+
+def best_first(replies: list[list[int]], scores: list[float]) -> list[list[int]]:
+    """The replies in the order of their scores, the greatest first; of equal ones in the order given."""
+    return [replies[i] for i in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)]
 
 
 @torch.inference_mode()
@@ -112,26 +146,14 @@ def score_replies(
     return [scored[: len(row)] for scored, row in zip(scores, replies)]
 
 
-def with_defaults(args: Namespace) -> Namespace:
-    """`args` with the flags of `OFF` that it lacks.
+def fit_context(model: DoubleHeads, context: Context, max_length: int) -> Context:
+    """The context as the model sees it: shortened, the oldest turns first, where it leaves no room for a reply.
 
-    Raises:
-        UserError: flags that exclude each other.
+    Args:
+        max_length: of the reply, in tokens.
     """
-    args = Namespace(**OFF | vars(args))
-    if args.num_beams and args.num_samples > 1:
-        raise UserError("--num_beams and --num_samples: beams are not sampled; give one of the two")
-    if args.no_sample and args.num_samples > 1:
-        raise UserError(f"--num_samples {args.num_samples}: with --no_sample they would all be the same")
-    if args.rank and max(args.num_beams, args.num_samples) < 2:
-        raise UserError("--rank: there is one reply only; give --num_samples or --num_beams of at least 2 too")
-    return args
-
-
-def fit_context(model: DoubleHeads, context: Context, args: Namespace) -> Context:
-    """The context as the model sees it: shortened, the oldest turns first, where it leaves no room for a reply."""
     persona, history, *_ = context
-    reply = [0] * min(args.max_length, model.n_positions)  # any of that length
+    reply = [0] * min(max_length, model.n_positions)  # any of that length
     persona, history, _ = fit(Example(persona, history, [reply]), model.n_positions, model.history_start)
     return Context(*context)._replace(persona=persona, history=history)
 
@@ -253,14 +275,14 @@ class AgainstRepetition:
     well take up words of the persona and of the partner. `block_history_ngram` looks at the model's own earlier turns.
     """
 
-    def __init__(self, contexts: Sequence[Context], args: Namespace, device: torch.device):
+    def __init__(self, contexts: Sequence[Context], decoding: Decoding):
         self.reply = LogitsProcessorList()
-        if args.repetition_penalty != 1:
-            self.reply.append(RepetitionPenaltyLogitsProcessor(float(args.repetition_penalty)))
-        if args.no_repeat_ngram_size:
-            self.reply.append(NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size))
+        if decoding.repetition_penalty != 1:
+            self.reply.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+        if decoding.no_repeat_ngram_size:
+            self.reply.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
         self.history = []  # a list of processors for each context
-        if size := args.block_history_ngram:
+        if size := decoding.block_history_ngram:
             for _, history, earlier in (Context(*context) for context in contexts):
                 turns = [turn for turn in [*earlier, *history[-2::-2]] if len(turn) >= size]
                 # one for each turn, so that no n-gram reaches over from one to the next
@@ -281,24 +303,29 @@ def _begin(
     model: DoubleHeads,
     contexts: Sequence[Context],
     tokenizer: PreTrainedTokenizerBase,
-    args: Namespace,
+    decoding: Decoding,
     prefix: list[int],
     copies: int,
 ) -> tuple[CachedRows, Tensor, AgainstRepetition]:
-    """The contexts encoded once, `copies` rows of each; the replies' tokens so far, (R, T); what repetition costs."""
+    """Encode each context once, for `copies` rows.
+
+    Returns:
+        The rows, the replies' tokens so far (R, T), and what lowers the logits of tokens that repeat something.
+    """
     sequences = []
     for context in contexts:
-        persona, history, _ = fit_context(model, context, Namespace(max_length=len(prefix) + args.max_length))
+        persona, history, _ = fit_context(model, context, len(prefix) + decoding.max_length)
         sequence = build_input_from_segments(persona, history, prefix, tokenizer, with_eos=False)
         positions = context_positions(persona, history, model.history_start)
         sequence["position_ids"] = positions + [positions[-1] + 1 + i for i in range(len(prefix))]
         sequences.append(sequence)
-        if sequence["position_ids"][-1] + args.max_length >= model.n_positions:
-            raise UserError(f"--max_length {args.max_length}: more than the model's {model.n_positions} positions hold")
-    rows = CachedRows(model, sequences, args.max_length)
+        if sequence["position_ids"][-1] + decoding.max_length >= model.n_positions:
+            message = f"max_length {decoding.max_length}: more than the model's {model.n_positions} positions hold"
+            raise SettingError(message, "max_length")
+    rows = CachedRows(model, sequences, decoding.max_length)
     rows.repeat_(copies)
     tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
-    return rows, tokens, AgainstRepetition(contexts, args, model.device)
+    return rows, tokens, AgainstRepetition(contexts, decoding)
 
 
 @torch.inference_mode()
@@ -306,52 +333,57 @@ def decode(
     model: DoubleHeads,
     contexts: Sequence[Context],
     tokenizer: PreTrainedTokenizerBase,
-    args: Namespace,
+    decoding: Decoding,
     prefix: list[int] | None = None,
 ) -> Generator[list[list[int]]]:
-    """What each reply gains, step by step: its next token, sampled or greedy, or none if it has ended.
+    """Each reply's next token, step by step, sampled or greedy: a list of one token, or of none if it has ended.
 
     Each context has `num_samples` replies, which stand side by side. A reply ends before a special token or at
-    `max_length` tokens. `prefix` are first tokens of every reply.
+    `max_length` tokens.
+
+    Args:
+        prefix: the first tokens of every reply, if they are given already.
+
+    Raises:
+        SettingError: `max_length` is more than the model has room for.
     """
-    args = with_defaults(args)
     special = torch.tensor(special_ids(tokenizer), device=model.device)
     # 1) prefill 2) repeat the cache
-    rows, tokens, penalize = _begin(model, contexts, tokenizer, args, prefix or [], args.num_samples)
+    rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix or [], decoding.num_samples)
     # 3) state of the rows
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=model.device)
     # 4) a token a step
-    for step in range(args.max_length):
-        chosen = _choose(penalize(tokens, rows.logits), args, special, step < args.min_length)
+    for step in range(decoding.max_length):
+        chosen = _choose(penalize(tokens, rows.logits), decoding, special, go_on=step < decoding.min_length)
         ended |= torch.isin(chosen, special)
         if ended.all():
             return
         yield [[] if done else [token] for token, done in zip(chosen.tolist(), ended.tolist())]
-        if step + 1 == args.max_length:
+        if step + 1 == decoding.max_length:
             return
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         rows.append_(chosen)
 
 
-def _choose(logits: Tensor, args: Namespace, special: Tensor, go_on: bool) -> Tensor:
+def _choose(logits: Tensor, decoding: Decoding, special: Tensor, *, go_on: bool) -> Tensor:
     """The next token of each row: (R, vocabulary) -> (R,).
 
     Args:
         special: ids of the tokens that end a reply.
         go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves no word.
     """
-    if args.no_sample and not go_on:
+    if decoding.no_sample and not go_on:
         return logits.argmax(-1)  # which every filter keeps
-    probabilities = _probabilities(logits, args)
+    probabilities = _probabilities(logits, decoding)
     if go_on:
         words = probabilities.index_fill(-1, special, 0.0)
         # original: draws again until it is a word, for ever where no word is left
         probabilities = torch.where(words.any(-1, keepdim=True), words, probabilities)
-    return probabilities.argmax(-1) if args.no_sample else torch.multinomial(probabilities, 1).squeeze(-1)
+    return probabilities.argmax(-1) if decoding.no_sample else torch.multinomial(probabilities, 1).squeeze(-1)
 
 
-def _probabilities(logits: Tensor, args: Namespace) -> Tensor:
-    return top_filtering(logits / args.temperature, args.top_k, args.top_p).softmax(-1)
+def _probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
+    return top_filtering(logits / decoding.temperature, decoding.top_k, decoding.top_p).softmax(-1)
 
 
 @torch.inference_mode()
@@ -359,7 +391,7 @@ def beam_search(
     model: DoubleHeads,
     contexts: Sequence[Context],
     tokenizer: PreTrainedTokenizerBase,
-    args: Namespace,
+    decoding: Decoding,
     prefix: list[int] | None = None,
 ) -> list[list[list[int]]]:
     """The `num_beams` best replies that the search meets for each context, best first, without special tokens.
@@ -367,12 +399,14 @@ def beam_search(
     A reply's score is the sum of its tokens' log-probabilities, that of the special token which ends it too, divided by
     their number ** `length_penalty`. A reply that has ended keeps its place in the beam until better ones push it out,
     so one beam is greedy choice. Temperature and filters have no say, but for the one case that `_choose` tells of.
+
+    Raises:
+        SettingError: as `decode`.
     """
-    args = with_defaults(args)
     special = torch.tensor(special_ids(tokenizer), device=model.device)
-    n, width, prefix = len(contexts), args.num_beams, prefix or []
+    n, width, prefix = len(contexts), decoding.num_beams, prefix or []
     # 1) prefill 2) repeat the cache
-    rows, tokens, penalize = _begin(model, contexts, tokenizer, args, prefix, width)
+    rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix, width)
     vocabulary = rows.logits.size(-1)
     # 3) state of the beams, (n, width); a context's copies are equal at first, so that only one of them counts
     sums = torch.full((n, width), -torch.inf, dtype=torch.double, device=model.device)
@@ -382,32 +416,34 @@ def beam_search(
     first_row = torch.arange(0, n * width, width, device=model.device)[:, None]
     stay = torch.full((vocabulary,), -torch.inf, device=model.device).index_fill(0, special[:1], 0.0)
     # 4) a token a step
-    for step in range(args.max_length):
-        log_p = _log_probabilities(penalize(tokens, rows.logits), args, special, step < args.min_length)
+    for step in range(decoding.max_length):
+        log_p = _log_probabilities(penalize(tokens, rows.logits), decoding, special, go_on=step < decoding.min_length)
         totals = sums[..., None] + torch.where(ended[..., None], stay, log_p.view(n, width, vocabulary))
         lengths = torch.where(ended, lengths, step + 1)
-        scores = totals / lengths[..., None] ** args.length_penalty  # (n, width, vocabulary)
+        scores = totals / lengths[..., None] ** decoding.length_penalty  # (n, width, vocabulary)
         best = scores.flatten(1).topk(width).indices  # (n, width)
         beams, chosen = best // vocabulary, best % vocabulary
         sums, lengths = totals.flatten(1).gather(1, best), lengths.gather(1, beams)
         ended = ended.gather(1, beams) | torch.isin(chosen, special)
         origins = (first_row + beams).flatten()
         tokens = torch.cat([tokens[origins], chosen.view(-1, 1)], dim=1)
-        if (ended | sums.isneginf()).all() or step + 1 == args.max_length:
+        if (ended | sums.isneginf()).all() or step + 1 == decoding.max_length:
             break
         rows.select_(origins)
         rows.append_(chosen.flatten())
     # 5) the words of those that are replies: where there are fewer continuations than beams, some are none
     ends = (len(prefix) + lengths - ended.long()).flatten().tolist()
-    replies = [row[:end] for row, end in zip(tokens.tolist(), ends)]
-    met = sums.isfinite().tolist()
-    return [[replies[b * width + k] for k in range(width) if met[b][k]] for b in range(n)]
+    found: list[list[list[int]]] = [[] for _ in contexts]
+    for row, (reply, end, is_one) in enumerate(zip(tokens.tolist(), ends, sums.isfinite().flatten().tolist())):
+        if is_one:
+            found[row // width].append(reply[:end])
+    return found
 
 
-def _log_probabilities(logits: Tensor, args: Namespace, special: Tensor, go_on: bool) -> Tensor:
+def _log_probabilities(logits: Tensor, decoding: Decoding, special: Tensor, *, go_on: bool) -> Tensor:
     """Of each row's next token, (R, vocabulary); a special token is ruled out as in `_choose`."""
     log_p = logits.log_softmax(-1)
     if go_on:
-        words = _probabilities(logits, args).index_fill(-1, special, 0.0)
+        words = _probabilities(logits, decoding).index_fill(-1, special, 0.0)
         log_p = torch.where(words.any(-1, keepdim=True), log_p.index_fill(-1, special, -torch.inf), log_p)
     return log_p

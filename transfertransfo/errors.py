@@ -1,14 +1,43 @@
-"""What every module may raise, and how an error is said in one line."""
+"""The errors that every module may raise, and how they are said in one line."""
 
+import contextlib
 import importlib.util
+import re
+from collections.abc import Iterator
 
 
 class UserError(Exception):
     """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2."""
 
 
+class SettingError(UserError):
+    """A setting that cannot be used. The message calls it by its name in Python, as `max_length`."""
+
+    def __init__(self, message: str, *names: str):
+        """`names` are the settings that the message names."""
+        super().__init__(message)
+        self.names = names
+
+
+@contextlib.contextmanager
+def flags_named() -> Iterator[None]:
+    """Have a `SettingError` call its settings by their flags, as `--max_length`: for whoever reads the command line."""
+    try:
+        yield
+    except SettingError as error:
+        raise UserError(in_flags(error)) from error
+
+
+def in_flags(error: UserError) -> str:
+    """The message of an error, its settings called by their flags."""
+    text = str(error)
+    for name in error.names if isinstance(error, SettingError) else ():
+        text = re.sub(rf"(?<!\S){name}(?![\w/.-])", f"--{name}", text, count=1)
+    return text
+
+
 def first_line(error: Exception) -> str:
-    """What an error says, in one line, whatever library it came from."""
+    """An error's message in one line, whatever library it came from."""
     text = str(error).strip() or type(error).__name__
     if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same
         return "not safe to load: a pickle of more than weights, or damaged"

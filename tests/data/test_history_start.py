@@ -1,12 +1,10 @@
 """`--history_start`: the history begins at a fixed position, in training, evaluation and decoding alike."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
 from transfertransfo.data.inputs import Example, context_positions, fit, make_examples, make_row, pack
-from transfertransfo.decoding import generate
+from transfertransfo.decoding import Decoding, generate
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation.evaluator import Turn, rank_candidates
 from transfertransfo.model.loading import load_model, save_model
@@ -56,9 +54,10 @@ def test_a_persona_that_is_too_long_loses_its_end(model, tokenizer, caplog):
     assert [example.persona for example in make_examples(dialogs, 2, 128, history_start=6)] == PERSONAS
 
     model.history_start = START
-    args = Namespace(max_length=5, min_length=1, no_sample=True, temperature=1.0, top_k=0, top_p=0.0)
+    decoding = Decoding(max_length=5, no_sample=True)
     long, short = [[5] * 18, [6] * 500], [[5] * 18]
-    assert generate(model, [(long, HISTORY)], tokenizer, args) == generate(model, [(short, HISTORY)], tokenizer, args)
+    replies = [generate(model, [(persona, HISTORY)], tokenizer, decoding) for persona in (long, short)]
+    assert replies[0] == replies[1]
 
 
 def test_a_start_that_leaves_too_little_room(model):
@@ -75,21 +74,22 @@ def test_what_does_not_fit_loses_its_oldest_turns_not_its_persona():
 
 
 def test_saved_with_the_model_and_used_by_ranking_and_decoding(model, tokenizer, tmp_path):
-    turns = [Turn(persona, HISTORY, [[7, 7], [8], [9, 9, 9]], ["a", "b", "c"], "c", [9]) for persona in PERSONAS]
-    args = Namespace(max_length=8, min_length=1, no_sample=True, temperature=1.0, top_k=0, top_p=0.0)
+    examples = [Example(persona, HISTORY, [[7, 7], [8], [9, 9, 9]]) for persona in PERSONAS]
+    turns = [Turn(example, ["a", "b", "c"], "c", [9]) for example in examples]
+    decoding = Decoding(max_length=8, no_sample=True)
     model.history_start = START
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.history_start == START
 
     rankings = rank_candidates(loaded, tokenizer, turns)
-    replies = generate(loaded, [(turn.persona, turn.history) for turn in turns], tokenizer, args)
+    replies = generate(loaded, [turn.example[:2] for turn in turns], tokenizer, decoding)
     for turn, ranking, reply in zip(turns, rankings, replies):
-        row = make_row(Example(turn.persona, turn.history, turn.candidates), tokenizer, START)
+        row = make_row(turn.example, tokenizer, START)
         scores = model(pack([row], 0))[1][0]
         assert ranking == scores.sort(descending=True).indices.tolist()
         # each greedy token is the likeliest after a plain forward over all before it
         for i, token in enumerate(reply):
-            row = make_row(Example(turn.persona, turn.history, [reply[:i]]), tokenizer, START, with_eos=False)
+            row = make_row(turn.example._replace(candidates=[reply[:i]]), tokenizer, START, with_eos=False)
             hidden = model.packed_hidden_states(pack([row], 0))[-1]
             assert token == int(model.lm_logits(hidden).argmax()), (i, token)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 from itertools import pairwise
 
 import pytest
@@ -13,12 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import OpenAIGPTTokenizer
 
 from transfertransfo.data.dataset import load_dataset
-from transfertransfo.data.inputs import build_input_from_segments, context_length
+from transfertransfo.data.inputs import Example, build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.decoding import Decoding
 from transfertransfo.evaluation.evaluator import Evaluator, LabelScorer, Turn, by_length, make_turns, rank_candidates
 from transfertransfo.evaluation.metrics import SMOOTHING, count_words, split_words
 
-GREEDY = {"no_sample": True, "max_length": 8, "min_length": 1, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
+GREEDY = Decoding(no_sample=True, max_length=8)
 CLASSES = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 
 
@@ -39,7 +39,8 @@ def turns(model, tokenizer, dialogs, tmp_path) -> list[Turn]:
     dataset = load_dataset(tokenizer, path, "")
     tokens, texts = dataset.dialogs("valid", dataset.tokens), dataset.dialogs("valid", dataset.texts)
     turns = make_turns(tokens, texts, max_history=1)
-    lengths = [context_length(turn.persona, turn.history) + max(map(len, turn.candidates)) + 1 for turn in turns]
+    longest = [turn.example._replace(candidates=[max(turn.example.candidates, key=len)]) for turn in turns]
+    lengths = [example.row_length for example in longest]
     fitting = [turn for turn, length in zip(turns, lengths) if length <= model.n_positions]
     assert len(fitting) >= 7
     return fitting[:7]
@@ -61,7 +62,7 @@ def plain(family, checkpoint):
 
 def make_turn(tokenizer, label: str, candidates: tuple[str, ...] = (), history: tuple[str, ...] = ("hi !",)) -> Turn:
     encoded = [tokenize(tokenizer, list(texts)) for texts in (["i like tea ."], history, candidates, [label])]
-    return Turn(*encoded[:3], list(candidates), label, encoded[3][0])
+    return Turn(Example(*encoded[:3]), list(candidates), label, encoded[3][0])
 
 
 def plain_words(plain, tokenizer, turn: Turn, counts: dict, spaced: bool) -> list:
@@ -69,7 +70,7 @@ def plain_words(plain, tokenizer, turn: Turn, counts: dict, spaced: bool) -> lis
     words, found = split_words(turn.label), []
     for i, word in enumerate(words):
         (before,) = tokenize(tokenizer, [" ".join(words[:i])])
-        _, next_piece = plain(build_input_from_segments(turn.persona, turn.history, before, tokenizer, with_eos=False))
+        _, next_piece = plain(build_input_from_segments(*turn.example[:2], before, tokenizer, with_eos=False))
         pieces = {w: first_piece(tokenizer, w, spaced and i > 0) for w in counts}
         mass = sum(next_piece[-1, piece].item() for piece in set(pieces.values()))
         if word in counts:
@@ -97,8 +98,8 @@ def assert_same_words(found: list, words: list[str], expected: list) -> None:
 def test_rankings_are_those_of_one_candidate_at_a_time(model, tokenizer, turns, plain):
     for turn, ranking in zip(turns, rank_candidates(model, tokenizer, turns)):
         scores = [
-            plain(build_input_from_segments(turn.persona, turn.history, candidate, tokenizer))[0]
-            for candidate in turn.candidates
+            plain(build_input_from_segments(*turn.example[:2], candidate, tokenizer))[0]
+            for candidate in turn.example.candidates
         ]
         assert ranking == sorted(range(len(scores)), key=lambda i: -scores[i])
 
@@ -108,7 +109,7 @@ def test_equal_candidates_keep_their_order_wherever_they_stand(model, tokenizer)
     candidates = tuple(["no .", "yes , i do .", "no ."] * 33 + ["maybe ."])
     turns = [make_turn(tokenizer, "maybe .", candidates), make_turn(tokenizer, "no .", candidates[:7])]
     for turn, ranking in zip(turns, rank_candidates(model, tokenizer, turns)):
-        assert sorted(ranking) == list(range(len(turn.candidates)))
+        assert sorted(ranking) == list(range(len(turn.example.candidates)))
         for text in set(turn.candidate_texts):
             places = [i for i in ranking if turn.candidate_texts[i] == text]
             assert places == sorted(places)
@@ -127,8 +128,8 @@ def test_one_candidate_and_a_hundred(model, tokenizer, plain, example_json):
     hundred, one = rank_candidates(model, tokenizer, turns)
     assert one == [0]
     scores = [
-        plain(build_input_from_segments(turns[0].persona, turns[0].history, candidate, tokenizer))[0]
-        for candidate in turns[0].candidates
+        plain(build_input_from_segments(*turns[0].example[:2], candidate, tokenizer))[0]
+        for candidate in turns[0].example.candidates
     ]
     ordered = [scores[i] for i in hundred]
     assert sorted(hundred) == list(range(100))
@@ -190,7 +191,7 @@ def test_the_distribution_after_each_word_is_the_same_computation(model, tokeniz
 def test_token_losses_are_those_of_one_reply_at_a_time(model, tokenizer, turns, plain):
     for turn, found in zip(turns, LabelScorer(tokenizer, {"no": 1}).score(model, turns)):
         loss, count = found["token_nll"]
-        instance = build_input_from_segments(turn.persona, turn.history, turn.label_ids, tokenizer, lm_labels=True)
+        instance = build_input_from_segments(*turn.example[:2], turn.label_ids, tokenizer, lm_labels=True)
         _, next_piece = plain(instance)
         labels = instance["lm_labels"][1:]
         losses = [-math.log(next_piece[i, label].item()) for i, label in enumerate(labels) if label != -100]
@@ -206,15 +207,15 @@ def test_greedy_replies_are_those_of_one_token_at_a_time(model, tokenizer, turns
     expected = []
     for turn in turns:
         ids = []
-        while len(ids) < GREEDY["max_length"]:
-            _, next_piece = plain(build_input_from_segments(turn.persona, turn.history, ids, tokenizer, with_eos=False))
+        while len(ids) < GREEDY.max_length:
+            _, next_piece = plain(build_input_from_segments(*turn.example[:2], ids, tokenizer, with_eos=False))
             if not ids:
                 next_piece[-1, special] = 0
             if (token := next_piece[-1].argmax().item()) in special:
                 break
             ids.append(token)
         expected.append(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    evaluator = Evaluator(model, tokenizer, Namespace(eval_type="f1", **GREEDY), dict)
+    evaluator = Evaluator(model, tokenizer, "f1", GREEDY, counts=dict)
     assert evaluator(turns) == [{"reply": text} for text in expected]
 
 
@@ -225,8 +226,7 @@ def test_a_reply_longer_than_the_model(model, tokenizer):
     """It is ranked and scored as far as it goes; each of its words has a probability, after what the model can see."""
     long = "yes , i do . " * 100
     turns = [make_turn(tokenizer, long, ("no .", long)), make_turn(tokenizer, "no .", (long, "no ."))]
-    args = Namespace(eval_type="all", gpt2_ppl="spaced", **GREEDY)
-    results = Evaluator(model, tokenizer, args, lambda: {"yes": 1, "do": 2})(turns)
+    results = Evaluator(model, tokenizer, "all", GREEDY, counts=lambda: {"yes": 1, "do": 2})(turns)
     assert [sorted(result["ranking"]) for result in results] == [[0, 1]] * 2
     assert len(results[0]["words"]) == 500
     assert all((p is None) == (word not in ("yes", "do")) for word, p in results[0]["words"])
@@ -259,8 +259,7 @@ def test_nothing_to_measure_asks_for_a_reply(model, tokenizer):
     chat = make_turn(tokenizer, "")._replace(label=None)
     measured = make_turn(tokenizer, "no .", ("yes .", "no ."))
     for eval_type, keys in (("hits@1", {"ranking"}), ("ppl", {"words", "token_nll"}), ("f1", {"reply"})):
-        args = Namespace(eval_type=eval_type, gpt2_ppl="spaced", **GREEDY)
-        evaluator = Evaluator(model, tokenizer, args, lambda: {"no": 1})
+        evaluator = Evaluator(model, tokenizer, eval_type, GREEDY, counts=lambda: {"no": 1})
         assert [set(result) for result in evaluator([chat, measured, chat])] == [{"reply"}, keys, {"reply"}]
 
 

@@ -1,22 +1,25 @@
-"""The commands of a chat: each gets what follows its name, and returns text to show, or a reply in pieces."""
+"""The commands of a chat. Each gets the text after its name, and returns text to show, or a reply in pieces.
+
+A command's docstring is its line in `/help`.
+"""
 
 import difflib
 import json
 import shlex
-from argparse import Namespace
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat, readable
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags
-from transfertransfo.decoding import fit_context, score_replies, with_defaults
-from transfertransfo.errors import UserError
+from transfertransfo.decoding import fit_context, score_replies
+from transfertransfo.errors import UserError, flags_named
 from transfertransfo.files import write_atomically
 
 
 def answer(chat: Chat, line: str) -> str | Generator[str]:
-    """What there is to show for a line of the user: the output of a command, or a reply in pieces.
+    """The answer to a line of the user: the output of a command, or a reply in pieces.
 
     Raises:
         UserError: a command that cannot be carried out.
@@ -39,7 +42,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def show_help(chat: Chat, rest: str) -> str:
     """: this list"""
-    return "\n".join(f"{name}{command.__doc__}" for name, command in COMMANDS.items())
+    return "\n".join(f"{name} {command.__doc__}".replace(" :", ":", 1) for name, command in COMMANDS.items())
 
 
 def change_persona(chat: Chat, rest: str) -> str:
@@ -83,22 +86,31 @@ def show_history(chat: Chat, rest: str) -> str:
 
 def change_setting(chat: Chat, rest: str) -> str:
     """[NAME VALUE]: show the settings, or change one, as in /set temperature 0.9"""
-    parser = SettingsParser("/set")
-    add_decoding_flags(parser)
-    settings = [*vars(parser.parse_args([])), "max_history"]
-    add_model_flags(parser, default="")
+    settings = asdict(chat.decoding) | {"max_history": chat.max_history}
     name, _, value = rest.partition(" ")
     if name and name not in settings:
         raise UserError(f"/set {readable(name)}: no such setting{nearest(name, settings)}; /set lists them")
     if not value.strip():
-        return "\n".join(f"{name} = {getattr(chat.args, name)}" for name in ([name] if name else settings))
-    changed = SWITCH.get(value.strip().lower())
-    if not isinstance(getattr(chat.args, name), bool):
-        changed = getattr(parser.parse_args([f"--{name}={value.strip()}"]), name)
-    elif changed is None:
-        raise UserError(f"/set {name}: expected on or off, got {readable(value)!r}")
-    chat.args = with_defaults(Namespace(**vars(chat.args) | {name: changed}))
+        return "\n".join(f"{name} = {settings[name]}" for name in ([name] if name else settings))
+    changed = parse_setting(name, value.strip(), is_switch=isinstance(settings[name], bool))
+    if name == "max_history":
+        chat.max_history = changed
+    else:
+        with flags_named():
+            chat.decoding = replace(chat.decoding, **{name: changed})
     return f"{name} = {changed}"
+
+
+def parse_setting(name: str, value: str, *, is_switch: bool) -> Any:
+    """The value of a setting, checked as that of the flag of its name."""
+    if not is_switch:
+        parser = SettingsParser("/set")
+        add_decoding_flags(parser)
+        add_model_flags(parser, default="")
+        return getattr(parser.parse_args([f"--{name}={value}"]), name)
+    if value.lower() not in SWITCH:
+        raise UserError(f"/set {name}: expected on or off, got {readable(value)!r}")
+    return SWITCH[value.lower()]
 
 
 SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
@@ -137,12 +149,13 @@ def show_candidates(chat: Chat, rest: str) -> str:
     if not chat.exchanges:
         return "(nothing was said yet)"
     *before, last = chat.exchanges
-    context = fit_context(chat.model, chat.context(before, last.heard), chat.args)
+    context = fit_context(chat.model, chat.context(before, last.heard), chat.decoding.max_length)
     (scores,) = score_replies(chat.model, [context], [last.candidates], chat.tokenizer)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    lines = [f"{'*' if i == 0 else ' '} {scores[i]:8.3f}  {chat.text_of(last.candidates[i])}" for i in order]
-    more = ["(one reply only: /set num_samples 8 gives more to choose from)"] if len(scores) == 1 else []
-    return "\n".join(lines + more)
+    lines = [f"{' ' if i else '*'} {scores[i]:8.3f}  {chat.text_of(last.candidates[i])}" for i in order]
+    if len(scores) == 1:
+        lines.append("(one reply only: /set num_samples 8 gives more to choose from)")
+    return "\n".join(lines)
 
 
 def leave(chat: Chat, rest: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from collections.abc import Callable, Generator
 from contextlib import closing
 from datetime import datetime
@@ -12,25 +11,26 @@ from typing import Any, NamedTuple, TextIO
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.decoding import Context, candidate_replies, decode, fit_context, with_defaults
-from transfertransfo.errors import UserError
+from transfertransfo.decoding import Context, Decoding, candidate_replies, decode, fit_context
+from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads
 
 
 class Exchange(NamedTuple):
-    """What the partner said and what the model answered."""
+    """A turn of the partner and the model's reply to it."""
 
     text: str
     heard: list[int]  # token ids of the text
     reply: list[int]
-    candidates: list[list[int]]  # all replies that there were to give; the one that was given is among them
+    candidates: list[list[int]]  # all replies that the model could have given; the one that it gave is among them
 
 
 class Chat:
-    """What was said so far, and to whom.
+    """A dialog with a model that has a persona.
 
     Args:
-        args: the decoding flags and `max_history`; `/set` changes them.
+        decoding: how replies are chosen; `/set` changes it, and `max_history`.
+        max_history: earlier exchanges that the model sees.
         persona: its sentences; there may be none.
         draw: gives another persona.
         tell: shows the user a line that is no part of the dialog.
@@ -41,13 +41,14 @@ class Chat:
         self,
         model: DoubleHeads,
         tokenizer: PreTrainedTokenizerBase,
-        args: Namespace,
+        decoding: Decoding,
+        max_history: int,
         persona: list[str],
         draw: Callable[[], list[str]],
         tell: Callable[[str], None] = print,
         transcript: TextIO | None = None,
     ):
-        self.model, self.tokenizer, self.args = model, tokenizer, with_defaults(args)
+        self.model, self.tokenizer, self.decoding, self.max_history = model, tokenizer, decoding, max_history
         self.draw, self.tell, self.transcript = draw, tell, transcript
         self.told_of_cut = False
         self.begin(persona)
@@ -73,27 +74,27 @@ class Chat:
             self.tell("(say something, or leave with Ctrl-D)")
             return
         context = self.context(self.exchanges, heard)
-        if fit_context(self.model, context, self.args) != context and not self.told_of_cut:
+        if fit_context(self.model, context, self.decoding.max_length) != context and not self.told_of_cut:
             self.tell(f"(more than the model's {self.model.n_positions} positions: the oldest is left out now)")
             self.told_of_cut = True
         self.record(speaker="user", text=text)
         candidates: list[list[int]] = []
         reply: list[int] = []
-        whole = False
+        stopped = {"stopped": True}
         try:
-            if self.args.num_beams or self.args.num_samples > 1:
-                (candidates,) = candidate_replies(self.model, [context], self.tokenizer, self.args)
+            if self.decoding.num_beams or self.decoding.num_samples > 1:
+                (candidates,) = candidate_replies(self.model, [context], self.tokenizer, self.decoding)
                 reply = candidates[0]
                 yield self.text_of(reply)
             else:
                 yield from self.stream(context, reply)
             if not reply:
                 self.tell("(the model ends its reply at once)")
-            whole = True
+            stopped = {}
         finally:
-            if reply or whole:
+            if reply or not stopped:
                 self.exchanges.append(Exchange(text, heard, reply, candidates or [reply]))
-                self.record(speaker="model", text=self.text_of(reply), **({} if whole else {"stopped": True}))
+                self.record(speaker="model", text=self.text_of(reply), **stopped)
 
     def say_again(self) -> Generator[str]:
         """Another reply in place of the last one, which stays where none comes."""
@@ -112,7 +113,7 @@ class Chat:
         join the word before.
         """
         shown = ""
-        with closing(decode(self.model, [context], self.tokenizer, self.args)) as steps:
+        with closing(decode(self.model, [context], self.tokenizer, self.decoding)) as steps:
             for (tokens,) in steps:
                 reply += tokens
                 certain = re.sub(r"( n)? \S*$|^\S*$", "", self.text_of(reply))
@@ -122,9 +123,9 @@ class Chat:
         yield self.text_of(reply)[len(shown) :]
 
     def context(self, before: list[Exchange], heard: list[int]) -> Context:
-        """What the model sees when `heard` has just been said."""
+        """Persona and history as the model sees them when `heard` has just been said."""
         turns = [*chain.from_iterable((exchange.heard, exchange.reply) for exchange in before), heard]
-        window = turns[-(2 * self.args.max_history + 1) :]
+        window = turns[-(2 * self.max_history + 1) :]
         return Context(self.persona_ids, window, turns[1 : -len(window) : 2])
 
     def text_of(self, ids: list[int]) -> str:
@@ -141,12 +142,9 @@ class Chat:
             self.transcript.write(json.dumps({"time": time} | turn, ensure_ascii=False) + "\n")
             self.transcript.flush()
         except OSError as error:
-            raise UserError(f"--transcript {self.transcript.name}: {error.strerror}") from error
+            raise SettingError(f"transcript {self.transcript.name}: {error.strerror}", "transcript") from error
 
 
 def readable(text: str) -> str:
-    """Text that any file and terminal takes: control characters are blanks; what is no Unicode becomes `?`."""
+    """Text that any file and terminal takes, with blanks for control characters and `?` for what is no Unicode."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).encode("utf-8", "replace").decode()
-
-
-# Commands: each gets what follows its name, and returns text to show, or a reply in pieces. The docstring is its help.

@@ -1,4 +1,4 @@
-"""A chat's terminal: what reads lines, shows text in colours, and keeps what was typed."""
+"""A chat's terminal: it reads lines, shows text in colours, and keeps the lines that were typed."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from transfertransfo.chat.commands import COMMANDS, answer
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.download import cache_folder
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError, UserError, in_flags
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None
             interrupted = True
             show("\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n", "note")
         except UserError as error:
-            show(f"{error}\n", "note")
+            show(f"{in_flags(error)}\n", "note")
 
 
 def make_printer() -> Callable[..., None]:
@@ -94,14 +94,18 @@ def open_history() -> History:
 
 @contextlib.contextmanager
 def open_transcript(path: str | None) -> Iterator[TextIO | None]:
-    """`--transcript`, open for more lines, or None."""
+    """A file, open for more lines, or None where there is no path.
+
+    Raises:
+        SettingError: it cannot be opened.
+    """
     if not path:
         yield None
         return
     try:
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--transcript {path}: {error.strerror}") from error
+        raise SettingError(f"transcript {path}: {error.strerror}", "transcript") from error
     try:
         yield file
     finally:

@@ -1,12 +1,10 @@
-"""What ConvAI2's metrics ask of a model, many dialog turns at a time: rankings, replies, probabilities of words.
+"""A model's rankings, replies and probabilities of words, as ConvAI2's metrics need them, many dialog turns at a time.
 
 Every backend's figures are made of these, so they agree to the digit.
 """
 
 import itertools
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +12,8 @@ from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
 from transfertransfo.data.inputs import Example, Row, context_length, fit, make_row, pack
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.decoding import Context, generate
-from transfertransfo.errors import UserError
+from transfertransfo.decoding import Context, Decoding, generate
+from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.metrics import WordProbabilities, rank, read_word_counts, split_words
 from transfertransfo.model.double_heads import DoubleHeads
 
@@ -23,48 +21,37 @@ TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of proba
 
 
 def read_dictionary(path: str) -> dict[str, int]:
-    """The words of `--dict_file` with their counts.
+    """The words of ParlAI's dictionary file with their counts.
 
     Raises:
-        UserError: a file that is not there or is something else.
+        SettingError: a file that is not there or is something else.
     """
     try:
         return read_word_counts(path)
     except OSError as error:
-        raise UserError(f"--dict_file {path}: {error.strerror}") from error
+        raise SettingError(f"dict_file {path}: {error.strerror}", "dict_file") from error
     except ValueError as error:
-        raise UserError(f"--dict_file {error}") from error
+        raise SettingError(f"dict_file {error}", "dict_file") from error
 
 
 class Turn(NamedTuple):
-    """A dialog turn to be evaluated. Persona, history and candidates are token ids."""
+    """A dialog turn to be evaluated."""
 
-    persona: list[list[int]]
-    history: list[list[int]]
-    candidates: list[list[int]]
+    example: Example  # its persona, history and candidates; the gold reply need not be among these
     candidate_texts: list[str]
     label: str | None  # the gold reply, where it is known
     label_ids: list[int]
 
-    @property
-    def example(self) -> Example:
-        return Example(self.persona, self.history, self.candidates)
-
 
 def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history: int) -> list[Turn]:
     """The turns of a split, from its dialogs as token ids and as text."""
-    return [
-        Turn(
-            dialog["personality"],
-            utterance["history"][-(2 * max_history + 1) :],
-            utterance["candidates"],
-            text_utterance["candidates"],
-            text_utterance["candidates"][-1],
-            utterance["candidates"][-1],
-        )
-        for dialog, text_dialog in zip(token_dialogs, text_dialogs)
-        for utterance, text_utterance in zip(dialog["utterances"], text_dialog["utterances"])
-    ]
+    turns = []
+    for dialog, text_dialog in zip(token_dialogs, text_dialogs):
+        for utterance, text_utterance in zip(dialog["utterances"], text_dialog["utterances"]):
+            history, candidates = utterance["history"][-(2 * max_history + 1) :], utterance["candidates"]
+            texts = text_utterance["candidates"]
+            turns.append(Turn(Example(dialog["personality"], history, candidates), texts, texts[-1], candidates[-1]))
+    return turns
 
 
 @torch.inference_mode()
@@ -73,24 +60,25 @@ def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turn
     examples = [fit(turn.example, model.n_positions, model.history_start) for turn in turns]
     # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
     distinct = [list(dict.fromkeys(map(tuple, example.candidates))) for example in examples]
-    rows = [
-        make_row(
-            example._replace(candidates=[list(candidate) for candidate in candidates]), tokenizer, model.history_start
-        )
-        for example, candidates in zip(examples, distinct)
-    ]
+    rows = []
+    for example, candidates in zip(examples, distinct):
+        example = example._replace(candidates=list(map(list, candidates)))
+        rows.append(make_row(example, tokenizer, model.history_start))
     batch = pack(rows, tokenizer.pad_token_id).to(model.device)
     scores = model.choice_scores(model.packed_hidden_states(batch)[batch.last_positions]).tolist()
-    score_of = [dict(zip(candidates, row)) for candidates, row in zip(distinct, scores)]
-    return [
-        rank([scores[tuple(candidate)] for candidate in example.candidates])
-        for example, scores in zip(examples, score_of)
-    ]
+    rankings = []
+    for example, candidates, row in zip(examples, distinct, scores):
+        score_of = dict(zip(candidates, row))
+        rankings.append(rank([score_of[tuple(candidate)] for candidate in example.candidates]))
+    return rankings
 
 
-def reply(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], args: Namespace) -> list[str]:
-    """For each turn a reply of the model's own, decoded as `args` say; as text with its words spaced as they are."""
-    replies = generate(model, [Context(turn.persona, turn.history) for turn in turns], tokenizer, args)
+def reply(
+    model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], decoding: Decoding
+) -> list[str]:
+    """A reply of the model's own to each turn, as text with its words spaced as they are."""
+    contexts = [Context(turn.example.persona, turn.example.history) for turn in turns]
+    replies = generate(model, contexts, tokenizer, decoding)
     return tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -109,7 +97,7 @@ class LabelScorer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int], gpt2_words: str = "spaced"):
         self.tokenizer = tokenizer
-        self.first = WordProbabilities(counts, lambda word: self._first_piece(word))
+        self.first = WordProbabilities(counts, self._first_piece)
         one, two = tokenize(tokenizer, ["a", "a a"])
         spaced = gpt2_words == "spaced" and two != one + one
         self.later = WordProbabilities(counts, lambda word: self._first_piece(" " + word)) if spaced else self.first
@@ -151,7 +139,7 @@ class LabelScorer:
         at_tokens: list[list[int]],
         labels: list[list[int]],
     ) -> list[dict]:
-        """What `score` gives, of some turns: their words and tokens, and the positions that predict them."""
+        """The results of `score` for some turns, from their words and tokens and the positions that predict them."""
         # the head once for each position: those of the words, then what else the tokens need
         of_words, of_tokens, of_labels = (list(itertools.chain(*parts)) for parts in (at_words, at_tokens, labels))
         positions = of_words + sorted(set(of_tokens) - set(of_words))
@@ -159,10 +147,11 @@ class LabelScorer:
         log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)
         losses = -log_p[[place[position] for position in of_tokens], of_labels].double().cpu()
         found = iter(self._look_up(words, log_p[: len(of_words)].exp_()))
-        return [
-            {"words": [(word, next(found)) for word in turn_words], "token_nll": (loss.sum().item(), len(loss))}
-            for turn_words, loss in zip(words, losses.split(list(map(len, labels))))
-        ]
+        results = []
+        for turn_words, loss in zip(words, losses.split(list(map(len, labels)))):
+            p = itertools.islice(found, len(turn_words))
+            results.append({"words": list(zip(turn_words, p)), "token_nll": (loss.sum().item(), len(loss))})
+        return results
 
     @torch.inference_mode()
     def distribution(self, model: DoubleHeads, turn: Turn, words: list[str]) -> dict[str, float]:
@@ -180,11 +169,14 @@ class LabelScorer:
 
         The label's text as words, lower-cased and with spaces, mostly has the same tokens; else it is the next reply.
         """
-        contexts = iter(tokenize(self.tokenizer, [" ".join(w[:i]) for w in words for i in range(len(w) + 1)]))
+        beginnings = (" ".join(turn_words[:i]) for turn_words in words for i in range(len(turn_words) + 1))
+        contexts = iter(tokenize(self.tokenizer, list(beginnings)))
         rows, places = [], []
         for b, (turn, turn_words) in enumerate(zip(turns, words)):
-            *befores, whole = (next(contexts) for _ in range(len(turn_words) + 1))
-            replies = [[*turn.label_ids, self.tokenizer.eos_token_id]] + [whole] * (whole != turn.label_ids)
+            *befores, whole = itertools.islice(contexts, len(turn_words) + 1)
+            replies = [[*turn.label_ids, self.tokenizer.eos_token_id]]
+            if whole != turn.label_ids:
+                replies.append(whole)
             texts = len(replies)
             for before in befores:
                 n = len(before)
@@ -196,8 +188,8 @@ class LabelScorer:
         return rows, places
 
     def _row(self, model: DoubleHeads, turn: Turn, whole: list[int], replies: list[list[int]]) -> Row:
-        """The replies after one context: where the model is too short, that which leaves room for the whole label."""
-        example = Example(turn.persona, turn.history, [whole, turn.label_ids])
+        """A row of replies after the turn's context, shortened as far as the whole label needs the room."""
+        example = turn.example._replace(candidates=[whole, turn.label_ids])
         example = fit(example, model.n_positions, model.history_start)._replace(candidates=replies)
         row = make_row(example, self.tokenizer, model.history_start, with_eos=False)
         room = model.n_positions - row.positions[-1] - 1
@@ -206,7 +198,7 @@ class LabelScorer:
     def _look_up(self, words: list[list[str]], next_piece: torch.Tensor) -> list[float | None]:
         """Probabilities of all words, of which a reply's first ones stand in a dictionary of their own."""
         if self.later is self.first:
-            return self.first.probabilities([word for row in words for word in row], next_piece)
+            return self.first.probabilities(list(itertools.chain(*words)), next_piece)
         found = []
         for row in words:
             here, next_piece = next_piece[: len(row)], next_piece[len(row) :]
@@ -228,12 +220,13 @@ def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterat
     """Indices of turns in batches of like length, the longest first, so that memory that is too small shows at once.
 
     Args:
-        measured: the `eval_type`, which decides what of a turn the model reads: without the candidates a batch has
-            rows of other lengths, a fifth of them padding if the candidates were counted.
+        measured: as in `Evaluator`. It decides which tokens of a turn the model reads. If the candidates were counted
+            where it does not read them, a fifth of a batch would be padding.
     """
     if measured in ("ppl", "f1"):
-        label = measured == "ppl"
-        lengths = [context_length(turn.persona, turn.history) + label * len(turn.label_ids) for turn in turns]
+        lengths = [context_length(turn.example.persona, turn.example.history) for turn in turns]
+        if measured == "ppl":
+            lengths = [length + len(turn.label_ids) for length, turn in zip(lengths, turns)]
     else:
         lengths = [turn.example.row_length for turn in turns]
     order = sorted(range(len(turns)), key=lambda i: -lengths[i])
@@ -241,22 +234,27 @@ def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterat
 
 
 class Evaluator:
-    """Answers what `args.eval_type` asks of a model: "hits@1", "ppl", "f1" or "all".
+    """Measures a model on batches of turns.
 
     Args:
-        args: the flags of the model, of decoding, and `gpt2_ppl`.
+        measured: "hits@1", "ppl", "f1" or "all".
+        decoding: how the replies are chosen.
         counts: gives the dictionary; called only for "ppl".
+        gpt2_words: as in `LabelScorer`.
     """
 
     def __init__(
         self,
         model: DoubleHeads,
         tokenizer: PreTrainedTokenizerBase,
-        args: Namespace,
+        measured: str,
+        decoding: Decoding,
+        *,
         counts: Callable[[], dict[str, int]],
+        gpt2_words: str = "spaced",
     ):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.scorer = LabelScorer(tokenizer, counts(), args.gpt2_ppl) if args.eval_type in ("ppl", "all") else None
+        self.model, self.tokenizer, self.measured, self.decoding = model, tokenizer, measured, decoding
+        self.scorer = LabelScorer(tokenizer, counts(), gpt2_words) if measured in ("ppl", "all") else None
 
     def __call__(self, turns: Sequence[Turn]) -> list[dict]:
         """Each turn's results, all computed in one batch: as far as the turn allows, and a reply if that is nothing.
@@ -264,22 +262,21 @@ class Evaluator:
         "ranking": indices of the candidates, the best first. "words": each word of the label with its probability.
         "token_nll": sum of -ln p over the label's tokens, and their number. "reply": a text.
         """
-        model, tokenizer, measured = self.model, self.tokenizer, self.args.eval_type
+        model, tokenizer = self.model, self.tokenizer
         results: list[dict] = [{} for _ in turns]
 
-        def add(chosen: list[int], function: Callable[[list[Turn]], Iterable[dict]]) -> None:
-            for i, result in zip(chosen, function([turns[i] for i in chosen]) if chosen else ()):
-                results[i].update(result)
-
-        if measured in ("hits@1", "all"):
-            add(
-                [i for i, turn in enumerate(turns) if turn.candidates],
-                lambda batch: ({"ranking": ranking} for ranking in rank_candidates(model, tokenizer, batch)),
-            )
+        if self.measured in ("hits@1", "all"):
+            chosen = [i for i, turn in enumerate(turns) if turn.example.candidates]
+            if chosen:
+                for i, ranking in zip(chosen, rank_candidates(model, tokenizer, [turns[i] for i in chosen])):
+                    results[i]["ranking"] = ranking
         if self.scorer:
-            add([i for i, turn in enumerate(turns) if turn.label is not None], partial(self.scorer.score, model))
-        add(
-            [i for i, result in enumerate(results) if measured in ("f1", "all") or not result],
-            lambda batch: ({"reply": text} for text in reply(model, tokenizer, batch, self.args)),
-        )
+            chosen = [i for i, turn in enumerate(turns) if turn.label is not None]
+            if chosen:
+                for i, scored in zip(chosen, self.scorer.score(model, [turns[i] for i in chosen])):
+                    results[i].update(scored)
+        chosen = [i for i, result in enumerate(results) if self.measured in ("f1", "all") or not result]
+        if chosen:
+            for i, text in zip(chosen, reply(model, tokenizer, [turns[i] for i in chosen], self.decoding)):
+                results[i]["reply"] = text
         return results

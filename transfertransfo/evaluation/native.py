@@ -2,7 +2,6 @@
 
 import logging
 import math
-from argparse import Namespace
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,27 +17,24 @@ from transfertransfo.evaluation.metrics import (
     hit,
     perplexity,
 )
-from transfertransfo.model.loading import load_finetuned
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(args: Namespace) -> tuple[list[dict], dict]:
-    """Each example's results, and the figures of `--eval_type` on the validation split."""
-    model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
-    )
-    dataset = load_validation(tokenizer, args)
+def evaluate(
+    evaluator: Evaluator, dataset: TokenizedDataset, *, max_history: int, batchsize: int
+) -> tuple[list[dict], dict]:
+    """Each example's results, and the figures on the validation split."""
+    model = evaluator.model
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
-    turns = make_turns(tokens, texts, args.max_history)
+    turns = make_turns(tokens, texts, max_history)
     examples = [turn.example for turn in turns]
     cut = sum(fit(example, model.n_positions, model.history_start) is not example for example in examples)
     tell_of_cut(cut, len(turns), model.n_positions)
-    evaluator = Evaluator(model, tokenizer, args, lambda: word_counts(args, dataset))
     labels = [turn.candidate_texts[-1] for turn in turns]
     details: list[dict] = [{"index": i} for i in range(len(turns))]
-    with tqdm(total=len(turns), desc=args.eval_type, unit=" examples", disable=None) as bar:
-        for indices in by_length(turns, args.batchsize, args.eval_type):
+    with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=None) as bar:
+        for indices in by_length(turns, batchsize, evaluator.measured):
             for i, result in zip(indices, evaluator([turns[i] for i in indices])):
                 add_result_(details[i], result, labels[i])
             bar.update(len(indices))
@@ -54,32 +50,40 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     return details, figures
 
 
-def load_validation(tokenizer: PreTrainedTokenizerBase, args: Namespace) -> TokenizedDataset:
-    dataset = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
+def load_validation(
+    tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str, *, skip_bad_dialogs: bool
+) -> TokenizedDataset:
+    """A dataset that has a validation split.
+
+    Raises:
+        UserError: it has none, or as `load_dataset`.
+    """
+    dataset = load_dataset(tokenizer, dataset_path, dataset_cache, skip_bad_dialogs)
     if "valid" not in dataset.splits:
         raise UserError(
-            f"{args.dataset_path}: no valid split to evaluate on; a file of one split is valid if its name begins so"
+            f"{dataset_path}: no valid split to evaluate on; a file of one split is valid if its name begins so"
         )
     return dataset
 
 
-def word_counts(args: Namespace, dataset: TokenizedDataset) -> dict[str, int]:
-    """The dictionary: `--dict_file`, or the words of the dataset's own texts."""
-    if args.dict_file:
-        return read_dictionary(args.dict_file)
+def word_counts(dataset: TokenizedDataset, dict_file: str | None) -> dict[str, int]:
+    """The dictionary: that of a file, or the words of the dataset's own texts."""
+    if dict_file:
+        return read_dictionary(dict_file)
     if "train" not in dataset.splits:
         logger.warning("no train split: the dictionary for ppl has the words of the valid split only")
     return count_words(dataset.all_dialogs(dataset.texts))
 
 
 def add_result_(row: dict, result: dict, label: str) -> None:
+    """Add an example's results to its row, and the F1 of its reply."""
     row.update(result)
     if "reply" in result:
         row["f1"] = f1(result["reply"], [label])
 
 
-def companions(details: list[dict]) -> dict:
-    """What stands beside the figures: counts of words, perplexity of tokens, distinct n-grams of the replies."""
+def extra_figures(details: list[dict]) -> dict:
+    """The figures that ConvAI2 has not: counts of words, perplexity of tokens, distinct n-grams of the replies."""
     report: dict = {}
     if "words" in details[0]:
         words = [p for row in details for _, p in row["words"]]

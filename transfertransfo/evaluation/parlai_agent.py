@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 from transfertransfo.cli import ArgumentParser, add_evaluation_flags, set_seed
 from transfertransfo.data.dialogs import dataset_files, read_dialogs
 from transfertransfo.data.formats import OWN_PERSONA, PARTNER_PERSONA
+from transfertransfo.data.inputs import Example
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.errors import UserError
+from transfertransfo.decoding import Decoding
+from transfertransfo.errors import UserError, flags_named
 from transfertransfo.evaluation.evaluator import Evaluator, Turn, read_dictionary
 from transfertransfo.evaluation.metrics import count_words, perplexity
 from transfertransfo.model.loading import load_finetuned
@@ -28,7 +30,7 @@ except ImportError:  # without ParlAI the class is there all the same, for whoev
 
 
 class Dialog(NamedTuple):
-    """What an agent has heard when a reply is due, as text."""
+    """A dialog in which a reply is due, as text."""
 
     persona: list[str]
     history: list[str]  # all that was said
@@ -66,12 +68,17 @@ class TransformerAgent(Agent):
     def __init__(self, opt: dict, shared: dict | None = None):
         self.id = type(self).__name__
         self.opt = opt
-        self.evaluator = shared["evaluator"] if shared else load_evaluator(opt)
+        if shared:
+            self.evaluator, self.max_history = shared["evaluator"], shared["max_history"]
+        else:
+            args = all_flags(opt)
+            self.evaluator, self.max_history = load_evaluator(args), args.max_history
         self.reset()
 
     def share(self) -> dict:
-        """What a copy of the agent needs."""
-        return {"class": type(self), "opt": self.opt, "evaluator": self.evaluator}
+        """The state that a copy of the agent shares with it."""
+        own = {"evaluator": self.evaluator, "max_history": self.max_history}
+        return {"class": type(self), "opt": self.opt, **own}
 
     def reset(self) -> None:
         """Forget the dialog."""
@@ -82,7 +89,7 @@ class TransformerAgent(Agent):
         self.observation: dict = {}
 
     def observe(self, observation: dict) -> dict:
-        """Add a message to the dialog. What is returned carries the dialog.
+        """Add a message to the dialog; returns the message with the dialog as its "dialog".
 
         In a batch ParlAI has one copy of the agent listen in each dialog, and another one, which heard none, reply.
         """
@@ -114,8 +121,9 @@ class TransformerAgent(Agent):
         self.self_observe(message)
         return message
 
+    @flags_named()
     def batch_act(self, observations: list[dict]) -> list[dict]:
-        """Replies to what copies of the agent have observed; to padding, which has no text, the agent's name alone."""
+        """Replies to the messages that copies of the agent have observed. Padding has no text and gets no reply."""
         messages: list[dict] = [{"id": self.id} for _ in observations]
         asked = [i for i, observation in enumerate(observations) if "text" in observation]
         dialogs = [observations[i]["dialog"] for i in asked]
@@ -138,34 +146,34 @@ class TransformerAgent(Agent):
             UserError: the agent does not measure ppl.
         """
         if self.evaluator.scorer is None:
-            raise UserError(f"--eval_type {self.evaluator.args.eval_type}: probabilities of words need ppl or all")
+            raise UserError(f"--eval_type {self.evaluator.measured}: probabilities of words need ppl or all")
         (turn,) = self._turns([self.observation["dialog"]])
         return self.evaluator.scorer.distribution(self.evaluator.model, turn, partial_out)
 
     def _turns(self, dialogs: list[Dialog]) -> list[Turn]:
         """Dialogs in token ids, all tokenised at once."""
-        texts = list(dict.fromkeys(chain.from_iterable((*d.persona, *d.history, *d.candidates, d.label or "")
-                                                       for d in dialogs)))  # fmt: skip
+        said = chain.from_iterable((*d.persona, *d.history, *d.candidates, d.label or "") for d in dialogs)
+        texts = list(dict.fromkeys(said))
         ids = dict(zip(texts, tokenize(self.evaluator.tokenizer, texts)))
-        window = 2 * self.evaluator.args.max_history + 1
-        return [
-            Turn(
-                [ids[text] for text in dialog.persona],
-                [ids[text] for text in dialog.history[-window:]],
-                [ids[text] for text in dialog.candidates],
-                dialog.candidates,
-                dialog.label,
-                ids[dialog.label or ""],
-            )
-            for dialog in dialogs
-        ]
+        turns = []
+        for dialog in dialogs:
+            history = dialog.history[-(2 * self.max_history + 1) :]
+            example = Example(*([ids[text] for text in part] for part in (dialog.persona, history, dialog.candidates)))
+            turns.append(Turn(example, dialog.candidates, dialog.label, ids[dialog.label or ""]))
+        return turns
 
 
-def load_evaluator(opt: dict) -> Evaluator:
-    """What ParlAI's options describe; flags that they lack have their defaults."""
+def all_flags(opt: dict) -> Namespace:
+    """The agent's flags: ParlAI's options, and defaults for those that they lack."""
     parser = ArgumentParser("")
     add_evaluation_flags(parser)
-    args = Namespace(**vars(parser.parse_args([])) | opt)
+    return Namespace(**vars(parser.parse_args([])) | opt)
+
+
+@flags_named()
+def load_evaluator(args: Namespace) -> Evaluator:
+    """The evaluator that the agent's flags describe."""
+    decoding = Decoding.of(args)
     set_seed(args.seed)
     model, tokenizer = load_finetuned(
         args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
@@ -176,7 +184,7 @@ def load_evaluator(opt: dict) -> Evaluator:
             return read_dictionary(args.dict_file)
         return count_words(read_dialogs(dataset_files(Path(args.datapath, "ConvAI2"))))
 
-    return Evaluator(model, tokenizer, args, counts)
+    return Evaluator(model, tokenizer, args.eval_type, decoding, counts=counts, gpt2_words=args.gpt2_ppl)
 
 
 def perplexities(result: dict) -> dict[str, Perplexity]:

@@ -7,7 +7,6 @@ import shutil
 import sys
 import tempfile
 import types
-from argparse import Namespace
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,75 +15,97 @@ from typing import Any
 from transfertransfo.data.dataset import TokenizedDataset
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.formats import write_parlai
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError, UserError
 from transfertransfo.evaluation.metrics import (
     perplexity,
     split_words,
     write_word_counts,
 )
-from transfertransfo.evaluation.native import add_result_, load_validation, word_counts
-from transfertransfo.model.sources import download_pretrained_model, load_tokenizer
+from transfertransfo.evaluation.native import add_result_
 
 PARLAI = {"parlai": "1.7.2", "convai2": "0.1.20200610"}  # the release that a backend needs; they exclude each other
 DATA_VERSION = "v5.0"  # in the second line of .built; where it says something else ParlAI deletes the folder
 MEASURES = ("hits@1", "ppl", "f1")
 
 
-def evaluate_in_parlai(args: Namespace) -> tuple[list[dict], dict]:
-    """As `evaluate`, but the figures are ParlAI's."""
-    check_installed(args.backend)
-    tokenizer = load_tokenizer(args.model_checkpoint or download_pretrained_model(), args.gpt_tokenization)
-    dataset = load_validation(tokenizer, args)
-    measures = MEASURES if args.eval_type == "all" else (args.eval_type,)
+def evaluate_in_parlai(
+    backend: str,
+    dataset: TokenizedDataset,
+    counts: Callable[[], dict[str, int]],
+    options: dict,
+    *,
+    own_data: Path | None = None,
+) -> tuple[list[dict], dict]:
+    """As `native.evaluate`, but the figures are ParlAI's.
+
+    Args:
+        backend: "parlai" or "convai2".
+        counts: gives the dictionary for ppl.
+        options: the flags of the agent, `batchsize` and `dataset_path`, by their names without the dashes.
+        own_data: the user's own folder of ParlAI's ConvAI2, to be read in place of a copy of the dataset.
+
+    Raises:
+        UserError: ParlAI does not take the data.
+    """
+    eval_type = options["eval_type"]
+    measures = MEASURES if eval_type == "all" else (eval_type,)
     with tempfile.TemporaryDirectory(prefix="convai2-") as folder, contextlib.redirect_stdout(sys.stderr):
-        make_data_folder(Path(folder), args, dataset)
+        make_data_folder(Path(folder), backend, dataset, counts, own_data=own_data)
         dialogs = read_dialogs([Path(folder, "ConvAI2", "valid_self_original.txt")])["valid"]
         details = [{"index": i} for i in range(sum(len(dialog["utterances"]) for dialog in dialogs))]
-        opt = vars(args) | {"datapath": folder, "dict_file": str(dictionary_in(Path(folder)))}
-        with in_one_line(args):
-            if args.backend == "parlai":
+        opt = options | {"datapath": folder, "dict_file": str(dictionary_in(Path(folder)))}
+        with in_one_line(options["dataset_path"]):
+            if backend == "parlai":
                 figures = run_parlai(opt | {"record": recorder(details, dialogs)}, measures)
                 if "f1" in figures:
                     figures["f1"] = in_order(figures["f1"], [row["f1"] for row in details])
             else:
-                figures = {
-                    measure: run_convai2(opt | {"eval_type": measure, "record": recorder(details, dialogs)}, measure)
-                    for measure in measures
-                }
+                figures = {}
+                for measure in measures:
+                    record = recorder(details, dialogs)
+                    figures[measure] = run_convai2(opt | {"eval_type": measure, "record": record}, measure)
         return details, figures
 
 
 @contextlib.contextmanager
-def in_one_line(args: Namespace) -> Iterator[None]:
-    """What ParlAI says of data that it does not take."""
+def in_one_line(dataset_path: str) -> Iterator[None]:
+    """Say in one line that ParlAI does not take the data."""
     try:
         yield
     except KeyError as error:
         if error.args[0] not in MEASURES:
             raise
-        raise UserError(f"{args.dataset_path}: ParlAI found nothing there to measure {error.args[0]} on") from error
+        raise UserError(f"{dataset_path}: ParlAI found nothing there to measure {error.args[0]} on") from error
     except RuntimeError as error:
         if "true label missing" not in str(error):
             raise
-        raise UserError(
-            f"{args.dataset_path}: a reply is not among its candidates, which ParlAI does not take;"
-            f" --dataset_path {args.dataset_path} adds it"
+        raise SettingError(
+            f"{dataset_path}: a reply is not among its candidates, which ParlAI does not take;"
+            f" dataset_path {dataset_path} adds it",
+            "dataset_path",
         ) from error
 
 
 def install_command(backend: str) -> str:
+    """The command that installs what a backend needs."""
     return f"pip install -r requirements/{backend}.txt && pip install --no-deps parlai=={PARLAI[backend]}"
 
 
 def check_installed(backend: str) -> None:
+    """Check that the release of ParlAI is there that a backend needs.
+
+    Raises:
+        SettingError: none is, or another one.
+    """
     try:
         found = importlib.metadata.version("parlai")
     except importlib.metadata.PackageNotFoundError:
         found = "none"
     if found != PARLAI[backend]:
-        raise UserError(
-            f"--backend {backend}: needs parlai=={PARLAI[backend]} (found: {found}). In an environment of"
-            f" its own: {install_command(backend)}"
+        raise SettingError(
+            f"backend {backend}: needs parlai=={PARLAI[backend]} (found: {found}). In an environment of"
+            f" its own: {install_command(backend)}",
+            "backend",
         )
 
 
@@ -92,17 +113,29 @@ def dictionary_in(folder: Path) -> Path:
     return folder / "models" / "convai2" / "dict_self"
 
 
-def make_data_folder(folder: Path, args: Namespace, dataset: TokenizedDataset) -> None:
+def make_data_folder(
+    folder: Path,
+    backend: str,
+    dataset: TokenizedDataset,
+    counts: Callable[[], dict[str, int]],
+    *,
+    own_data: Path | None = None,
+) -> None:
     """Fill a temporary folder with what ParlAI expects of its data folder. It never sees the user's own one.
 
+    Args:
+        counts, own_data: as in `evaluate_in_parlai`.
+
     Raises:
-        UserError: `--datapath` has not the data that ParlAI asks for.
+        SettingError: `own_data` has not the data that ParlAI asks for.
     """
     data = folder / "ConvAI2"
-    names = ["valid_self_original.txt"] + ["valid_self_original_no_cands.txt"] * (args.backend == "convai2")
-    if args.datapath:
-        check_data(Path(args.dataset_path), names)
-        data.symlink_to(Path(args.dataset_path).resolve(), target_is_directory=True)
+    names = ["valid_self_original.txt"]
+    if backend == "convai2":
+        names.append("valid_self_original_no_cands.txt")
+    if own_data:
+        check_data(own_data, names)
+        data.symlink_to(own_data.resolve(), target_is_directory=True)
     else:
         data.mkdir()
         write_parlai(dataset.dialogs("valid", dataset.texts), data / names[0])
@@ -110,20 +143,23 @@ def make_data_folder(folder: Path, args: Namespace, dataset: TokenizedDataset) -
             shutil.copyfile(data / names[0], data / name)
         (data / ".built").write_text(f"written by convai_evaluation.py\n{DATA_VERSION}\n")
     dictionary_in(folder).parent.mkdir(parents=True)
-    write_word_counts(dictionary_in(folder), word_counts(args, dataset))
+    write_word_counts(dictionary_in(folder), counts())
 
 
 def check_data(folder: Path, names: list[str]) -> None:
+    """Check that ParlAI would read these files of a data folder and leave it alone."""
     mark = folder / ".built"
     lines = mark.read_text(errors="replace").splitlines() if mark.is_file() else []
     if lines[1:2] != [DATA_VERSION]:
-        raise UserError(
+        raise SettingError(
             f"{mark}: its second line is not {DATA_VERSION}, so that ParlAI would delete or replace the"
-            f" folder; evaluate a copy of its data: --dataset_path {folder}"
+            f" folder; evaluate a copy of its data: dataset_path {folder}",
+            "dataset_path",
         )
     for name in names:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: not there; --dataset_path {folder} does without")
+            message = f"{folder / name}: not there; dataset_path {folder} does without"
+            raise SettingError(message, "dataset_path")
 
 
 def recorder(details: list[dict], dialogs: list[dict]) -> Callable:
