@@ -127,6 +127,35 @@ def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, conte
                 rows.append_(tokens[step])
 
 
+@pytest.mark.parametrize("contexts", [CONTEXTS[:1], CONTEXTS])
+def test_every_column_attends_to_its_own_row_and_padding_to_itself(model, tokenizer, monkeypatch, contexts):
+    """Without a mask of its own, padding has an empty softmax: 0 in some of torch's kernels, NaN in others."""
+    sequences = [
+        build_input_from_segments(*context, [], tokenizer, with_eos=False)
+        | {"position_ids": context_positions(*context)}
+        for context in contexts
+    ]
+    masks, hidden_states = [], model.hidden_states
+
+    def listening(ids, types, positions, mask, cache):
+        masks.append(mask)
+        return hidden_states(ids, types, positions, mask, cache)
+
+    monkeypatch.setattr(model, "hidden_states", listening)
+    CachedRows(model, sequences, 1).append_(torch.full((len(contexts),), 7))
+    first, second = masks
+    if len(contexts) == 1:  # no padding
+        assert first is second is None
+        return
+    columns = first.size(-1)
+    for row, sequence in enumerate(sequences):
+        padding = columns - len(sequence["input_ids"])
+        for query in range(columns):
+            attended = first[row, 0, query].nonzero().flatten().tolist()
+            assert attended == ([query] if query < padding else [*range(padding, query + 1)])
+        assert second[row, 0, 0].nonzero().flatten().tolist() == [*range(padding, columns + 1)]
+
+
 @of_every_family
 @pytest.mark.parametrize("min_length", [0, 1, 5])
 def test_greedy_replies_equal_those_without_a_cache(model, tokenizer, min_length):
