@@ -14,6 +14,7 @@ from pathlib import Path
 from transfertransfo.cli import (
     ArgumentParser,
     add_data_flags,
+    add_debug_flag,
     add_evaluation_flags,
     number,
     run_script,
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")
+    add_debug_flag(parser)
     return parser.parse_args(argv)
 
 

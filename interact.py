@@ -18,6 +18,7 @@ from pathlib import Path
 from transfertransfo.cli import (
     ArgumentParser,
     add_data_flags,
+    add_debug_flag,
     add_decoding_flags,
     add_model_flags,
     add_precision_flag,
@@ -60,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--transcript", metavar="FILE", help="file to which each turn is added as it is said, a JSON object a line"
     )
     add_seed_flag(parser)
+    add_debug_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transfertransfo.cli import (
     ArgumentParser,
     add_data_flags,
+    add_debug_flag,
     add_model_flags,
     add_seed_flag,
     number,
@@ -158,6 +159,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     )
     add_run_flags(parser)
     add_seed_flag(parser)
+    add_debug_flag(parser)
 
     parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
     args = parser.parse_args(argv)

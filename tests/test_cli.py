@@ -15,6 +15,14 @@ from transfertransfo.cli import ArgumentParser, number, run_script, set_seed, se
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import default_device
 
+LEVELS = {  # the least that a library may say
+    "httpx": logging.WARNING,
+    "huggingface_hub": logging.WARNING,
+    "transformers": logging.ERROR,
+    "transformers.utils.hub": logging.CRITICAL,
+    "ignite": logging.CRITICAL,
+}
+
 
 @pytest.fixture
 def parser():
@@ -29,7 +37,8 @@ def parser():
 @pytest.fixture
 def logging_as_it_was():
     """The script's set-up replaces the root logger's handlers, pytest's among them."""
-    root, libraries = logging.getLogger(), [logging.getLogger(name) for name in ("httpx", "transformers", "ignite")]
+    names = [*LEVELS, "httpx2", "transfertransfo"]
+    root, libraries = logging.getLogger(), [logging.getLogger(name) for name in names]
     before = root.level, root.handlers[:], [library.level for library in libraries]
     yield
     root.setLevel(before[0])
@@ -215,3 +224,23 @@ def test_log_goes_to_stderr_once(capsys, logging_as_it_was):
     set_up_logging(logging.WARNING)
     logging.getLogger("utils").info("a line")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_libraries_say_what_matters_only(logging_as_it_was, monkeypatch, name, debug):
+    """The levels of the network's libraries and of those that log what the script goes on to report."""
+    monkeypatch.setenv(cli.DEBUG, debug)
+    set_up_logging()
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+        assert logging.getLogger(f"{name}.part").isEnabledFor(level) == (level >= LEVELS[name])
+
+
+@pytest.mark.parametrize("debug", ["", "0", "1"])
+def test_the_projects_own_details_are_logged_on_demand(capsys, logging_as_it_was, monkeypatch, debug):
+    monkeypatch.setenv(cli.DEBUG, debug)
+    set_up_logging(logging.WARNING)
+    logging.getLogger("transfertransfo.chat.terminal").debug("a detail")
+    logging.getLogger("urllib3").debug("a detail of a library")
+    err = capsys.readouterr().err
+    assert err.count("\n") == (debug == "1") and ("a detail\n" in err) == (debug == "1")

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import io
 import json
+import logging
 import os
 import pty
 import random
@@ -549,6 +550,15 @@ def test_ctrl_c_stops_a_reply_and_a_second_one_leaves(monkeypatch):
     hint = "\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n"
     assert shown == ["hi", hint, "again", hint, "\n"]
     assert next(events) == "never read"
+
+
+def test_the_exception_behind_a_note_is_logged(chat, caplog):
+    """A bug of our own must not hide in the one line that a command fails with."""
+    lines, shown = iter(["hello", "/save /nowhere/at/all", "/quit"]), []
+    caplog.set_level(logging.DEBUG, logger="transfertransfo")
+    terminal.talk(chat, lambda: next(lines), lambda text, kind="": shown.append(text))
+    assert "/save /nowhere/at/all: No such file or directory\n" in shown
+    assert "FileNotFoundError" in caplog.text and "Traceback" not in "".join(shown)
 
 
 def read_until(terminal: int, pattern: str, seconds: float = 60) -> str:

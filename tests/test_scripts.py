@@ -20,7 +20,7 @@ from transformers import BertConfig
 import convai_evaluation
 import interact
 import train
-from transfertransfo.cli import run_script
+from transfertransfo.cli import DEBUG, run_script
 
 SCRIPTS = {"train": train.train, "interact": interact.run, "convai_evaluation": convai_evaluation.run}
 UTTERANCE = {"candidates": ["no .", "yes ."], "history": ["hi !"]}
@@ -34,9 +34,11 @@ def workplace(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setenv(DEBUG, "")  # `--debug` sets it for the process
     root, names = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
     level, handlers, signals = root.level, root.handlers[:], [signal.getsignal(name) for name in names]
     yield folder
+    logging.getLogger("transfertransfo").setLevel(logging.NOTSET)
     root.setLevel(level)
     root.handlers[:] = handlers
     for name, handler in zip(names, signals):
@@ -273,6 +275,39 @@ def test_a_gpu_that_is_not_there(complaint, monkeypatch, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = "argument --device: 'cuda' asked for, but torch sees no GPU here; use --device cpu"
     assert complaint(script, "--device", "cuda") == message
+
+
+# The exception behind the line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("how", ["off", "by the flag", "by the environment"])
+def test_the_traceback_on_demand(workplace, monkeypatch, capsys, model, dataset, script, how):
+    (model / "config.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    argv = ["--dataset_path", str(dataset), "--model_checkpoint", str(model), "--device", "cpu"]
+    if how == "by the flag":
+        argv.append("--debug")
+    elif how == "by the environment":
+        monkeypatch.setenv(DEBUG, "1")
+    with pytest.raises(SystemExit) as ending:
+        run_script(lambda: SCRIPTS[script](argv))
+    *above, line = capsys.readouterr().err.splitlines()
+    assert ending.value.code == 2
+    assert line.startswith(f"{script}.py: error: --model_checkpoint {model}: no usable config.json there (")
+    if how == "off":
+        assert not above
+    else:
+        shown = "\n".join(above)
+        assert "JSONDecodeError" in shown and "The above exception was the direct cause" in shown
+        assert above[-1].startswith("transfertransfo.errors.UserError: ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_flag_leaves_no_trace_in_the_arguments(workplace, script):
+    """A run that shows more computes the same: it can be resumed with the flag or without."""
+    parse_args = sys.modules[script].parse_args
+    assert parse_args(["--debug"]) == parse_args([])
 
 
 # As the shell sees it

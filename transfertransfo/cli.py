@@ -1,4 +1,4 @@
-"""What the three scripts share on the command line: flags, one-line errors, seeds, devices and the log."""
+"""The flags that the three scripts share, one-line errors, seeds, devices and the log."""
 
 import argparse
 import logging
@@ -6,14 +6,15 @@ import os
 import random
 import re
 import sys
+import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transfertransfo.errors import UserError, first_line
 
-logger = logging.getLogger(__name__)
-
+PACKAGE, _, _ = __name__.partition(".")
 DATASET_CACHE = "./dataset_cache.bin"
+DEBUG = "CONVAI_DEBUG"  # environment variable, so that processes which a script starts know of it too
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -27,12 +28,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(script: Callable[[], object]) -> None:
-    """Run a script's entry function; a `UserError`, and what the system refuses, become one line and exit status 2."""
+    """Run a script's entry function; a `UserError`, and what the system refuses, become one line and exit status 2.
+
+    With `--debug` the traceback stands above that line, with those of the exceptions behind it.
+    """
     try:
         script()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell counts a death by SIGINT
     except BrokenPipeError:  # the reader of a pipe has gone, as in `... | head`
@@ -40,8 +43,20 @@ def run_script(script: Callable[[], object]) -> None:
         sys.exit(1)
     except OSError as error:  # a full disk, or a file or folder that has gone meanwhile
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror or first_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{where}{error.strerror or first_line(error)}")
+
+
+def fail(message: str) -> NoReturn:
+    """End the script with a line for the exception that is being handled."""
+    if debugging():
+        traceback.print_exc()
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def debugging() -> bool:
+    """Whether the exceptions behind one-line errors are to be shown."""
+    return os.environ.get(DEBUG, "") not in ("", "0")
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
@@ -172,6 +187,22 @@ def add_seed_flag(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (0 = not seeded)")
 
 
+class DebugAction(argparse.Action):
+    """Sets `DEBUG`. The parsed arguments do not have the flag: it decides nothing that a run computes."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=False, **options)
+
+    def __call__(self, *_: object) -> None:
+        os.environ[DEBUG] = "1"
+
+
+def add_debug_flag(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action=DebugAction, help=f"show the exception behind a one-line error, as {DEBUG}=1 does"
+    )
+
+
 def add_evaluation_flags(parser: ArgumentParser) -> None:
     """Declare what is measured and how, for the script and for ParlAI's agent alike."""
     parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
@@ -225,6 +256,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     for library in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger(PACKAGE).setLevel(logging.DEBUG if debugging() else logging.NOTSET)
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 

@@ -45,6 +45,7 @@ def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None
             interrupted = True
             show("\n(Ctrl-C once more, Ctrl-D or /quit leaves)\n", "note")
         except UserError as error:
+            logger.debug("behind the next line:", exc_info=True)
             show(f"{in_flags(error)}\n", "note")
 
 
