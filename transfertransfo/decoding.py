@@ -230,10 +230,12 @@ class CachedRows:
         # aligned on the right, so that every row goes on in the same column
         lengths = torch.tensor([len(row["input_ids"]) for row in sequences], device=model.device)[:, None]  # (R, 1)
         columns = int(lengths.max())
-        ids, types, positions = (
-            torch.tensor([[0] * (columns - len(row[name])) + row[name] for row in sequences], device=model.device)
-            for name in ("input_ids", "token_type_ids", "position_ids")
-        )
+
+        def aligned(name: str) -> Tensor:
+            rows = [[0] * (columns - len(row[name])) + row[name] for row in sequences]
+            return torch.tensor(rows, device=model.device)
+
+        ids, types, positions = map(aligned, ("input_ids", "token_type_ids", "position_ids"))
         column = torch.arange(columns + new_tokens, device=model.device)
         self.attended = column >= columns - lengths  # (R, all columns)
         self.ragged = bool((lengths < columns).any())
@@ -247,14 +249,14 @@ class CachedRows:
         self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token
 
     def repeat_(self, times: int) -> None:
-        """Each row `times` times, one copy after the other."""
+        """Put `times` copies of each row in its place, one after the other."""
         if times > 1:
             self.cache.batch_repeat_interleave(times)
             for name in ("logits", "types", "positions", "attended"):
                 setattr(self, name, getattr(self, name).repeat_interleave(times, 0))
 
     def select_(self, rows: Tensor) -> None:
-        """The rows of these indices; one may be taken several times."""
+        """Keep the rows of these indices; one may be taken several times."""
         self.cache.batch_select_indices(rows)
         for name in ("logits", "types", "positions", "attended"):
             setattr(self, name, getattr(self, name)[rows])

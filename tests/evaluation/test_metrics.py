@@ -8,7 +8,6 @@ import pytest
 
 from transfertransfo.evaluation.metrics import (
     SPECIAL_WORDS,
-    Mean,
     WordProbabilities,
     count_words,
     distinct_n,
@@ -188,12 +187,3 @@ def test_distinct_n():
     assert distinct_n(iter(replies), 4) == 1.0
     assert distinct_n(replies, 5) == 0.0
     assert distinct_n([["a"], ["b"]], 2) == 0.0
-
-
-def test_mean():
-    mean = Mean()
-    assert math.isnan(mean.value)
-    for value in (1.0, 0, True):
-        mean.add(value)
-    assert (mean.total, mean.count) == (2, 3)
-    assert mean.value == 2 / 3

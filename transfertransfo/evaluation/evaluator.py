@@ -56,7 +56,7 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
 
 @torch.inference_mode()
 def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[int]]:
-    """For each turn the indices of its candidates, the best choice score first."""
+    """The indices of each turn's candidates, the best choice score first."""
     examples = [fit(turn.example, model.n_positions, model.history_start) for turn in turns]
     # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
     distinct = [list(dict.fromkeys(map(tuple, example.candidates))) for example in examples]
@@ -120,9 +120,9 @@ class LabelScorer:
         rows, places = self._lay_out(model, turns, words)
         batch = pack(rows, self.tokenizer.pad_token_id)
         positions = iter(_flat_positions(rows, places, batch.input_ids.size(1)))
-        at_words = [[next(positions) for _ in turn_words] for turn_words in words]
-        at_tokens = [part.tolist() for part in batch.lm_positions.split([len(row.replies[0]) for row in rows])]
+        at_words = [list(itertools.islice(positions, len(turn_words))) for turn_words in words]
         labels = [row.replies[0] for row in rows]
+        at_tokens = [part.tolist() for part in batch.lm_positions.split(list(map(len, labels)))]
         hidden = model.packed_hidden_states(batch.to(model.device))
         results = []
         for start in range(0, len(turns), TURNS_OF_THE_HEAD):
@@ -169,8 +169,10 @@ class LabelScorer:
 
         The label's text as words, lower-cased and with spaces, mostly has the same tokens; else it is the next reply.
         """
-        beginnings = (" ".join(turn_words[:i]) for turn_words in words for i in range(len(turn_words) + 1))
-        contexts = iter(tokenize(self.tokenizer, list(beginnings)))
+        beginnings = []
+        for turn_words in words:
+            beginnings += [" ".join(turn_words[:i]) for i in range(len(turn_words) + 1)]
+        contexts = iter(tokenize(self.tokenizer, beginnings))
         rows, places = [], []
         for b, (turn, turn_words) in enumerate(zip(turns, words)):
             *befores, whole = itertools.islice(contexts, len(turn_words) + 1)

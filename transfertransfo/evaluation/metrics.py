@@ -9,7 +9,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,22 +33,6 @@ def perplexity(nll: float, count: int) -> float:
     if not count:
         return math.nan
     return math.exp(nll / count) if nll / count < 709 else math.inf
-
-
-@dataclass
-class Mean:
-    """A running mean, kept as a sum and a count so that it is divided only once. NaN while nothing was added."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, value: float) -> None:
-        self.total += value
-        self.count += 1
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else float("nan")
 
 
 def normalize(text: str) -> list[str]:

@@ -155,10 +155,14 @@ class TransformerAgent(Agent):
         said = chain.from_iterable((*d.persona, *d.history, *d.candidates, d.label or "") for d in dialogs)
         texts = list(dict.fromkeys(said))
         ids = dict(zip(texts, tokenize(self.evaluator.tokenizer, texts)))
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            return [ids[text] for text in texts]
+
         turns = []
         for dialog in dialogs:
-            history = dialog.history[-(2 * self.max_history + 1) :]
-            example = Example(*([ids[text] for text in part] for part in (dialog.persona, history, dialog.candidates)))
+            history = encode(dialog.history[-(2 * self.max_history + 1) :])
+            example = Example(encode(dialog.persona), history, encode(dialog.candidates))
             turns.append(Turn(example, dialog.candidates, dialog.label, ids[dialog.label or ""]))
         return turns
 

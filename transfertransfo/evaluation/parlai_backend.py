@@ -1,4 +1,4 @@
-"""The evaluation in ParlAI, or by ConvAI2's own scripts in an old ParlAI: as `native.evaluate`, with their figures."""
+"""The evaluation in ParlAI, or by ConvAI2's own scripts in an old ParlAI, with their figures."""
 
 import contextlib
 import importlib.metadata
@@ -52,7 +52,8 @@ def evaluate_in_parlai(
     with tempfile.TemporaryDirectory(prefix="convai2-") as folder, contextlib.redirect_stdout(sys.stderr):
         make_data_folder(Path(folder), backend, dataset, counts, own_data=own_data)
         dialogs = read_dialogs([Path(folder, "ConvAI2", "valid_self_original.txt")])["valid"]
-        details = [{"index": i} for i in range(sum(len(dialog["utterances"]) for dialog in dialogs))]
+        examples = sum(len(dialog["utterances"]) for dialog in dialogs)
+        details = [{"index": i} for i in range(examples)]
         opt = options | {"datapath": folder, "dict_file": str(dictionary_in(Path(folder)))}
         with in_one_line(options["dataset_path"]):
             if backend == "parlai":
@@ -164,10 +165,12 @@ def check_data(folder: Path, names: list[str]) -> None:
 
 def recorder(details: list[dict], dialogs: list[dict]) -> Callable:
     """A function that adds an example's results to its row. ParlAI's batches mix the dialogs, so texts tell the row."""
-    utterances = ((dialog["personality"], utterance) for dialog in dialogs for utterance in dialog["utterances"])
     rows: dict[str, deque] = defaultdict(deque)
-    for row, (persona, utterance) in zip(details, utterances):
-        rows[example_key(persona, utterance["history"], utterance["candidates"][-1])].append(row)
+    remaining = iter(details)
+    for dialog in dialogs:
+        for utterance in dialog["utterances"]:
+            key = example_key(dialog["personality"], utterance["history"], utterance["candidates"][-1])
+            rows[key].append(next(remaining))
 
     def record(dialog: Any, result: dict) -> None:
         waiting = rows[example_key(dialog.persona, dialog.history, dialog.label)]

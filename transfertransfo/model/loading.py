@@ -191,7 +191,7 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
     raise UserError(
         f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
         f" logits are of a kind that is not known here{reason}"
-    )
+    ) from error
 
 
 def use_eager_attention_(model: DoubleHeads) -> None:
