@@ -11,12 +11,13 @@
         --num_candidates 4 --personality_permutations 2 --train_batch_size 2 --valid_batch_size 2
 """
 
-import json
+import contextlib
 import logging
 import os
-import shutil
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,10 @@ from transfertransfo.cli import (
     add_data_flags,
     add_debug_flag,
     add_model_flags,
+    add_optimisation_flags,
+    add_run_flags,
     add_seed_flag,
+    amend_errors,
     number,
     run_script,
     set_seed,
@@ -44,13 +48,10 @@ from transfertransfo.data.inputs import (
     PADDED_INPUTS,
     BucketSampler,
     build_input_from_segments,
-    format_example,
-    make_examples,
     pad_dataset,
 )
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS
-from transfertransfo.errors import UserError, first_line
-from transfertransfo.files import remove_leftovers, write_atomically
+from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_adapter_,
@@ -71,17 +72,17 @@ from transfertransfo.training.distribution import (
     setup_distributed,
     share_weights_,
 )
-from transfertransfo.training.engines import create_evaluator, create_trainer, make_adamw
-from transfertransfo.training.handlers import attach_checkpoints, attach_figures, attach_validation
-from transfertransfo.training.loaders import log_examples, make_loader, pack_examples
+from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
+from transfertransfo.training.handlers import NoFiniteGradient, attach_checkpoints, attach_figures, attach_validation
+from transfertransfo.training.loaders import Loaders, first_share, hold_out, make_loaders
 from transfertransfo.training.precision import LEVELS, make_precision
 from transfertransfo.training.runs import (
-    ARGUMENTS,
     NOT_RESUMED,
+    Found,
     changed_arguments,
-    cut_metrics,
     find_run,
-    make_logdir,
+    make_record,
+    open_run_folder,
     read_arguments,
 )
 
@@ -92,11 +93,11 @@ __all__ = [  # the original's public names, wherever they are defined now
 
 logger = logging.getLogger(__name__)
 
+GO_ON = "go on from the last checkpoint with --resume"
 COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
-    """The arguments, and the run folder to resume, whose arguments then stand in for flags that are not given."""
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser("Fine-tune a decoder with two heads on dialogs with personas.")
     add_data_flags(parser)
     parser.add_argument(
@@ -162,89 +163,47 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     add_debug_flag(parser)
 
     parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    args = parser.parse_args(argv)
-    args.unset = [name for name, value in vars(args).items() if value is None]
-    run = find_run(args.resume, args) if args.resume else None
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
+    """The flags and the run folder to resume, whose arguments stand in for flags that are not given.
+
+    Raises:
+        UserError: there is no such run, or a flag differs that may not.
+    """
+    parser = make_parser()
+    args, run = parser.parse_args(argv), None
+    if args.resume:
+        with amend_errors(before="--resume "):
+            run = find_run(args.resume, vars(args))
     if run:
-        saved = {"unset": []} | read_arguments(run)
-        parser.set_defaults(**{name: saved[name] for name in saved if name not in NOT_RESUMED})
-        args = parser.parse_args(argv)
-        if changed := changed_arguments(saved, args):
-            raise UserError(f"--resume {run}: {', '.join(changed)}; go on with the same, or start a new run")
+        args = resume_args(parser, argv, run)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     return args, run
 
 
-def add_optimisation_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--n_epochs", type=number(int, 1), default=3, help="passes over the training examples")
-    parser.add_argument(
-        "--train_batch_size", type=number(int, 1), default=4, help="examples of one forward, in each process"
-    )
-    parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same in validation")
-    parser.add_argument(
-        "--gradient_accumulation_steps", type=number(int, 1), default=8, help="forwards of one optimizer step"
-    )
-    parser.add_argument("--lr", type=number(float, 0), default=6.25e-5, help="first learning rate; it falls to 0")
-    parser.add_argument("--head_lr", type=number(float, 0), help="the same for the choice head (unset = --lr)")
-    parser.add_argument(
-        "--warmup_steps",
-        type=number(int, 0),
-        default=0,
-        help="optimizer steps over which the learning rates rise from 0 (0 = off)",
-    )
-    parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-model loss")
-    parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
-    parser.add_argument(
-        "--label_smoothing",
-        type=number(float, 0, 0.99),
-        default=0.0,
-        help="probability of a word that training spreads over the vocabulary (0 = off)",
-    )
-    parser.add_argument(
-        "--max_norm", type=number(float, 0), default=1.0, help="norm to which longer gradients are clipped (0 = off)"
-    )
-    parser.add_argument(
-        "--freeze_embeddings", action="store_true", help="of the word embeddings train those of the dialog tokens only"
-    )
+def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Namespace:
+    """The flags as given, else as the run to resume has them.
 
-
-def add_run_flags(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", default="", help="run folder to go on with; auto = the newest of the same arguments, or a new one"
-    )
-    parser.add_argument("--eval_before_start", action="store_true", help="validate before the first step too")
-    parser.add_argument(
-        "--log_every",
-        type=number(int, 0),
-        default=0,
-        help="optimizer steps between logged ones (0 = 1 in a run under 200 steps, else 10)",
-    )
-    parser.add_argument(
-        "--save_every",
-        type=number(int, 0),
-        default=0,
-        help="optimizer steps between checkpoints, beside one an epoch (0 = off)",
-    )
-    parser.add_argument("--n_saved", type=number(int, 1), default=3, help="checkpoints kept")
-    parser.add_argument(
-        "--best_metric", choices=["hits@1", "nll"], default="hits@1", help="what makes a validation the best"
-    )
-    parser.add_argument(
-        "--patience",
-        type=number(int, 0),
-        default=0,
-        help="epochs without a better validation until the run stops (0 = off)",
-    )
-    parser.add_argument(
-        "--export",
-        choices=["last", "best"],
-        default="last",
-        help="epoch whose weights are in the run folder's model.safetensors",
-    )
+    Raises:
+        UserError: one differs that may not.
+    """
+    with amend_errors(before="--resume "):
+        saved = read_arguments(run)
+    flags = vars(parser.parse_args([])).keys() - NOT_RESUMED
+    parser.set_defaults(**{name: saved[name] for name in saved.keys() & flags})
+    args = parser.parse_args(argv)
+    if changed := changed_arguments(saved, vars(args)):
+        names = {name: f"--{name}" for name in changed} | {"world_size": "the number of processes"}
+        told = [f"{names[name]} is {there!r} there, {here!r} here" for name, (there, here) in changed.items()]
+        raise UserError(f"--resume {run}: {', '.join(told)}; go on with the same, or start a new run")
+    return args
 
 
 def get_data_loaders(
     args: Namespace, tokenizer: PreTrainedTokenizerBase, n_positions: int = 512, history_start: int = 0
-) -> tuple[DataLoader, DataLoader | None, BucketSampler, BucketSampler | None]:
+) -> Loaders:
     """Loaders of packed batches, and their samplers: train, valid, train, valid.
 
     The valid ones are None where the dataset has no such split.
@@ -252,69 +211,66 @@ def get_data_loaders(
     Raises:
         UserError: no dataset, no training split, or token ids that the tokenizer does not have.
     """
+    return load_batches(args, tokenizer, n_positions, history_start)[0]
+
+
+def load_batches(
+    args: Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    n_positions: int,
+    history_start: int,
+    saved_digest: str | None = None,
+) -> tuple[Loaders, str]:
+    """The result of `get_data_loaders`, and the dataset's digest, which must be that of a run to resume."""
     with idist.one_rank_first(local=True):  # one process a machine tokenises, the others find its cache
         content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
-    name = args.dataset_path or "PersonaChat"
-    if getattr(args, "dataset_digest", content.digest) != content.digest:
+    name, digest = args.dataset_path or "PersonaChat", content.digest
+    if saved_digest not in (None, digest):
         raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
-    args.dataset_digest = content.digest
     dataset = content.all_dialogs(content.tokens)
     if "train" not in dataset:
         raise UserError(f"{name}: no train split to train on")
-    if "valid" not in dataset and args.valid_share:
-        held_out = max(1, round(len(dataset["train"]) * args.valid_share))
-        dataset["train"], dataset["valid"] = dataset["train"][:-held_out], dataset["train"][-held_out:]
-        logger.info("%s: the last %d training dialogs are held out for validation", name, held_out)
-        if not dataset["train"]:
-            raise UserError(f"--valid_share {args.valid_share}: {name} has too few dialogs to hold some out")
-    if args.train_share < 1:
-        dataset["train"] = dataset["train"][: max(1, round(len(dataset["train"]) * args.train_share))]
-    train = make_examples(
-        dataset["train"], args.max_history, n_positions, args.num_candidates, args.personality_permutations,
-        history_start,
-    )  # fmt: skip
-    multiple = COMPILED_MULTIPLE if args.compile and (args.device or default_device()) != "cpu" else 1
-    collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
-    # every process takes part in a training step, so where a share is empty one works on what does not count
-    train_collate = partial(collate, filler=train[0])
-    train_loader, train_sampler = make_loader(train, train_collate, args.train_batch_size, shuffle=True, seed=args.seed)
-    log_examples("train", train, train_sampler)
-    logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
-    if "valid" not in dataset:
+    train, valid = dataset["train"], dataset.get("valid")
+    if valid is None and args.valid_share:
+        with amend_errors(before=f"--valid_share {args.valid_share}: "):
+            train, valid = hold_out(train, args.valid_share, name)
+    if valid is None:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
-        return train_loader, None, train_sampler, None
-    # original: the persona rotates in validation too; here each validation example counts once
-    valid = make_examples(dataset["valid"], args.max_history, n_positions, history_start=history_start)
-    valid_loader, valid_sampler = make_loader(valid, collate, args.valid_batch_size, shuffle=False)
-    log_examples("valid", valid, valid_sampler)
-    return train_loader, valid_loader, train_sampler, valid_sampler
+    compiled_for_gpu = args.compile and (args.device or default_device()) != "cpu"
+    loaders = make_loaders(
+        first_share(train, args.train_share), valid, tokenizer, n_positions=n_positions, history_start=history_start,
+        max_history=args.max_history, num_candidates=args.num_candidates,
+        personality_permutations=args.personality_permutations, train_batch_size=args.train_batch_size,
+        valid_batch_size=args.valid_batch_size, seed=args.seed, multiple=COMPILED_MULTIPLE if compiled_for_gpu else 1,
+    )  # fmt: skip
+    return loaders, digest
+
+
+def make_optimisation(args: Namespace) -> Optimisation:
+    return Optimisation(**{field.name: getattr(args, field.name) for field in fields(Optimisation)})
 
 
 def prepare_model(
     args: Namespace, run: Path | None, device: torch.device
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
-    """The model that is to be trained and its tokenizer, with the dialog tokens; `args` then say what they record.
+    """The model that is to be trained and its tokenizer, with the dialog tokens.
 
     Args:
         run: the run folder to resume; of a run with adapters it has not the weights beside them.
     """
     source = args.model_checkpoint if args.lora_rank else run or args.model_checkpoint
     tokenizer = load_tokenizer(source, args.gpt_tokenization)
-    args.gpt_tokenization = tokenizer.init_kwargs.get("gpt_tokenization")
     model = load_model(source, device, from_scratch=not args.lora_rank)
     add_special_tokens_(model, tokenizer)
     if args.lora_rank:
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:
         merge_adapter_(model)
-    args.lora_rank = rank_of(model.network)
     if args.token_types is not None:
         model.token_types = args.token_types == "on"
-    args.token_types = "on" if model.token_types else "off"
     if args.history_start is not None:
         model.history_start = args.history_start
-    args.history_start = model.history_start
-    if args.freeze_embeddings and not args.lora_rank:
+    if args.freeze_embeddings and not rank_of(model.network):
         freeze_embeddings_(model, tokenizer)
     if device.type == "cpu" and args.fp16 == "bf16":
         use_eager_attention_(model)
@@ -324,40 +280,20 @@ def prepare_model(
         # not the heads, whose rows change in number from batch to batch. On a CPU code for any length costs less than
         # rows of few lengths
         model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
-    parameters = sum(map(torch.numel, model.parameters()))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info(
-        "Model: %s, %d parameters%s",
-        model.pretrained.config.model_type,
-        parameters,
-        f", of which {trained} are trained" if trained < parameters else "",
-    )
+    log_size(model)
     return model, tokenizer
 
 
-def open_run_folder(
-    args: Namespace, run: Path | None, trainer: Engine, model: DoubleHeads, tokenizer: PreTrainedTokenizerBase
-) -> Path:
-    """Make the run folder, or go back in it to where the run resumes; write what is known before the first step."""
-    folder = run or Path(make_logdir(args.model_checkpoint))
-    logger.info("Arguments: %s", json.dumps(vars(args)))
-    logger.info("Run folder: %s", folder)
-    try:
-        remove_leftovers(folder)
-        cut_metrics(folder, trainer.state)
-        write_atomically(folder / ARGUMENTS, json.dumps(vars(args), indent=2) + "\n")
-        if not run:  # not written again: a run that is killed meanwhile would have none
-            model.pretrained.config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises no OSError, but Exception itself
-        if not run:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing has been trained
-        raise UserError(f"{folder}: cannot be written to ({first_line(error)})") from error
-    return folder
+def log_size(model: DoubleHeads) -> None:
+    parameters = sum(map(torch.numel, model.parameters()))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = f", of which {trained} are trained" if trained < parameters else ""
+    logger.info("Model: %s, %d parameters%s", model.pretrained.config.model_type, parameters, share)
 
 
 def attach_handlers(
     args: Namespace,
+    log_every: int,
     folder: Path | None,
     trainer: Engine,
     evaluator: Engine,
@@ -378,23 +314,42 @@ def attach_handlers(
 
     def export() -> None:
         if folder is not None:
-            save_model(model, folder, args.merge_lora)
+            save_model(model, folder, merge_lora=args.merge_lora)
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin_epoch(engine: Engine) -> None:
         done = engine.state.iteration % len(sampler)  # more than 0 where a resumed run goes on within an epoch
         sampler.set_epoch(engine.state.epoch, done)
 
-    attach_figures(trainer, evaluator, to_save["precision"], args, folder)
+    attach_figures(
+        trainer, evaluator, to_save["precision"], folder, log_every=log_every, batch_size=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )  # fmt: skip
     if valid_loader is not None:
-        attach_validation(trainer, evaluator, valid_loader, to_save["best"], export, args)
+        attach_validation(
+            trainer, evaluator, valid_loader, to_save["best"], export_best=export if args.export == "best" else None,
+            patience=args.patience, before_start=args.eval_before_start,
+        )  # fmt: skip
     if args.export == "last" or valid_loader is None:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
-    save = partial(save_checkpoint, folder, trainer, to_save, args.n_saved)
-    return attach_checkpoints(trainer, save, args)
+    return attach_checkpoints(
+        trainer, partial(save_checkpoint, folder, trainer, to_save, n_saved=args.n_saved), n_epochs=args.n_epochs,
+        save_every=args.save_every, gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )  # fmt: skip
 
 
-@one_line_for_a_lost_process()
+@contextlib.contextmanager
+def naming_flags_that_help() -> Iterator[None]:
+    """Add to an error that ends a run in its midst the flags that help."""
+    try:
+        yield
+    except NoFiniteGradient as error:
+        raise UserError(f"{error}; lower --lr, or use --fp16 bf16 or none, and {GO_ON}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {GO_ON}") from error
+
+
+@one_line_for_a_lost_process(remedy="--resume goes on from the last checkpoint")
 def train(argv: list[str] | None = None) -> str:
     """Train as the command line says; returns the run folder, which is a checkpoint itself.
 
@@ -402,23 +357,34 @@ def train(argv: list[str] | None = None) -> str:
         UserError: input that cannot be used.
     """
     args, run = parse_args(argv)
-    device = setup_distributed(args)
-    check_same_run(run)
+    saved = read_arguments(run) if run else {}
+    device = setup_distributed(args.device, args.local_rank)
+    with amend_errors(before="--resume: "):
+        check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
 
     model, tokenizer = prepare_model(args, run, device)
-    train_loader, valid_loader, sampler, _ = get_data_loaders(args, tokenizer, model.n_positions, model.history_start)
-    if not args.log_every:
-        steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
-        args.log_every = 1 if steps < 200 else 10
+    loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
+    train_loader, valid_loader, sampler, _ = loaders
+    optimisation = make_optimisation(args)
+    n_steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
+    found = Found(
+        gpt_tokenization=tokenizer.init_kwargs.get("gpt_tokenization"),
+        history_start=model.history_start,
+        token_types="on" if model.token_types else "off",
+        lora_rank=rank_of(model.network),
+        log_every=args.log_every or (1 if n_steps < 200 else 10),
+        dataset_digest=digest,
+    )
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    make_optimizer = partial(make_adamw, args=args, names=names)
+    make_optimizer = partial(make_adamw, names=names, lr=args.lr, head_lr=args.head_lr)
     share_weights_(model)  # before their float32 copies are made: --seed 0 draws others in each process
-    precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
+    with amend_errors(before="--fp16 "):
+        precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
     distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
-    trainer = create_trainer(distributed, precision, args, device)
+    trainer = create_trainer(distributed, precision, optimisation, device)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     to_save = {
@@ -427,19 +393,26 @@ def train(argv: list[str] | None = None) -> str:
     }  # fmt: skip
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
-        load_checkpoint(run, to_save)
+        with amend_errors(before="--resume "):
+            load_checkpoint(run, to_save)
         trainer.state.max_epochs = args.n_epochs
-    stale = 0 < args.patience <= best.since
+    stale = 0 < args.patience <= best.validations_since
     done = stale or trainer.state.epoch >= args.n_epochs
     if done and args.resume != "auto":
         done_by = "--patience" if stale else "--n_epochs"
         raise UserError(f"--resume {run}: it is done; a greater {done_by} adds more")
-    folder = open_run_folder(args, run, trainer, model, tokenizer) if idist.get_rank() == 0 else None
+    folder = None
+    if idist.get_rank() == 0:
+        record = make_record(vars(args), found, saved)
+        folder = open_run_folder(run, record, trainer.state, model.pretrained.config, tokenizer)
 
-    stopped = attach_handlers(args, folder, trainer, evaluator, model, to_save, sampler, valid_loader)
-    model.train()
-    if not done:  # else a launcher has restarted a run at its very end
-        trainer.run(train_loader, max_epochs=args.n_epochs)
+    with naming_flags_that_help():
+        stopped = attach_handlers(
+            args, found.log_every, folder, trainer, evaluator, model, to_save, sampler, valid_loader
+        )
+        model.train()
+        if not done:  # else a launcher has restarted a run at its very end
+            trainer.run(train_loader, max_epochs=args.n_epochs)
     idist.finalize()
     if stopped:
         logger.info("Stopped; go on with: python train.py --resume %s", folder)

@@ -1,6 +1,7 @@
 """A training step: forward, backward, clipping and AdamW, of packed rows, and of a sequence a candidate."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.optim import AdamW
@@ -8,9 +9,10 @@ from torch.optim import AdamW
 from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
+from train import make_optimisation
 from transfertransfo.data.inputs import Batch, BucketSampler, Example, make_row, pack
 from transfertransfo.model.double_heads import DoubleHeads
-from transfertransfo.training.engines import create_trainer, distributed_losses
+from transfertransfo.training.engines import create_trainer, distributed_losses, make_adamw
 from transfertransfo.training.precision import make_precision
 
 BATCH = 4  # dialog turns; the default of --train_batch_size
@@ -28,10 +30,11 @@ class PackedTraining:
     def __init__(self, setting: Setting, level: str = "", model: DoubleHeads | None = None):
         self.model, self.tokenizer = model or setting.model, setting.tokenizer
         self.device = torch.device(setting.device)
-        args = training_args()
-        make_optimizer = lambda parameters: AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)  # noqa: E731
+        optimisation = make_optimisation(training_args())
+        names = [name for name, _ in self.model.named_parameters()]
+        make_optimizer = partial(make_adamw, names=names, lr=optimisation.lr)
         precision = make_precision(level, self.model, make_optimizer, self.device)
-        self.trainer = create_trainer(self.model, precision, args, self.device)
+        self.trainer = create_trainer(self.model, precision, optimisation, self.device)
 
     def step(self, examples: list[Example]) -> None:
         self.trainer.run([self._batch(examples)])

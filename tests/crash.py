@@ -88,9 +88,9 @@ class Phases:
         return made
 
     def _watched(self, save):
-        def watched(*args):
+        def watched(*args, **kwargs):
             self.begin("saving")
-            save(*args)
+            save(*args, **kwargs)
             self.end("saving")
 
         return watched
@@ -118,7 +118,7 @@ def start(context, *args) -> int:
 
 
 class Result(NamedTuple):
-    """What a run has to show at its end."""
+    """A run's figures and weights at its end."""
 
     weights: bytes
     lines: list[dict]

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
 
 import convai_evaluation
-from train import train
+from train import make_parser, train
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
@@ -109,6 +109,16 @@ def test_arguments_of_a_run(run):
     for name, value in zip(FLAGS[::2], FLAGS[1::2]):
         assert arguments[name.removeprefix("--")] == value
     assert arguments["seed"] == 42 and arguments["max_history"] == 2
+    assert arguments.keys() == vars(make_parser().parse_args([])).keys() | {"unset", "dataset_digest"}
+
+
+def test_what_a_run_found_stands_in_the_place_of_flags_left_open(run, family):
+    arguments = json.loads((run.folder / "training_args.json").read_text())
+    assert set(arguments["unset"]) == {"gpt_tokenization", "head_lr", "history_start", "lora_rank", "token_types"}
+    found = {"gpt_tokenization": {"gpt": "spacy", "gpt2": None}[family], "head_lr": None, "history_start": 0,
+             "lora_rank": 0, "token_types": "on", "log_every": 1, "local_rank": -1, "world_size": 1}  # fmt: skip
+    assert arguments.items() >= found.items()
+    assert re.fullmatch("[0-9a-f]{32}", arguments["dataset_digest"])
 
 
 def test_log_of_a_run(run, family):
@@ -222,13 +232,13 @@ def test_validation_is_what_transformers_computes_one_example_at_a_time(run, fam
     assert last["accuracy"] == pytest.approx(np.mean(hits))
 
 
-@pytest.mark.parametrize(("flags", "steps"), [([], 1), (["--log_every", 2], 1)])
+@pytest.mark.parametrize(("flags", "steps"), [([], [1, 2]), (["--log_every", 2], [2])])
 def test_log_every(base_checkpoints, tmp_path, flags, steps):
     run = run_training(
         tmp_path, base_checkpoints["gpt2"], "--n_epochs", 2, "--train_batch_size", 12,
         "--gradient_accumulation_steps", 1, *flags,
     )  # fmt: skip
-    assert [line["step"] for line in run.steps] == ([2] if flags else [1, 2])
+    assert [line["step"] for line in run.steps] == steps
 
 
 def test_the_best_epoch_is_exported_and_the_run_ends_without_progress(base_checkpoints, tmp_path):
@@ -350,7 +360,7 @@ PINNED_LOSSES = [  # language model, choice
 
 
 def test_pinned_losses(characters, tmp_path):
-    """What a seeded run computes does not change unnoticed: layout, order of the examples, losses, optimizer."""
+    """A seeded run's layout, order of the examples, losses and optimizer do not change unnoticed."""
     run = run_training(tmp_path, characters, "--n_epochs", 2, "--train_batch_size", 2, "--lr", 1e-2,
                        "--gradient_accumulation_steps", 2, "--gpt_tokenization", "basic")  # fmt: skip
     losses = [(round(line["lm_loss"], 5), round(line["mc_loss"], 5)) for line in run.steps]

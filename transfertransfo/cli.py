@@ -1,13 +1,14 @@
 """The flags that the three scripts share, one-line errors, seeds, devices and the log."""
 
 import argparse
+import contextlib
 import logging
 import os
 import random
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from transfertransfo.errors import UserError, first_line
@@ -57,6 +58,18 @@ def fail(message: str) -> NoReturn:
 def debugging() -> bool:
     """Whether the exceptions behind one-line errors are to be shown."""
     return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def amend_errors(before: str = "", after: str = "") -> Iterator[None]:
+    """Put the flag that a `UserError` is about before its message, or what helps after it.
+
+    The package below the scripts says what is wrong with a value; the script knows the flag that it came from.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{before}{error}{after}") from error
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
@@ -180,6 +193,76 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--num_samples", type=number(int, 1), default=1, help="replies to sample, in one batch")
     parser.add_argument(
         "--rank", action="store_true", help="of several replies give the one that the model's choice head scores best"
+    )
+
+
+def add_optimisation_flags(parser: ArgumentParser) -> None:
+    """Declare by which settings and for how long training changes a model."""
+    parser.add_argument("--n_epochs", type=number(int, 1), default=3, help="passes over the training examples")
+    parser.add_argument(
+        "--train_batch_size", type=number(int, 1), default=4, help="examples of one forward, in each process"
+    )
+    parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same in validation")
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=number(int, 1), default=8, help="forwards of one optimizer step"
+    )
+    parser.add_argument("--lr", type=number(float, 0), default=6.25e-5, help="first learning rate; it falls to 0")
+    parser.add_argument("--head_lr", type=number(float, 0), help="the same for the choice head (unset = --lr)")
+    parser.add_argument(
+        "--warmup_steps",
+        type=number(int, 0),
+        default=0,
+        help="optimizer steps over which the learning rates rise from 0 (0 = off)",
+    )
+    parser.add_argument("--lm_coef", type=number(float, 0), default=1.0, help="weight of the language-model loss")
+    parser.add_argument("--mc_coef", type=number(float, 0), default=1.0, help="weight of the choice loss")
+    parser.add_argument(
+        "--label_smoothing",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        help="probability of a word that training spreads over the vocabulary (0 = off)",
+    )
+    parser.add_argument(
+        "--max_norm", type=number(float, 0), default=1.0, help="norm to which longer gradients are clipped (0 = off)"
+    )
+    parser.add_argument(
+        "--freeze_embeddings", action="store_true", help="of the word embeddings train those of the dialog tokens only"
+    )
+
+
+def add_run_flags(parser: ArgumentParser) -> None:
+    """Declare a training run's log, validation, checkpoints and resumption."""
+    parser.add_argument(
+        "--resume", default="", help="run folder to go on with; auto = the newest of the same arguments, or a new one"
+    )
+    parser.add_argument("--eval_before_start", action="store_true", help="validate before the first step too")
+    parser.add_argument(
+        "--log_every",
+        type=number(int, 0),
+        default=0,
+        help="optimizer steps between logged ones (0 = 1 in a run under 200 steps, else 10)",
+    )
+    parser.add_argument(
+        "--save_every",
+        type=number(int, 0),
+        default=0,
+        help="optimizer steps between checkpoints, beside one an epoch (0 = off)",
+    )
+    parser.add_argument("--n_saved", type=number(int, 1), default=3, help="checkpoints kept")
+    parser.add_argument(
+        "--best_metric", choices=["hits@1", "nll"], default="hits@1", help="what makes a validation the best"
+    )
+    parser.add_argument(
+        "--patience",
+        type=number(int, 0),
+        default=0,
+        help="epochs without a better validation until the run stops (0 = off)",
+    )
+    parser.add_argument(
+        "--export",
+        choices=["last", "best"],
+        default="last",
+        help="epoch whose weights are in the run folder's model.safetensors",
     )
 
 

@@ -3,17 +3,22 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
 from helpers import DATASET, ROOT, Run, run_training
+from ignite.engine import Engine
+from tensorboardX import record_writer
 
 import train
 from transfertransfo import files
@@ -21,10 +26,14 @@ from transfertransfo.errors import UserError
 from transfertransfo.model import loading as model
 from transfertransfo.model.loading import load_model
 from transfertransfo.training import checkpoints, engines, handlers
-from transfertransfo.training.checkpoints import Best, list_checkpoints
+from transfertransfo.training.checkpoints import Best, RandomState, list_checkpoints
+from transfertransfo.training.engines import StepEvents
 
 # 12 examples, 6 forwards an epoch: of a second step's 4 the last 2 fall into the next epoch
 FLAGS = ["--n_epochs", 3, "--train_batch_size", 2, "--gradient_accumulation_steps", 4, "--lr", 0.03, "--save_every", 1]
+
+
+GO_ON = "go on from the last checkpoint with --resume"
 
 
 class Killed(Exception):
@@ -89,6 +98,35 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, mon
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
     assert result(tmp_path) == result(alone)
     assert not leftovers(tmp_path)
+
+
+def test_a_checkpoint_without_first_learning_rates(gpt2, alone, tmp_path, monkeypatch):
+    """Those of the optimizer's groups are its own; the checkpoints of early versions do not hold them."""
+    with monkeypatch.context() as patch:
+        end_after(patch, train, "save_checkpoint", 3)
+        run = start_and_kill(tmp_path, gpt2, *FLAGS)
+    newest = list_checkpoints(run)[-1]
+    state = torch.load(newest, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        assert group.pop("initial_lr") == 0.03
+    torch.save(state, newest)
+    run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
+    assert result(tmp_path) == result(alone)
+
+
+def test_the_random_state_is_that_of_every_generator():
+    def draw() -> list:
+        # a normal number of NumPy's leaves a second one behind for the next call
+        return [random.random(), np.random.normal(), np.random.normal(), np.random.rand(), torch.rand(1).item()]
+
+    draw()
+    np.random.normal()
+    file = io.BytesIO()
+    torch.save(RandomState().state_dict(), file)
+    want = draw()
+    file.seek(0)
+    RandomState().load_state_dict(torch.load(file, weights_only=True))
+    assert draw() == want
 
 
 @pytest.mark.slow
@@ -251,10 +289,10 @@ def test_no_room_for_a_checkpoint(gpt2, tmp_path, monkeypatch):
     """The run goes on, and can be resumed from the checkpoint before."""
     save, saved = train.save_checkpoint, []
 
-    def save_the_first(folder, *args):
+    def save_the_first(*args, **kwargs):
         if saved:
             monkeypatch.setattr(checkpoints, "open_atomically", lambda path: FullDisk())
-        saved.append(save(folder, *args))
+        saved.append(save(*args, **kwargs))
 
     monkeypatch.setattr(train, "save_checkpoint", save_the_first)
     run = run_training(tmp_path, gpt2, *FLAGS)
@@ -271,19 +309,20 @@ def test_no_room_for_a_checkpoint(gpt2, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("owner", "name", "message"), [
-    (handlers, "open", r"^runs/.*/events.*: not written \(No space left on device\); go on from the last checkpoint"),
+    (record_writer, "open", r"^runs/.*/events.*: not written \(No space left on device\); go on from the"),
     (files.os, "replace", r"^runs/.*: cannot be written to \(\[Errno 28\] No space left on device\)$"),
 ])  # fmt: skip
 def test_no_room_for_the_first_files(gpt2, tmp_path, monkeypatch, owner, name, message):
     monkeypatch.setattr(owner, name, full, raising=False)
     with pytest.raises(UserError, match=message):
         run_training(tmp_path, gpt2, *FLAGS, "--dataset_cache", "")
-    if owner is not handlers:
+    if owner is not record_writer:
         assert list((tmp_path / "runs").iterdir()) == [], "an empty run folder stays"
 
 
 @pytest.mark.parametrize(("owner", "name", "what"), [
-    (handlers, "open", "metrics.jsonl"), (model, "move_into_place", "model.safetensors"),
+    (handlers, "open", "metrics.jsonl"), (record_writer.os, "fsync", r"events\..*"),
+    (model, "move_into_place", "model.safetensors"),
 ])  # fmt: skip
 def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owner, name, what):
     """It ends with one line, and is resumed as one that was killed."""
@@ -297,7 +336,7 @@ def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owne
             return losses(*args)
 
         patch.setattr(engines, "distributed_losses", fill_the_disk)
-        with pytest.raises(UserError, match=rf"^runs/.*/{what}: not written \(.*No space left on device"):
+        with pytest.raises(UserError, match=rf"^runs/.*/{what}: not written \(.*No space left on device\); {GO_ON}$"):
             run_training(tmp_path, gpt2, *FLAGS)
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
     assert result(tmp_path) == result(alone)
@@ -353,6 +392,22 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
     assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
     run_training(tmp_path, gpt2, "--resume", run)
     assert result(tmp_path) == result(alone)
+
+
+def ask_twice(number: int) -> None:
+    """Run two iterations, in each of which a signal asks the run to stop."""
+    trainer = Engine(lambda engine, batch: os.kill(os.getpid(), number))
+    trainer.register_events(*StepEvents, event_to_attr={StepEvents.OPTIMIZER_STEP: "optimizer_step"})
+    handlers.attach_checkpoints(trainer, lambda: None, n_epochs=1, save_every=0, gradient_accumulation_steps=2)
+    trainer.run([1, 2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(number):
+    process = multiprocessing.get_context("fork").Process(target=ask_twice, args=[number])
+    process.start()
+    process.join(60)
+    assert process.exitcode == -number
 
 
 def test_a_signal_in_the_last_validation_comes_too_late(gpt2, tmp_path, monkeypatch):

@@ -26,8 +26,8 @@ import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from transfertransfo.training import checkpoints
 save, saves = checkpoints.save_checkpoint, []
-def save_or_die(*args):
-    saves.append(save(*args))
+def save_or_die(*args, **kwargs):
+    saves.append(save(*args, **kwargs))
     if len(saves) == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.save_checkpoint = save_or_die
@@ -39,10 +39,9 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 SHARED = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from argparse import Namespace
 import torch
-from transfertransfo.training.distribution import greatest, setup_distributed, share_weights_
-setup_distributed(Namespace(local_rank=-1, device="cpu"))
+from transfertransfo.training.distribution import max_over_processes, setup_distributed, share_weights_
+setup_distributed("cpu", int(os.environ["LOCAL_RANK"]))
 rank = int(os.environ["RANK"])
 torch.manual_seed(rank)
 layer = torch.nn.BatchNorm1d(3)
@@ -50,7 +49,8 @@ torch.nn.init.normal_(layer.weight)
 layer.running_mean.fill_(rank)
 share_weights_(layer)
 with open(f"{{rank}}.json", "w") as file:
-    json.dump({{"greatest": greatest(5 + rank), "weights": [t.tolist() for t in layer.state_dict().values()]}}, file)
+    weights = [tensor.tolist() for tensor in layer.state_dict().values()]
+    json.dump({{"max": max_over_processes(5 + rank), "weights": weights}}, file)
 """
 
 
@@ -69,7 +69,7 @@ def start(command: list, cwd: Path, *flags) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    """What the process says on stderr until it has ended well."""
+    """Wait for the process to end well; returns its stderr."""
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said[-3000:]
     return said
@@ -164,7 +164,7 @@ def test_weights_and_signals_are_shared(tmp_path):
     (tmp_path / "shared.py").write_text(SHARED)
     finish(start(["torchrun", "--nproc_per_node=2", tmp_path / "shared.py"], tmp_path))
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert seen[0] == seen[1] and seen[0]["greatest"] == 6
+    assert seen[0] == seen[1] and seen[0]["max"] == 6
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ def load_finetuned(
     return model, tokenizer
 
 
-def save_model(model: DoubleHeads, folder: Path, merge_lora: bool = False) -> None:
+def save_model(model: DoubleHeads, folder: Path, *, merge_lora: bool = False) -> None:
     """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
 
     Of an adapted model `adapter_model.safetensors` and `adapter_config.json` are written in its place, as peft does,

@@ -69,28 +69,37 @@ class TrainedParameters:
 
 
 class Best:
-    """The best validation so far, and for how many validations there was no better one."""
+    """The best validation so far.
+
+    Attributes:
+        metric: decides which validation is better: `hits@1` or `nll`.
+        value: of the best validation, the greater the better (None = there was none).
+        validations_since: number of validations since the best one.
+    """
 
     def __init__(self, metric: str):
         self.metric = metric
         self.value: float | None = None
-        self.since = 0
+        self.validations_since = 0
 
     def update(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics are the best yet. `nll` is better the lower, `hits@1` the higher."""
+        """Count a validation; returns whether it is the best yet. `nll` is better the lower, `hits@1` the higher."""
         value = -metrics["nll"] if self.metric == "nll" else metrics["accuracy"]
         better = self.value is None or value > self.value
-        self.value, self.since = (value, 0) if better else (self.value, self.since + 1)
+        if better:
+            self.value, self.validations_since = value, 0
+        else:
+            self.validations_since += 1
         return better
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "since": self.since}
+        return {"value": self.value, "since": self.validations_since}
 
     def load_state_dict(self, state: dict) -> None:
-        self.value, self.since = state["value"], state["since"]
+        self.value, self.validations_since = state["value"], state["since"]
 
 
-def save_checkpoint(folder: Path | None, trainer: "Engine", to_save: Mapping, n_saved: int) -> None:
+def save_checkpoint(folder: Path | None, trainer: "Engine", to_save: Mapping, *, n_saved: int) -> None:
     """Save the states of `to_save` as `checkpoint_STEP.pt`, whole or not at all; keep the newest `n_saved`.
 
     All processes must call it, since each has a random state; the one with a folder writes. Where there is no room
@@ -129,6 +138,5 @@ def load_checkpoint(folder: Path, to_load: Mapping) -> None:
         for name, item in to_load.items():
             item.load_state_dict(state[name])
     except Exception as error:  # whatever unpickling met
-        message = f"--resume {path}: damaged ({first_line(error)}); delete it to go on from an older one"
-        raise UserError(message) from error
+        raise UserError(f"{path}: damaged ({first_line(error)}); delete it to go on from an older one") from error
     logger.info("Resuming from %s", path)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,21 +14,31 @@ from transfertransfo.errors import UserError, first_line
 from transfertransfo.model.double_heads import default_device
 
 
-def average_distributed_scalar(scalar: float, args: Namespace | None = None) -> float:
-    """Mean of a number over all processes; the number itself where there is one process."""
+def average_distributed_scalar(scalar: float, args: object = None) -> float:
+    """Mean of a number over all processes; the number itself where there is one process.
+
+    `args` is the original's second parameter. It is not read: the processes know how many they are.
+    """
     return idist.all_reduce(scalar) / idist.get_world_size()
 
 
-def setup_distributed(args: Namespace) -> torch.device:
-    """Join the launcher's other processes, if there is a launcher; returns this process's device."""
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    device = torch.device(args.device or default_device())
-    if args.local_rank == -1:
+def setup_distributed(device_name: str | None, local_rank: int) -> torch.device:
+    """Join the launcher's other processes, if there is a launcher; returns this process's device.
+
+    Args:
+        device_name: cpu, cuda or cuda:N (None = cuda where there is one).
+        local_rank: this process's number on its machine (-1 = there is no launcher).
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    device = torch.device(device_name or default_device())
+    if local_rank == -1:
         return device
     if device.type == "cuda":
-        if args.local_rank >= (gpus := torch.cuda.device_count()):
+        if local_rank >= (gpus := torch.cuda.device_count()):
             raise UserError(f"--nproc_per_node: more processes than this machine has GPUs, {gpus}")
-        device = torch.device("cuda", args.local_rank)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -52,7 +61,7 @@ def check_same_run(run: Path | None) -> None:
     """
     first = idist.broadcast(str(run), src=0)
     if first != str(run):
-        raise UserError(f"--resume: {first} for the first process, {run} here: all nodes must see the same run folders")
+        raise UserError(f"{first} for the first process, {run} here: all nodes must see the same run folders")
 
 
 def share_weights_(model: torch.nn.Module) -> None:
@@ -62,8 +71,8 @@ def share_weights_(model: torch.nn.Module) -> None:
             torch.distributed.broadcast(tensor.detach(), src=0)
 
 
-def greatest(number: int) -> int:
-    """The greatest of all processes' numbers. It goes from CPU to CPU: no process waits for its GPU."""
+def max_over_processes(number: int) -> int:
+    """The greatest of all processes' numbers, compared from CPU to CPU: no process waits for its GPU."""
     if idist.get_world_size() == 1:
         return number
     tensor = torch.tensor(number)
@@ -78,12 +87,12 @@ def _cpu_group() -> torch.distributed.ProcessGroup | None:
 
 
 @contextlib.contextmanager
-def one_line_for_a_lost_process() -> Iterator[None]:
-    """Turn what communication raises when another process of the run has died into a UserError."""
+def one_line_for_a_lost_process(remedy: str) -> Iterator[None]:
+    """Turn what communication raises when another process of the run has died into a UserError that names a remedy."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo's errors have no class
-            message = "another process of this run is gone; --resume goes on from the last checkpoint"
-            raise UserError(f"{message} ({first_line(error)[:200]})") from error
+            message = f"another process of this run is gone; {remedy} ({first_line(error)[:200]})"
+            raise UserError(message) from error
         raise

@@ -2,19 +2,44 @@
 
 import contextlib
 import math
-from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, EventEnum, Events
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from transfertransfo.data.inputs import IGNORED, Batch
 from transfertransfo.model.lora import HEAD
 from transfertransfo.training.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """Settings by which the losses of a run's batches change its model.
+
+    Attributes:
+        lr: first learning rate; it falls linearly to 0 over the run.
+        head_lr: the same for the choice head (None = `lr`).
+        warmup_steps: optimizer steps over which the rates rise from 0 (0 = off).
+        gradient_accumulation_steps: iterations, a forward and backward each, of one optimizer step.
+        lm_coef: weight of the language-model loss.
+        mc_coef: weight of the choice loss.
+        label_smoothing: probability of a word that is spread over the vocabulary (0 = off).
+        max_norm: norm to which longer gradients are clipped (0 = off).
+    """
+
+    lr: float
+    head_lr: float | None
+    warmup_steps: int
+    gradient_accumulation_steps: int
+    lm_coef: float
+    mc_coef: float
+    label_smoothing: float
+    max_norm: float
 
 
 class StepEvents(EventEnum):
@@ -23,29 +48,33 @@ class StepEvents(EventEnum):
     OPTIMIZER_STEP = "optimizer_step"
 
 
-def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace, device: torch.device) -> Engine:
+def create_trainer(
+    model: torch.nn.Module, precision: Precision, optimisation: Optimisation, device: torch.device
+) -> Engine:
     """An engine whose iteration is one forward and backward, and every so many of them an optimizer step.
 
     It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
     the language-model and the choice loss, of this process.
     """
     accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
-    coefficients = torch.tensor([args.lm_coef, args.mc_coef], device=device)
+    coefficients = torch.tensor([optimisation.lm_coef, optimisation.mc_coef], device=device)
+    micro_steps = optimisation.gradient_accumulation_steps
 
     def step(engine: Engine, batch: Batch) -> None:
         state = engine.state
         n_iterations = state.max_epochs * state.epoch_length
         share = 1 - (state.iteration - 1) / n_iterations
-        if args.warmup_steps:
-            share *= min(1, (state.optimizer_step + 1) / args.warmup_steps)
-        for group, lr in zip(precision.optimizer.param_groups, (args.lr, args.head_lr)):
-            group["lr"] = lr * share
-        micro_steps = args.gradient_accumulation_steps
+        if optimisation.warmup_steps:
+            share *= min(1, (state.optimizer_step + 1) / optimisation.warmup_steps)
+        for group in precision.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * share
         # original: what is left over at the end of the run is thrown away
         full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not full else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if isinstance(model, DistributedDataParallel) and not full:
+                stack.enter_context(model.no_sync())  # processes exchange their gradients once an optimizer step
             with precision.autocast():
-                losses = distributed_losses(model, batch.to(device), args.label_smoothing)
+                losses = distributed_losses(model, batch.to(device), optimisation.label_smoothing)
             loss = losses @ coefficients
             precision.backward(loss / micro_steps)
         accumulated.append(torch.cat([loss[None], losses]).detach())
@@ -53,7 +82,7 @@ def create_trainer(model: torch.nn.Module, precision: Precision, args: Namespace
             return
         state.optimizer_step += 1
         set_adam_eps_(precision.optimizer, state.optimizer_step)
-        precision.step(args.max_norm)
+        precision.step(optimisation.max_norm)
         state.losses = torch.stack(accumulated).mean(0)
         accumulated.clear()
         engine.fire_event(StepEvents.OPTIMIZER_STEP)
@@ -128,9 +157,26 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     return evaluator
 
 
-def make_adamw(parameters: Iterable[torch.nn.Parameter], args: Namespace, names: list[str]) -> AdamW:
-    """AdamW over parameters of these names; the choice head's are a group of their own where it has its own rate."""
-    groups: tuple[list, list] = ([], [])
+def make_adamw(
+    parameters: Iterable[torch.nn.Parameter], names: Sequence[str], *, lr: float, head_lr: float | None = None
+) -> AdamW:
+    """AdamW over parameters of these names, each group with its first learning rate as `initial_lr`.
+
+    The choice head's parameters are a group of their own where it has its own rate.
+    """
+    body: list[torch.nn.Parameter] = []
+    head: list[torch.nn.Parameter] = []
     for name, parameter in zip(names, parameters, strict=True):
-        groups[args.head_lr is not None and HEAD in name].append(parameter)
-    return AdamW([{"params": group} for group in groups if group], lr=args.lr, weight_decay=0.0, fused=True)
+        has_own_rate = head_lr is not None and HEAD in name
+        (head if has_own_rate else body).append(parameter)
+    rated = [(group, rate) for group, rate in ((body, lr), (head, head_lr)) if group]
+    groups = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in rated]
+    optimizer = AdamW(groups, weight_decay=0.0, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_add_first_rates)
+    return optimizer
+
+
+def _add_first_rates(optimizer: Optimizer, state: dict) -> None:
+    """Give the groups of a checkpoint that was written before they held `initial_lr` those of the optimizer."""
+    for saved, group in zip(state["param_groups"], optimizer.param_groups):
+        saved.setdefault("initial_lr", group["initial_lr"])

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import ignite.distributed as idist
 import torch
@@ -13,16 +14,83 @@ from transfertransfo.data.inputs import (
     Batch,
     BucketSampler,
     Example,
+    format_example,
+    make_examples,
     make_row,
     pack,
 )
+from transfertransfo.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+Loaders = tuple[DataLoader, DataLoader | None, BucketSampler, BucketSampler | None]  # train, valid, their samplers
+
+
+def hold_out(dialogs: list[dict], share: float, name: str) -> tuple[list[dict], list[dict]]:
+    """Split the last dialogs off, this share of them and one at least; returns the others and these.
+
+    Raises:
+        UserError: no dialog of the dataset `name` would be left.
+    """
+    held_out = max(1, round(len(dialogs) * share))
+    if held_out >= len(dialogs):
+        raise UserError(f"{name} has too few dialogs to hold some out")
+    logger.info("%s: the last %d training dialogs are held out for validation", name, held_out)
+    return dialogs[:-held_out], dialogs[-held_out:]
+
+
+def first_share(dialogs: list[dict], share: float) -> list[dict]:
+    """The first dialogs: this share of them, one at least."""
+    return dialogs[: max(1, round(len(dialogs) * share))]
+
+
+def make_loaders(
+    train_dialogs: list[dict],
+    valid_dialogs: list[dict] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_positions: int,
+    history_start: int,
+    max_history: int,
+    num_candidates: int,
+    personality_permutations: int,
+    train_batch_size: int,
+    valid_batch_size: int,
+    seed: int,
+    multiple: int,
+) -> Loaders:
+    """Loaders of packed batches, and their samplers: train, valid, train, valid; without valid dialogs None.
+
+    Args:
+        num_candidates: of a training example (0 = all); a valid example has all.
+        seed: decides the order of the training examples.
+        multiple: of which the length of a packed row is one, in tokens.
+    """
+    train = make_examples(
+        train_dialogs, max_history, n_positions, num_candidates, personality_permutations, history_start
+    )
+    collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
+    # every process takes part in a training step, so where a share is empty one works on what does not count
+    collate_or_fill = partial(collate, filler=train[0])
+    train_loader, train_sampler = make_loader(
+        train, collate_or_fill, batch_size=train_batch_size, shuffle=True, seed=seed
+    )
+    log_examples("train", train, train_sampler)
+    logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
+    if valid_dialogs is None:
+        return train_loader, None, train_sampler, None
+    # original: the persona rotates in validation too; here each validation example counts once
+    valid = make_examples(valid_dialogs, max_history, n_positions, history_start=history_start)
+    valid_loader, valid_sampler = make_loader(valid, collate, batch_size=valid_batch_size, shuffle=False)
+    log_examples("valid", valid, valid_sampler)
+    return train_loader, valid_loader, train_sampler, valid_sampler
 
 
 def make_loader(
     examples: list[Example],
     collate: Callable[[list[Example]], Batch | None],
+    *,
     batch_size: int,
     shuffle: bool,
     seed: int = 0,
@@ -30,8 +98,12 @@ def make_loader(
     """A loader of packed batches, of this process's share of the examples, and its sampler."""
     sampler = BucketSampler(
         [example.row_length for example in examples],
-        batch_size, shuffle, seed, idist.get_rank(), idist.get_world_size(),
-    )  # fmt: skip
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        rank=idist.get_rank(),
+        world_size=idist.get_world_size(),
+    )
     loader: DataLoader = DataLoader(
         examples,  # type: ignore[arg-type]  # torch takes any sequence
         batch_sampler=sampler,
@@ -45,6 +117,7 @@ def make_loader(
 def pack_examples(
     examples: list[Example],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     history_start: int,
     multiple: int,
     filler: Example | None = None,

@@ -42,13 +42,13 @@ def make_precision(
     """
     if level in ("O1", "O2", "O3"):
         if device.type == "cpu":
-            raise UserError(f"--fp16 {level}: float16 training needs a GPU; on a CPU use --fp16 bf16, or leave it out")
+            raise UserError(f"{level}: float16 training needs a GPU; on a CPU use bf16, or leave it out")
         try:
             from apex import amp
         except ImportError:
-            logger.info("--fp16 %s: by torch itself, apex's amp is not installed", level)
+            logger.info("Precision %s: by torch itself, apex's amp is not installed", level)
         else:
-            logger.info("--fp16 %s: by apex's amp", level)
+            logger.info("Precision %s: by apex's amp", level)
             return ApexPrecision(level, model, make_optimizer, amp)
     if level == "bf16":
         limit_kernel_caches(device)

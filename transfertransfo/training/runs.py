@@ -4,19 +4,21 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import socket
-from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transfertransfo.errors import UserError
-from transfertransfo.files import write_atomically
+from transfertransfo.errors import UserError, first_line
+from transfertransfo.files import remove_leftovers, write_atomically
 from transfertransfo.training.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
     from ignite.engine import State
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,36 @@ CHANGEABLE = {
 NOT_RESUMED = {"resume", "local_rank", "device", "world_size"}  # of them a resumption takes its own
 
 
-def find_run(resume: str, args: Namespace) -> Path | None:
-    """The run folder to resume: the one given, or for "auto" the newest of the same arguments, if there is one.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Facts that a run finds out: those that its flags leave open, and its dataset's digest.
+
+    Attributes:
+        gpt_tokenization: how GPT's text is split into words (None = another kind of tokenizer).
+        token_types: "on" or "off".
+        dataset_digest: tells the dataset, tokenised, from any other.
+    """
+
+    gpt_tokenization: str | None
+    history_start: int
+    token_types: str
+    lora_rank: int
+    log_every: int
+    dataset_digest: str
+
+
+def make_record(flags: Mapping, found: Found, saved: Mapping) -> dict:
+    """The content of `training_args.json`: the flags, with what the run found in the place of those left open.
+
+    Args:
+        saved: the record of the run that is resumed, {} for a new one. It names in `unset` the flags left open then.
+    """
+    left_open = [name for name, value in flags.items() if value is None]
+    return {**saved, **flags, "unset": saved.get("unset", []) if saved else left_open, **asdict(found)}
+
+
+def find_run(resume: str, flags: Mapping) -> Path | None:
+    """The run folder to resume: the one given, or for "auto" the newest of the same flags, if there is one.
 
     Raises:
         UserError: the folder given is no run folder, or has no checkpoint yet.
@@ -39,11 +69,10 @@ def find_run(resume: str, args: Namespace) -> Path | None:
     if resume != "auto":
         folder = Path(resume)
         if not (folder / ARGUMENTS).is_file():
-            raise UserError(f"--resume {resume}: no run folder (it has no {ARGUMENTS})")
+            raise UserError(f"{resume}: no run folder (it has no {ARGUMENTS})")
         if not list_checkpoints(folder):
-            raise UserError(f"--resume {resume}: the run has no checkpoint yet; start it anew")
+            raise UserError(f"{resume}: the run has no checkpoint yet; start it anew")
         return folder
-    here = vars(args)
     runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
         try:
@@ -51,33 +80,70 @@ def find_run(resume: str, args: Namespace) -> Path | None:
         except UserError as error:  # another program's, or a damaged one
             logger.warning("%s", error)
             continue
-        given = saved | dict.fromkeys(saved.get("unset", ()))  # before the model's own took the place of unset ones
-        same = all(here[name] in (given[name], saved[name]) for name in saved.keys() & here.keys() - CHANGEABLE)
+        given = saved | dict.fromkeys(saved.get("unset", ()))  # before what was found took the place of unset ones
+        compared = saved.keys() & flags.keys() - CHANGEABLE
+        same = all(flags[name] in (given[name], saved[name]) for name in compared)
         if same and list_checkpoints(file.parent):
             return file.parent
     return None
 
 
 def read_arguments(folder: Path) -> dict:
-    """The arguments of a run."""
+    """The record that `make_record` made of a run.
+
+    Raises:
+        UserError: it is damaged or not there.
+    """
     try:
         arguments = json.loads((folder / ARGUMENTS).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume {folder / ARGUMENTS}: {error}") from error
+        raise UserError(f"{folder / ARGUMENTS}: {error}") from error
     if not isinstance(arguments, dict):
-        raise UserError(f"--resume {folder / ARGUMENTS}: expected an object")
+        raise UserError(f"{folder / ARGUMENTS}: expected an object")
     return arguments
 
 
-def changed_arguments(saved: Mapping, args: Namespace) -> list[str]:
-    """The arguments that differ from those of a run and may not, each as `--flag is X there, Y here`; None is unset."""
-    here = vars(args)
-    return [
-        f"{'the number of processes' if name == 'world_size' else f'--{name}'} is {saved[name]!r} there,"
-        f" {here[name]!r} here"
-        for name in sorted(saved.keys() & here.keys() - CHANGEABLE)
-        if saved[name] != here[name] and here[name] is not None
-    ]
+def changed_arguments(saved: Mapping, flags: Mapping) -> dict[str, tuple]:
+    """The arguments of a run that may not change and differ from the flags given, each as there and here."""
+    return {
+        name: (saved[name], flags[name])
+        for name in sorted(saved.keys() & flags.keys() - CHANGEABLE)
+        if flags[name] not in (None, saved[name])  # None = not given
+    }
+
+
+def open_run_folder(
+    folder: Path | None,
+    record: Mapping,
+    state: "State",
+    config: "PretrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Path:
+    """Make the run folder, or go back in it to where the run resumes; write what is known before the first step.
+
+    Args:
+        folder: of the run to resume (None = a new run).
+        state: the trainer's, as the checkpoint has it.
+
+    Raises:
+        UserError: it cannot be written to. Of a new run nothing is left then.
+    """
+    resumed = folder is not None
+    folder = folder or Path(make_logdir(record["model_checkpoint"]))
+    logger.info("Arguments: %s", json.dumps(record))
+    logger.info("Run folder: %s", folder)
+    try:
+        remove_leftovers(folder)
+        cut_metrics(folder, state)
+        write_atomically(folder / ARGUMENTS, json.dumps(record, indent=2) + "\n")
+        if not resumed:  # not written again: a run that is killed meanwhile would have none
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises no OSError, but Exception itself
+        if not resumed:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing has been trained
+        raise UserError(f"{folder}: cannot be written to ({first_line(error)})") from error
+    return folder
 
 
 def cut_metrics(folder: Path, state: "State") -> None:
