@@ -152,6 +152,20 @@ def test_another_tokenizer_gets_another_cache(checkpoints, gpt, gpt2, spacy_gpt,
         assert len(caches(stem)) == number
 
 
+def test_an_added_token_that_texts_become_gets_another_cache(gpt2, checkpoints, dataset_path, stem):
+    """Ordinary added tokens were no part of the cache's key, so an old cache was used for another tokenizer."""
+    get_dataset(gpt2, dataset_path, stem)
+    other = load_tokenizer(checkpoints["gpt2"])
+    other.add_special_tokens({"additional_special_tokens": ["like"]}, replace_extra_special_tokens=False)
+    get_dataset(other, dataset_path, stem)
+    assert len(caches(stem)) == 1, "texts never become special tokens"
+    other = load_tokenizer(checkpoints["gpt2"])
+    other.add_tokens(["tea"])
+    assert get_dataset(other, dataset_path, stem) != get_dataset(gpt2, dataset_path, stem)
+    assert get_dataset(other, dataset_path, stem) == get_dataset(other, dataset_path, "")
+    assert len(caches(stem)) == 2
+
+
 def test_the_same_tokenizer_from_elsewhere_finds_the_cache(checkpoints, dataset_path, stem, tmp_path, family):
     get_dataset(load_tokenizer(checkpoints[family]), dataset_path, stem)
     copy = tmp_path / "copy"

@@ -81,9 +81,10 @@ def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides how a text is tokenised. Added tokens are no part of it: texts never become them."""
+    """All that decides how a text is tokenised. Special tokens are no part of it: texts never become them."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = [state["normalizer"], state["pre_tokenizer"], state["model"]]
+    parts += [token for token in state["added_tokens"] if not token["special"]]
     if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
         import ftfy
         import spacy
