@@ -118,7 +118,7 @@ def test_a_share_of_the_dialogs_is_the_first_ones(base_checkpoints, tmp_path):
 def bases(base_checkpoints, tmp_path_factory):
     """Checkpoints with weights, without the dialog tokens. GPT-NeoX's embeddings are not tied."""
     folders = {}
-    for family in ("gpt2", "llama", "gpt_neox"):
+    for family in ("gpt", "gpt2", "llama", "gpt_neox"):
         folders[family] = tmp_path_factory.mktemp(f"{family}-base")
         torch.manual_seed(2)
         model = load_model(base_checkpoints[family], from_scratch=True)
@@ -134,7 +134,7 @@ def adapter(bases, tmp_path_factory):
     return run_training(tmp_path_factory.mktemp("adapter"), bases["llama"], *FLAGS, "--lora_rank", 2)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox"])
 def test_an_adapter_is_trained_resumed_measured_and_merged(family, bases, tmp_path):
     pytest.importorskip("peft")
     lora = [*FLAGS, "--lora_rank", 2]

@@ -98,6 +98,9 @@ class OpenAIGPTDoubleHeadsModel(transformers.OpenAIGPTDoubleHeadsModel):
     """transformers' class of this name, which it also saves itself as, on the faster backbone."""
 
     supports_gradient_checkpointing = True
+    # transformers' class has them the other way round, and peft then trains two deltas of the one matrix
+    _tied_weights_keys = {"lm_head.weight": "transformer.tokens_embed.weight"}  # noqa: RUF012  # its attribute
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.bias$"]  # noqa: RUF012  # the causal mask, in files of 2019
 
     def __init__(self, config: OpenAIGPTConfig):
         super().__init__(config)
