@@ -133,9 +133,11 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         tokenizer = AutoTokenizer.from_pretrained(**arguments, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
         raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
-    if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= 1:
+    if not tokenizer.is_fast or vocabulary_size(tokenizer) <= size_without_files(type(tokenizer)):
         files = "tokenizer.json, or vocab.json and merges.txt"
         raise UserError(f"--model_checkpoint {checkpoint}: no tokenizer there ({files})")
+    tokenizer.backend_tokenizer.no_truncation()  # of texts, which a file may ask for
+    tokenizer.backend_tokenizer.no_padding()
     fine_tuned = knows_dialog_tokens(tokenizer)
     if fine_tuned:  # from files of 2019 the speakers come as words, which a text could contain
         tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
@@ -145,6 +147,22 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     elif gpt_tokenization:
         raise UserError(f"--gpt_tokenization {gpt_tokenization}: this is for GPT's text, and {checkpoint} is no GPT")
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a fast tokenizer's model has; added ones do not count."""
+    return tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+
+
+def size_without_files(kind: type[PreTrainedTokenizerBase]) -> int:
+    """The vocabulary that a class of tokenizers has by itself: transformers takes it where no file is.
+
+    NeoX's has 2 tokens, Gemma's 5.
+    """
+    try:
+        return max(1, vocabulary_size(kind()))
+    except Exception:  # a class that needs files says so in many ways: TypeError, ValueError, ImportError, ...
+        return 1
 
 
 def _can_be_had(name: str) -> bool:
