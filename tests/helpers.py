@@ -8,7 +8,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import GPTNeoXConfig, LlamaConfig, Qwen2Config
+import transformers
+from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from train import train
 
@@ -17,6 +18,57 @@ FAMILIES = ("gpt", "gpt2")
 OTHERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}  # with GPT-2's kind of tokenizer
 ANSWERS = ["i like tea .", "i have two dogs .", "no , never .", "yes , i do !", "hello !", "we live in a big house ."]
 QUESTIONS = ["what do you like ?", "any pets ?", "did you go there ?", "do you cook ?", "hi !", "where do you live ?"]
+
+
+def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
+    """A model of two layers, of width 16, of one of many families."""
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    gpt = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 128}
+    llama = {
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16,
+        "intermediate_size": 32, "max_position_embeddings": 128,
+    }  # fmt: skip
+    tied = llama | {"tie_word_embeddings": True}
+    # of two layers, one looks back over a window
+    window = llama | {"head_dim": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    opt = {
+        "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 8,
+        "max_position_embeddings": 128,
+    }  # fmt: skip
+    tower = {
+        "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    routed = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    if family == "gemma3":  # reads images too
+        text = window | tokens | {"vocab_size": vocab_size}
+        image = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+        return transformers.Gemma3Config(text_config=text | more, vision_config=tower, **image)
+    kind, shape = {
+        "gpt": (transformers.OpenAIGPTConfig, gpt),
+        "gpt2": (transformers.GPT2Config, gpt),
+        "llama": (LlamaConfig, tied),
+        "qwen2": (Qwen2Config, tied),
+        "gpt_neox": (GPTNeoXConfig, llama),
+        "opt": (transformers.OPTConfig, opt),
+        "mistral": (transformers.MistralConfig, llama | {"sliding_window": 64}),
+        "gemma2": (transformers.Gemma2Config, window),
+        "gemma3_text": (transformers.Gemma3TextConfig, window),
+        "gpt_oss": (transformers.GptOssConfig, window | experts),
+        "deepseek_v3": (
+            transformers.DeepseekV3Config,
+            llama | latent | routed | {"num_key_value_heads": 4, "moe_intermediate_size": 8, "n_shared_experts": 1},
+        ),
+    }[family]
+    return kind(**{"vocab_size": vocab_size, **shape, **tokens, **more})
 
 
 def dialog(number: int, turns: int = 2) -> dict:

@@ -38,12 +38,14 @@ class DoubleHeads(nn.Module):
 
     Attributes:
         additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
+        new_head: whether the choice head was in no checkpoint and waits to be trained.
     """
 
     def __init__(self, network: Network):
         super().__init__()
         self.network = network
         self.additive_mask = False
+        self.new_head = False
 
     @property
     def pretrained(self) -> PreTrainedModel:

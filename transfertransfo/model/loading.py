@@ -4,13 +4,17 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import sys
 import tempfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     Cache,
     PretrainedConfig,
@@ -18,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from transfertransfo.data.tokenization import knows_dialog_tokens
 from transfertransfo.errors import UserError, first_line
@@ -31,6 +36,7 @@ from transfertransfo.model.double_heads import (
 )
 from transfertransfo.model.heads import FAMILIES, double_heads_class
 from transfertransfo.model.lora import (
+    HEAD,
     base_of,
     is_adapter,
     load_adapter,
@@ -50,6 +56,7 @@ from transfertransfo.model.sources import (
 logger = logging.getLogger(__name__)
 
 SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
+MASKS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants in files of old
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
@@ -74,13 +81,14 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", from_
         raise UserError(f"--model_checkpoint {checkpoint}: {error}") from error
     try:
         if has_weights(folder):
-            pretrained = read_weights(family, folder, config)
+            pretrained, new_head = read_weights(family, folder, config)
         else:
             logger.info("%s holds no weights: the model begins with random ones", checkpoint)
-            pretrained = family(config)
+            pretrained, new_head = family(config), True
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
     model = DoubleHeads(pretrained).eval()
+    model.new_head = new_head
     try:
         check_settings(model)
         if config.model_type in FAMILIES:
@@ -121,18 +129,77 @@ def check_heads(model: DoubleHeads) -> None:
         raise ValueError("summary_use_proj, summary_proj_to_labels: the choice head does not give one score")
 
 
-def read_weights(family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a resolved checkpoint, in float32."""
-    arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32}
+def read_weights(
+    family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig
+) -> tuple[PreTrainedModel, bool]:
+    """The model of a resolved checkpoint, in float32, and whether its choice head is a new one.
+
+    Raises:
+        ValueError: the weights are not those of the configuration's model.
+    """
+    arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32, "output_loading_info": True}
+    loaded: Any  # a pair, since it is asked for
     if "gguf_file" not in arguments:
-        return family.from_pretrained(**arguments, config=config, weights_only=True)
+        loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
+        pretrained, found = loaded
+        new_head = check_fit(pretrained, found["missing_keys"], found["unexpected_keys"])
+        separate_(pretrained)
+        return pretrained, new_head
     unpacked = transformers.GgufConfig(dequantize=True)
     # transformers shows a bar here that it has no switch for
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        quantized = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
+        loaded = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
+    quantized, found = loaded
+    new_head = check_fit(quantized, found["missing_keys"], found["unexpected_keys"])
     pretrained = family(config)  # one that transformers does not take for quantized, and so saves
     pretrained.load_state_dict(quantized.state_dict())
-    return pretrained
+    return pretrained, new_head
+
+
+def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> bool:
+    """Check that a checkpoint's weights are the model's; transformers gives those that are missing random values.
+
+    A choice head may be missing as a whole. Weights of another part, as of another head, are left unread.
+
+    Args:
+        missing, unexpected: the names that transformers found to be so, but for those that it passes over.
+
+    Returns:
+        Whether the choice head is missing.
+
+    Raises:
+        ValueError: weights are missing, or there are more than the model has in one of its parts.
+    """
+    names = pretrained.state_dict().keys()
+    head = {name for name in names if name.startswith(f"{HEAD}.")}
+    new_head = head <= set(missing)
+    missing = [name for name in missing if not (new_head and name in head)]
+    parts = {name.removeprefix(f"{pretrained.base_model_prefix}.").partition(".")[0] for name in names}
+    parts |= {name.partition(".")[0] for name in names}
+    others = [name for name in unexpected if name.partition(".")[0] not in parts and not missing]
+    surplus = [name for name in unexpected if name not in others and not MASKS.search(name)]
+    faults = []
+    if missing:
+        faults.append(f"missing {len(missing)}, as {min(missing)}")
+    if surplus:
+        faults.append(f"too many {len(surplus)}, as {min(surplus)}")
+    if faults:
+        raise ValueError(f"not those of the model in config.json: {'; '.join(faults)}")
+    if others:
+        logger.info("Not read, since the model has no such part: %s", ", ".join(sorted(others)[:5]))
+    return new_head
+
+
+def separate_(pretrained: PreTrainedModel) -> None:
+    """Record that input and output embeddings are not the same, where a checkpoint holds both and they differ.
+
+    transformers keeps them apart then, but would tie them when it resizes them, and the output's be lost.
+    """
+    inputs: Any = pretrained.get_input_embeddings()
+    outputs: Any = pretrained.get_output_embeddings()
+    if inputs.weight is not outputs.weight:
+        for config in (pretrained.config, pretrained.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) -> DoubleHeads:
@@ -153,45 +220,78 @@ def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) 
         raise
     except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "adapter", error)) from error
+    model.new_head = False
     return model
 
 
-@torch.no_grad()
 def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
-    """Check that packed rows and cached steps give what the model gives a sequence alone; find how it takes a mask.
+    """Find how a model takes a mask, and check that packed rows and cached steps are what it computes otherwise.
 
     There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
 
     Raises:
         UserError: the model is of such a kind.
     """
+    error = None
+    for additive_mask in (False, True):
+        try:
+            if computes_the_same(model, additive_mask):
+                model.additive_mask = additive_mask
+                return
+        except Exception as raised:  # whatever a model's code does with arguments that it does not expect
+            error = raised
+    reason = f" ({first_line(error)})" if error else ""
+    raise UserError(
+        f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
+        f" logits are of a kind that is not known here{reason}"
+    ) from error
+
+
+@torch.no_grad()
+def computes_the_same(model: DoubleHeads, additive_mask: bool) -> bool:
+    """Whether packed rows and cached steps give what the model gives a sequence alone; it is left as it was.
+
+    All matrix products count as scaled to one size, so that the answer is the configuration's, not the weights'.
+    """
     n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
     ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]])  # a context and two replies
     positions, segments = torch.tensor([[*range(3 + n), 3, 4]]), torch.tensor([0] * 3 + [1] * n + [2] * 2)
     alone = [0, 1, 2, n + 3, n + 4]
     mask = torch.ones(n + 5, n + 5, dtype=torch.bool).tril() & ((segments == 0) | (segments == segments[:, None]))
-    error = None
-    on, model.token_types = model.token_types, False
-    for model.additive_mask in (False, True):
-        try:
+    before = model.additive_mask, model.token_types
+    model.additive_mask, model.token_types = additive_mask, False
+    try:
+        with at_one_size(model):
             want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
             packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
             cache = Cache(layer_class_to_replicate=DynamicLayer)
             for part in (alone[:3], alone[3:4], alone[4:]):
                 cached = model.hidden_states(ids[:, part], ids[:, part], positions[:, part], None, cache)[0, -1:]
             got = model.lm_logits(torch.cat([packed, cached]))
-        except Exception as raised:  # whatever a model's code does with arguments that it does not expect
-            error = raised
-            continue
-        if (got - want[[0, 1, 1]]).norm() < 1e-3 * want.norm():
-            model.token_types = on
-            return
-    model.token_types = on
-    reason = f" ({first_line(error)})" if error else ""
-    raise UserError(
-        f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
-        f" logits are of a kind that is not known here{reason}"
-    ) from error
+    finally:
+        model.additive_mask, model.token_types = before
+    return bool((got - want[[0, 1, 1]]).norm() < 1e-3 * want.norm())
+
+
+@contextlib.contextmanager
+def at_one_size(model: DoubleHeads) -> Iterator[None]:
+    """Give what each linear layer returns a root mean square of 1, and the logits one of 10,000.
+
+    Small weights hide what a model does: attention is the same everywhere, and no logit reaches the cap on it.
+    """
+
+    def scale_to(size: float) -> Callable:
+        return lambda module, inputs, output: output * (size * (output.square().mean(-1, keepdim=True) + 1e-30).rsqrt())
+
+    output = model.pretrained.get_output_embeddings()
+    layers = [layer for layer in model.pretrained.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    hooks = [layer.register_forward_hook(scale_to(1.0)) for layer in layers if layer is not output]
+    hooks.append(output.register_forward_hook(scale_to(1e4)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def use_eager_attention_(model: DoubleHeads) -> None:
@@ -235,6 +335,8 @@ def load_finetuned(
             raise UserError(message)
         logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
     model = load_model(checkpoint, device or default_device())
+    if model.new_head:
+        logger.warning("%s has no choice head: hits@1 and all that ranks replies are as good as chance", checkpoint)
     add_special_tokens_(model, tokenizer)
     if history_start is not None:
         model.history_start = history_start

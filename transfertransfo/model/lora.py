@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transfertransfo.errors import UserError, require
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 HEAD = "multiple_choice_head"
 Network = Any  # a PreTrainedModel, or peft's around it, an optional library's
 
@@ -73,12 +75,22 @@ def rank_of(network: Network) -> int:
 
 
 def load_adapter(pretrained: PreTrainedModel, folder: str) -> Network:
-    """The model with a folder's adapter, ready to be trained on."""
-    require(f"--model_checkpoint {folder}", "peft")
-    from peft import PeftModel
+    """The model with a folder's adapter, ready to be trained on.
 
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        return PeftModel.from_pretrained(pretrained, folder, is_trainable=True)
+    Raises:
+        UserError: no peft.
+        Exception: whatever peft raises of a damaged adapter; ValueError of weights that are not the adapter's.
+    """
+    require(f"--model_checkpoint {folder}", "peft")
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with warnings.catch_warnings(action="ignore"):
+        network = PeftModel.from_pretrained(pretrained, folder, is_trainable=True)
+        wanted = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
+    with safe_open(os.path.join(folder, WEIGHTS), "pt") as file:
+        if strange := wanted ^ set(file.keys()):  # peft begins what is missing anew, and passes over the rest
+            raise ValueError(f"its weights are not those of the adapter: {len(strange)} differ, as {min(strange)}")
+    return network
 
 
 def merge(network: Network) -> PreTrainedModel:
