@@ -388,9 +388,13 @@ def train(argv: list[str] | None = None) -> str:
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     to_save = {
-        "trainer": trainer, "model": TrainedParameters(model.pretrained), "optimizer": precision.optimizer,
-        "precision": precision, "best": best, "random": RandomState(),
-    }  # fmt: skip
+        "trainer": trainer,
+        "model": TrainedParameters(model.pretrained, frozen=not args.lora_rank),
+        "optimizer": precision.optimizer,
+        "precision": precision,
+        "best": best,
+        "random": RandomState(),
+    }
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
         with amend_errors(before="--resume "):

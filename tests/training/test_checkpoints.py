@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
-from helpers import DATASET, ROOT, Run, run_training
+from helpers import DATASET, ROOT, Run, run_training, tiny_config
 from ignite.engine import Engine
+from safetensors.torch import load_file
 from tensorboardX import record_writer
 
 import train
 from transfertransfo import files
 from transfertransfo.errors import UserError
 from transfertransfo.model import loading as model
-from transfertransfo.model.loading import load_model
+from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training import checkpoints, engines, handlers
 from transfertransfo.training.checkpoints import Best, RandomState, list_checkpoints
 from transfertransfo.training.engines import StepEvents
@@ -127,6 +129,27 @@ def test_the_random_state_is_that_of_every_generator():
     file.seek(0)
     RandomState().load_state_dict(torch.load(file, weights_only=True))
     assert draw() == want
+
+
+def test_a_run_without_weights_resumes_with_its_buffers(base_checkpoints, tmp_path):
+    """Killed before its first export, a run began anew with the buffers of no model, as DeepSeek-V3's biases."""
+    tokenizer = load_tokenizer(base_checkpoints["gpt2"])
+    base = tmp_path / "base"
+    tiny_config("deepseek_v3", len(tokenizer)).save_pretrained(base)
+    model = load_model(base, from_scratch=True)
+    (name,) = {name for name, _ in model.pretrained.named_buffers()} & model.pretrained.state_dict().keys()
+    torch.nn.init.normal_(model.pretrained.get_buffer(name))
+    save_model(model, base)
+    tokenizer.save_pretrained(base)
+    flags = [*FLAGS, "--n_epochs", 1, "--save_every", 1]
+    run = run_training(tmp_path, base, *flags)
+    want = load_file(run.folder / "model.safetensors")
+    assert torch.equal(want[name], model.pretrained.get_buffer(name))
+    for file in (*list_checkpoints(run.folder)[1:], run.folder / "model.safetensors"):
+        file.unlink()
+    run_training(tmp_path, base, *flags, "--resume", run.folder)
+    got = load_file(run.folder / "model.safetensors")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.slow

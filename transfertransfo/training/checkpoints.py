@@ -54,18 +54,29 @@ class RandomState:
 
 
 class TrainedParameters:
-    """The parameters of a model that are trained, as one object that is saved and loaded."""
+    """The tensors of a model that a run folder needs, as one object that is saved and loaded.
 
-    def __init__(self, model: nn.Module):
-        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    They are the trained parameters and the buffers that a model is saved with, as the biases by which DeepSeek-V3
+    chooses experts; a run folder may hold a checkpoint before it holds weights.
+
+    Args:
+        frozen: whether the other parameters too, where no other checkpoint has them.
+    """
+
+    def __init__(self, model: nn.Module, frozen: bool = False):
+        saved = model.state_dict()
+        self.tensors: dict[str, torch.Tensor] = {name: value for name, value in model.named_buffers() if name in saved}
+        self.tensors |= {name: value for name, value in model.named_parameters() if frozen or value.requires_grad}
 
     def state_dict(self) -> dict:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state[name])
+        if missing := self.tensors.keys() - state.keys():
+            raise ValueError(f"it lacks {min(missing)}")
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
 
 
 class Best:
