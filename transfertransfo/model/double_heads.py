@@ -169,6 +169,31 @@ def halve_(model: DoubleHeads) -> None:
             parameter.data = parameter.data.bfloat16()  # buffers stay: rotary angles need float32
 
 
+def halve_frozen_(model: DoubleHeads) -> None:
+    """Keep the frozen weights of the linear layers in bfloat16, which autocast to it makes of them anyway.
+
+    Losses stay what they are, to the bit: norms, embeddings, adapters and both heads stay in float32.
+    """
+    for layer in model.pretrained.get_decoder().modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+
+
+def freeze_unread_(model: DoubleHeads) -> None:
+    """Leave alone the parameters that no text passes through, as a vision tower's.
+
+    They get no gradient, which several processes would wait for.
+    """
+    pretrained = model.pretrained
+    parts = (*text_parts(pretrained), pretrained.get_submodule(HEAD))
+    read = {parameter for part in parts for parameter in part.parameters()}
+    for parameter in pretrained.parameters():
+        if parameter not in read:
+            parameter.requires_grad_(False)
+
+
 def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet."""
     pretrained = model.pretrained

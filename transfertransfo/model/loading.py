@@ -358,6 +358,8 @@ def save_model(model: DoubleHeads, folder: Path, *, merge_lora: bool = False) ->
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
+            if generation := getattr(model.pretrained, "generation_config", None):
+                generation.save_pretrained(temporary)
             save_network(merge(copy.deepcopy(model.network)) if merge_lora else model.network, temporary)
             for file in Path(temporary).iterdir():
                 move_into_place(file, folder / file.name)
