@@ -59,6 +59,8 @@ from transfertransfo.model.double_heads import (
     default_device,
     enable_gradient_checkpointing_,
     freeze_embeddings_,
+    freeze_unread_,
+    halve_frozen_,
     merge_adapter_,
 )
 from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
@@ -270,10 +272,13 @@ def prepare_model(
         model.token_types = args.token_types == "on"
     if args.history_start is not None:
         model.history_start = args.history_start
+    freeze_unread_(model)
     if args.freeze_embeddings and not rank_of(model.network):
         freeze_embeddings_(model, tokenizer)
     if device.type == "cpu" and args.fp16 == "bf16":
         use_eager_attention_(model)
+    if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:  # else the weights are exported as they are
+        halve_frozen_(model)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
     if args.compile:
@@ -389,7 +394,7 @@ def train(argv: list[str] | None = None) -> str:
     best = Best(args.best_metric)
     to_save = {
         "trainer": trainer,
-        "model": TrainedParameters(model.pretrained, frozen=not args.lora_rank),
+        "model": TrainedParameters(model.pretrained, frozen=not rank_of(model.network)),
         "optimizer": precision.optimizer,
         "precision": precision,
         "best": best,

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from transfertransfo.data.inputs import Batch
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
@@ -27,6 +28,7 @@ from transfertransfo.model.lora import (
     add_adapter,
     merge,
     rank_of,
+    text_parts,
 )
 
 
@@ -240,9 +242,22 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
             pretrained.resize_token_embeddings(before)
         # original: new rows are drawn as any embedding is, not around the mean of the old ones
         pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    name_special_tokens_(pretrained, tokenizer)
     rows = embedding_rows(pretrained)
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")
+
+
+def name_special_tokens_(pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a model's configuration name the tokenizer's special tokens: transformers' `generate` ends a reply by it."""
+    config, generation = pretrained.config, getattr(pretrained, "generation_config", None)
+    for owner in filter(None, (config, config.get_text_config(), generation)):
+        owner.bos_token_id = tokenizer.bos_token_id
+        owner.eos_token_id = tokenizer.eos_token_id
+        owner.pad_token_id = tokenizer.pad_token_id
+    embeddings: Any = pretrained.get_input_embeddings()
+    if getattr(embeddings, "padding_idx", None) is not None:
+        embeddings.padding_idx = tokenizer.pad_token_id  # as it will be when the model is loaded again
 
 
 def embedding_rows(pretrained: PreTrainedModel) -> int:

@@ -37,24 +37,48 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
     require("--lora_rank", "peft")
     from peft import LoraConfig, get_peft_model
 
-    embeddings, output = pretrained.get_input_embeddings(), pretrained.get_output_embeddings()
+    output = pretrained.get_output_embeddings()
     if getattr(output, "bias", None) is not None:
         raise UserError(f"--lora_rank {rank}: a {pretrained.config.model_type} model, whose output layer has a bias")
-    layers = pretrained.base_model.named_modules()
+    adapted, others = linear_layers(pretrained)
+    names = {last_part(name) for name in adapted}
+    embeddings = (pretrained.get_input_embeddings(), output)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=sorted({name.rpartition(".")[2] for name, x in layers if isinstance(x, nn.Linear | Conv1D)}),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in pretrained.base_model.modules()),
+        target_modules=sorted(names),
+        exclude_modules=[name for name in others if last_part(name) in names] or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
         modules_to_save=[HEAD],
         trainable_token_indices={
-            name: list(tokens) for name, module in pretrained.named_modules() if module in (embeddings, output)
+            name: list(tokens) for name, module in pretrained.named_modules() if module in embeddings
         },
     )
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that transformers changed
         network = get_peft_model(pretrained, config)
     config.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
     return network
+
+
+def text_parts(pretrained: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The parts of a model that a text passes through: not a vision tower."""
+    return pretrained.get_decoder(), pretrained.get_input_embeddings(), pretrained.get_output_embeddings()
+
+
+def linear_layers(pretrained: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The linear layers of a model's blocks by their names, and those of parts that no text passes through."""
+    inside: dict[str, nn.Module] = {}
+    outside: dict[str, nn.Module] = {}
+    passed = {layer for part in text_parts(pretrained) for layer in part.modules()}
+    heads = (pretrained.get_output_embeddings(), *pretrained.get_submodule(HEAD).modules())
+    for name, layer in pretrained.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D) and layer not in heads:
+            (inside if layer in passed else outside)[name] = layer
+    return inside, outside
+
+
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def is_adapter(folder: str) -> bool:

@@ -1,0 +1,244 @@
+"""An adapted model, the same reloaded, and the two merged are one function, in every family; transformers agrees."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import tiny_config
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from transfertransfo.data.inputs import Example, make_row, pack
+from transfertransfo.data.tokenization import special_ids
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import (
+    DoubleHeads,
+    add_adapter_,
+    add_special_tokens_,
+    freeze_unread_,
+    halve_frozen_,
+)
+from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.sources import load_tokenizer
+
+FAMILIES = ("gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "gemma3_text", "gemma3", "mistral", "gpt_oss")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bases(base_checkpoints, tmp_path_factory):
+    """Gives a folder of a tiny model of a family: weights at which each part matters, without the dialog tokens."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-base")
+        tokenizer = load_tokenizer(base_checkpoints["gpt" if family == "gpt" else "gpt2"])
+        tiny_config(family, len(tokenizer)).save_pretrained(folder)
+        model = load_model(folder, from_scratch=True)
+        draw_(model, seed=1)
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def base(family, bases) -> Path:
+    return bases(family)
+
+
+def draw_(model: DoubleHeads, seed: int) -> None:
+    """Draw what is trained at a scale that shows in each figure."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+def adapt(base: Path):
+    """The base with an adapter that has been trained on something, and its tokenizer."""
+    pytest.importorskip("peft")
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    add_special_tokens_(model, tokenizer)
+    add_adapter_(model, tokenizer, rank=2, base=str(base))
+    draw_(model, seed=2)
+    return model.eval(), tokenizer
+
+
+def save(model: DoubleHeads, tokenizer, folder: Path, merge_lora: bool = False) -> Path:
+    folder.mkdir()
+    save_model(model, folder, merge_lora)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def losses_of(model: DoubleHeads, tokenizer) -> torch.Tensor:
+    """Language-model loss, choice loss, and the scores of candidates that the choice head must not confuse."""
+    examples = [
+        Example([[7, 8], [9]], [[9, 10, 11], [13, 14], [15, 16]], [[12, 13], [14], [15, 16, 17]]),
+        Example([[20, 8]], [[19, 10, 11]], [[22, 13], [14, 12], [13, 14, 23]]),
+    ]
+    batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id)
+    logits, scores = model(batch)
+    losses = cross_entropy(logits, batch.lm_labels), cross_entropy(scores, batch.choice_labels)
+    return torch.cat([torch.stack(losses), scores.flatten()])
+
+
+def context(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and types of a dialog, up to the reply's speaker: (1, T) each."""
+    row = make_row(Example([[7, 8], [9]], [[9, 10, 11]], [[]]), tokenizer)
+    return torch.tensor([row.context]), torch.tensor([row.token_types])
+
+
+@torch.inference_mode()
+def greedy_reply(logits_of, tokenizer, length: int = 12) -> list[int]:
+    """The likeliest words, each once, as small models would repeat one. `logits_of` takes token ids and types."""
+    ids, types = context(tokenizer)
+    start = ids.size(1)
+    for _ in range(length):
+        logits = logits_of(ids, types)[:, -1:]
+        logits[..., ids[0, start:]] = -torch.inf
+        word = logits.argmax(-1)
+        ids, types = torch.cat([ids, word], 1), torch.cat([types, types[:, -1:]], 1)
+    return ids[0, start:].tolist()
+
+
+def reply_of(model: DoubleHeads, tokenizer) -> list[int]:
+    def logits_of(ids, types):
+        return model.lm_logits(model.hidden_states(ids, types, torch.arange(ids.size(1))[None]))
+
+    return greedy_reply(logits_of, tokenizer)
+
+
+def reply_in_transformers(folder: Path, tokenizer, token_types: bool) -> list[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def logits_of(ids, types):
+        return model(input_ids=ids, **{"token_type_ids": types} if token_types else {}).logits
+
+    return greedy_reply(logits_of, tokenizer)
+
+
+def test_adapted_is_reloaded_is_merged(base, tmp_path):
+    """transformers ties GPT's two embeddings the other way round, of which peft made two; merging kept one of them."""
+    adapted, tokenizer = adapt(base)
+    want, reply = losses_of(adapted, tokenizer), reply_of(adapted, tokenizer)
+    run = save(adapted, tokenizer, tmp_path / "run")
+    whole = save(adapted, tokenizer, tmp_path / "whole", merge_lora=True)
+    models = {
+        "reloaded": load_model(run),
+        "merged": load_finetuned(str(run))[0],
+        "saved whole": load_model(whole),
+        "adapted, after it was saved": adapted,
+    }
+    for name, model in models.items():
+        torch.testing.assert_close(losses_of(model, tokenizer), want, atol=1e-5, rtol=1e-5, msg=name)
+        assert reply_of(model, tokenizer) == reply, name
+    assert reply_in_transformers(whole, tokenizer, adapted.token_types) == reply
+
+
+def test_adapters_are_where_a_text_passes(base, family):
+    """In a tower for images they had no gradient, for which several processes waited."""
+    model, tokenizer = adapt(base)
+    losses = model(pack([make_row(Example([[7]], [[9]], [[12, 13], [14]]), tokenizer)], tokenizer.pad_token_id))
+    (losses[0].sum() + losses[1].sum()).backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not [name for name, parameter in trained.items() if parameter.grad is None]
+    assert not [name for name in trained if "vision" in name] and any("lora_A" in name for name in trained)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_no_text_passes_is_not_trained(base, family):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    add_special_tokens_(model, tokenizer)
+    freeze_unread_(model)
+    losses = model(pack([make_row(Example([[7]], [[9]], [[12, 13], [14]]), tokenizer)], tokenizer.pad_token_id))
+    (losses[0].sum() + losses[1].sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.requires_grad != ("vision" in name or "multi_modal" in name), name
+
+
+@pytest.mark.parametrize("change", ["lost", "more", "of another model"])
+@pytest.mark.parametrize("family", ["gpt"])
+def test_an_adapters_weights_that_do_not_fit_are_refused(base, tmp_path, change):
+    """What was missing began anew, and what was too much was passed over: as the second delta of GPT's embeddings."""
+    run = save(*adapt(base), tmp_path / "run")
+    weights = load_file(run / "adapter_model.safetensors")
+    (name,) = [name for name in weights if name.endswith("h.1.attn.c_attn.lora_B.weight")]
+    if change == "more":
+        weights["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] = torch.zeros(5, 16)
+    else:
+        weight = weights.pop(name)
+    if change == "of another model":
+        weights[name.replace("h.1.", "h.2.")] = weight
+    save_file(weights, run / "adapter_model.safetensors", metadata={"format": "pt"})
+    message = f"^--model_checkpoint {run}: no usable adapter there .its weights are not those of the adapter: "
+    with pytest.raises(UserError, match=message):
+        load_model(run)
+
+
+@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox", "opt"])
+def test_frozen_weights_in_bfloat16_are_what_autocast_makes_of_them(base, family):
+    model, tokenizer = adapt(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = losses_of(model, tokenizer)
+        before = sum(parameter.nbytes for parameter in model.parameters())
+        halve_frozen_(model)
+        assert torch.equal(losses_of(model, tokenizer), want)
+    assert sum(parameter.nbytes for parameter in model.parameters()) < before
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "multiple_choice_head" in name:
+            assert parameter.dtype == torch.float32, name
+
+
+def test_a_run_folder_names_the_tokenizers_own_end(base, tmp_path):
+    """It had the base's: transformers' `generate` went on after `<eos>`."""
+    adapted, tokenizer = adapt(base)
+    bos, eos, _, _, pad = special_ids(tokenizer)
+    run = save(adapted, tokenizer, tmp_path / "run")
+    whole = save(adapted, tokenizer, tmp_path / "whole", merge_lora=True)
+    for folder in (run, whole):
+        files = [file for file in folder.glob("*config.json") if "eos_token_id" in file.read_text()]
+        assert {file.name for file in files} >= {"config.json"}
+        for file in files:
+            values = json.loads(file.read_text())
+            for owner in (values, values.get("text_config", values)):
+                assert (owner["bos_token_id"], owner["eos_token_id"], owner["pad_token_id"]) == (bos, eos, pad)
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole).eval()
+
+    def end(module, inputs, logits):
+        logits[..., eos] = 1e9
+        return logits
+
+    ids, _ = context(tokenizer)
+    model.get_output_embeddings().register_forward_hook(end)
+    with torch.inference_mode():
+        reply = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert reply[0, ids.size(1) :].tolist() == [eos]
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_embeddings_that_differ_are_not_tied(base, tmp_path):
+    """transformers kept both, and tied them as soon as the dialog tokens were added: the output's were lost."""
+    folder = shutil.copytree(base, tmp_path / "untied")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    add_special_tokens_(model, tokenizer)
+    run = save(model, tokenizer, tmp_path / "run")
+    for loaded in (model, load_model(run)):
+        rows = len(weights["lm_head.weight"])
+        assert torch.equal(loaded.pretrained.get_output_embeddings().weight[:rows], weights["lm_head.weight"])
+        assert torch.equal(loaded.pretrained.get_input_embeddings().weight[:rows], weights["model.embed_tokens.weight"])
