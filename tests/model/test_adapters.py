@@ -76,7 +76,7 @@ def adapt(base: Path):
 
 def save(model: DoubleHeads, tokenizer, folder: Path, merge_lora: bool = False) -> Path:
     folder.mkdir()
-    save_model(model, folder, merge_lora)
+    save_model(model, folder, merge_lora=merge_lora)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -38,7 +38,10 @@ def with_weights(folder: Path, checkpoint: Path, change) -> Path:
         (lambda name: f"_orig_mod.{name}", r"missing \d+, as .*; too many \d+, as _orig_mod"),
         (lambda name: name if ".1." not in name else None, "missing [0-9]+, as .*[.]1[.][a-z_.0-9]+[)]$"),
         (lambda name: name.replace(".1.", ".2."), "missing [0-9]+, as .*[.]1[.].*; too many [0-9]+, as .*[.]2[.]"),
-        (lambda name: name if "ln_2" not in name and "post_" not in name else None, r"missing [1-4], as .*[.](ln_2|post_)"),
+        (
+            lambda name: name if "ln_2" not in name and "post_" not in name else None,
+            r"missing [1-4], as .*[.](ln_2|post_)",
+        ),
         (lambda name: name if not name.endswith("summary.bias") else None, "missing 1, as multiple_choice_head.summa"),
     ],
 )

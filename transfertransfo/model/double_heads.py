@@ -156,14 +156,14 @@ def default_device() -> str:
 
 
 def limit_kernel_caches(device: torch.device) -> None:
-    """Have a CPU keep fewer of its bfloat16 kernels, of which there is one a shape: rows of all lengths filled 8 GB."""
+    """Limit the bfloat16 kernels that a CPU keeps, one for each shape: those of rows of all lengths filled 8 GB."""
     if device.type == "cpu":
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "64")  # not 1024
 
 
 def halve_(model: DoubleHeads) -> None:
-    """Keep the weights of a model that is not trained in bfloat16."""
+    """Hold the weights of a model that is not trained in bfloat16."""
     limit_kernel_caches(model.device)
     # but for the choice head: of scores that are rounded so, some are equal
     for part in (model.pretrained.base_model, model.pretrained.get_output_embeddings()):
@@ -172,7 +172,7 @@ def halve_(model: DoubleHeads) -> None:
 
 
 def halve_frozen_(model: DoubleHeads) -> None:
-    """Keep the frozen weights of the linear layers in bfloat16, which autocast to it makes of them anyway.
+    """Hold the frozen weights of the linear layers in bfloat16, which autocast to it makes of them anyway.
 
     Losses stay what they are, to the bit: norms, embeddings, adapters and both heads stay in float32.
     """
@@ -184,9 +184,9 @@ def halve_frozen_(model: DoubleHeads) -> None:
 
 
 def freeze_unread_(model: DoubleHeads) -> None:
-    """Leave alone the parameters that no text passes through, as a vision tower's.
+    """Freeze the parameters that no text passes through, as those of a vision tower.
 
-    They get no gradient, which several processes would wait for.
+    They get no gradient, and several processes would wait for it.
     """
     pretrained = model.pretrained
     parts = (*text_parts(pretrained), pretrained.get_submodule(HEAD))
@@ -249,7 +249,7 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
 
 
 def name_special_tokens_(pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have a model's configuration name the tokenizer's special tokens: transformers' `generate` ends a reply by it."""
+    """Name the tokenizer's special tokens in a model's configuration: transformers' `generate` ends at `<eos>`."""
     config, generation = pretrained.config, getattr(pretrained, "generation_config", None)
     for owner in filter(None, (config, config.get_text_config(), generation)):
         owner.bos_token_id = tokenizer.bos_token_id

@@ -60,7 +60,9 @@ MASKS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
-def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", from_scratch: bool = False) -> DoubleHeads:
+def load_model(
+    checkpoint: str | Path, device: str | torch.device = "cpu", *, from_scratch: bool = False
+) -> DoubleHeads:
     """The double-head model of a hub name, a folder, a GGUF file or the URL of an archive, in float32, for evaluation.
 
     Args:
@@ -101,7 +103,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", from_
 
 
 def check_settings(model: DoubleHeads) -> None:
-    """Check what transformers lets pass.
+    """Check the settings that transformers takes as they come.
 
     Raises:
         ValueError: a value that is none.
@@ -225,7 +227,7 @@ def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) 
 
 
 def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
-    """Find how a model takes a mask, and check that packed rows and cached steps are what it computes otherwise.
+    """Check that packed rows and cached steps give what a model gives a sequence alone, and find how it takes a mask.
 
     There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
 
@@ -295,7 +297,7 @@ def at_one_size(model: DoubleHeads) -> Iterator[None]:
 
 
 def use_eager_attention_(model: DoubleHeads) -> None:
-    """Have a decoder of transformers attend by plain matrix products, where it computes the same by them.
+    """Make a decoder of transformers attend by plain matrix products, where it computes the same by them.
 
     On a CPU in bfloat16 they take half the time of torch's fused kernel, forward and backward.
     """
@@ -317,6 +319,7 @@ def load_finetuned(
     device: str | None = None,
     history_start: int | None = None,
     fp16: str = "",
+    *,
     force: bool = False,
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.

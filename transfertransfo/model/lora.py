@@ -123,7 +123,7 @@ def merge(network: Network) -> PreTrainedModel:
 
 
 def save_network(network: Network, folder: str) -> None:
-    """Write a model, or of one with an adapter only that, as its library does."""
+    """Write a model as transformers does; of one with an adapter write the adapter alone, as peft does."""
     if not rank_of(network):
         return network.save_pretrained(folder)
     network.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub about the model

@@ -83,7 +83,7 @@ def locate_gguf(path: str) -> str:
 
 
 def pretrained_arguments(checkpoint: str) -> dict[str, Any]:
-    """What transformers' `from_pretrained` methods are to be called with for a resolved checkpoint."""
+    """Arguments of transformers' `from_pretrained` methods for a resolved checkpoint."""
     if not is_gguf(checkpoint):
         return {"pretrained_model_name_or_path": checkpoint}
     folder, name = os.path.split(os.path.abspath(checkpoint))
@@ -155,9 +155,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def size_without_files(kind: type[PreTrainedTokenizerBase]) -> int:
-    """The vocabulary that a class of tokenizers has by itself: transformers takes it where no file is.
+    """The size of the vocabulary that a class of tokenizers has by itself, which transformers takes where no file is.
 
-    NeoX's has 2 tokens, Gemma's 5.
+    It is 2 for GPT-NeoX and 5 for Gemma.
     """
     try:
         return max(1, vocabulary_size(kind()))
