@@ -1,6 +1,7 @@
 """Text -> token ids: against transformers, and GPT's own pre-processing step by step."""
 
 import pytest
+from transformers import OpenAIGPTTokenizer
 
 from transfertransfo.data import tokenization
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
@@ -27,8 +28,43 @@ def test_spacy_tokenisation_by_its_steps(spacy_gpt):
     words_of, bpe = spacy.blank("en"), spacy_gpt.backend_tokenizer.model
     for text, got in zip(TEXTS, tokenize(spacy_gpt, TEXTS), strict=True):
         words = [word.text.lower() for word in words_of(tokenization._standardize(ftfy.fix_text(text)))]
+        words = [word for word in words if word != "\n "]  # this vocabulary has no line end
         assert got == [piece.id for word in words for piece in bpe.tokenize(word)]
     assert tokenize(spacy_gpt, [TEXTS[0]]) != tokenize_basic(spacy_gpt, [TEXTS[0]]), "else this test says little"
+
+
+PIECES = ["a</w>", ",</w>", ".</w>", "b</w>", "-</w>", "x", "x</w>", "\n</w>"]
+LONG = [6] * 99 + [7]  # 100 letters, where long words are cut
+
+
+def gpt_of(pieces):
+    """A GPT tokenizer, as a new run uses it, that has these pieces alone, `<unk>` being 0 and they 1, 2, 3 ..."""
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", *pieces])}
+    tokenizer = OpenAIGPTTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.init_kwargs["gpt_tokenization"] = "spacy"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a\nB", [1, 8, 4]),
+        ("a .\n b", [1, 3, 8, 4]),
+        (" a , \r\n\t\n\n  b\n", [1, 2, 8, 4]),
+        ("- a\n- b\u2028a", [5, 1, 8, 5, 4, 8, 1]),
+        ("\n", []),
+        ("x" * 100 + " b", [*LONG, 4]),
+        ("x" * 200 + "\n" + "x" * 100 + "b", [*LONG, *LONG, 8, *LONG, 4]),
+    ],
+)
+def test_a_line_end_is_the_piece_that_it_is_in_gpt_s_pre_training(text, ids):
+    """It was `<unk> <unk>`, and a blank after a word of 100 letters, where long words are cut, was `<unk>`.
+
+    As transformers 4 and the code of 2018 have it: white space around line ends is folded, and what spaCy makes of
+    them, a line end and a blank, is the piece `\\n</w>`. A vocabulary without that piece takes them for white space.
+    """
+    assert tokenize(gpt_of(PIECES), [text]) == [ids]
+    assert tokenize(gpt_of(PIECES[:-1]), [text]) == [[i for i in ids if i != 8]]
 
 
 def tokenize_basic(tokenizer, texts):

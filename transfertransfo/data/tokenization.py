@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+SPACING = 2  # to be raised by whoever changes what GPT's text becomes before its words are cut into pieces
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
 ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
     "bos_token": "<bos>",
@@ -39,20 +40,25 @@ def _tokenize_with_spacy(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -
     import ftfy  # optional for GPT-2, and a second of start-up
     from tokenizers import Tokenizer
 
-    words_of = _spacy_words()
-    words_to_ids = Tokenizer(tokenizer.backend_tokenizer.model)  # the BPE alone: words are split already
+    bpe = tokenizer.backend_tokenizer.model
+    words_to_ids = Tokenizer(bpe)  # the BPE alone: words are split already
+    knows_line_ends = bpe.token_to_id("\n</w>") is not None
+
+    def words_of(text: str) -> list[str]:
+        words = (word.text.lower() for word in _spacy_tokenizer()(_standardize(ftfy.fix_text(text))))
+        # spaCy's word of a line end is "\n ", which GPT's pre-training took for "\n". A vocabulary that lacks it has
+        # blanks alone between its words, and takes a line end for one
+        return [word.rstrip(" ") for word in words if knows_line_ends or word != "\n "]
+
     return [
         encoding.ids
         for chunk in _chunks(texts)
-        for encoding in words_to_ids.encode_batch_fast(
-            [[word.text.lower() for word in words_of(_standardize(ftfy.fix_text(text)))] for text in chunk],
-            is_pretokenized=True,
-        )
+        for encoding in words_to_ids.encode_batch_fast([words_of(text) for text in chunk], is_pretokenized=True)
     ]
 
 
 @functools.cache
-def _spacy_words() -> Callable[[str], Iterable]:
+def _spacy_tokenizer() -> Callable[[str], Iterable]:
     """spaCy's English tokenizer, which takes 0.2 s to make."""
     import spacy
 
@@ -68,7 +74,8 @@ def _standardize(text: str) -> str:
     text = _PUNCTUATION_RUN.sub(r" \g<0> ", text.translate(_DASHES_AND_SIGNS))
     text = re.sub(r"[^\S\n]+", " ", text)
     text = re.sub(r"\s*\n\s*", " \n ", text)
-    return re.sub(r"\S{100}", r"\g<0> ", text).strip()  # the time that spaCy takes grows with a word's length squared
+    # the time that spaCy takes grows with a word's length squared. No second blank where there is one: it were a word
+    return re.sub(r"\S{100}(?=\S)", r"\g<0> ", text).strip()
 
 
 def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:
@@ -89,7 +96,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         import ftfy
         import spacy
 
-        parts += ["spacy", spacy.__version__, ftfy.__version__]
+        parts += ["spacy", spacy.__version__, ftfy.__version__, SPACING]
     return json.dumps(parts)
 
 
