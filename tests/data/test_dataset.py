@@ -67,6 +67,12 @@ def by_hand(tokenizer, value):
     return {name: by_hand(tokenizer, item) for name, item in value.items()}
 
 
+def warnings(caplog):
+    """What was warned of, but that DATASET has a text which no vocabulary made here can write."""
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [line for line in lines if "unknown to the model's tokenizer" not in line]
+
+
 def caches(stem):
     return sorted(stem.parent.iterdir()) if stem.parent.is_dir() else []
 
@@ -210,7 +216,7 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(gpt, dataset_path, stem, caplog)
         cache.write_bytes(damaged(content, random.Random(seed)))
         caplog.clear()
         assert get_dataset(gpt, dataset_path, stem) == want
-        (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        (line,) = warnings(caplog)
         assert line.startswith(f"{cache} is damaged") and "\n" not in line
         assert caches(stem) == [cache] and cache.read_bytes() == content
 
@@ -243,7 +249,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(gpt, dataset_path, stem, mo
 
     monkeypatch.setattr(f"transfertransfo.files.{function}", refuse)
     assert get_dataset(gpt, dataset_path, stem) == by_hand(gpt, DATASET)
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (warning,) = warnings(caplog)
     assert warning.startswith(f"--dataset_cache {stem.parent}") and "Permission denied" in warning
     assert caches(stem) == []
 
@@ -498,3 +504,41 @@ def test_the_garbage_collector_is_as_before_in_the_end():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+
+
+# Text that the tokenizer cannot write
+
+
+KOREAN = ["안녕하세요 만나서 반가워요", "저는 강아지 두 마리를 키워요", "정말요? 저는 고양이를 좋아해요"]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
+def test_text_that_the_tokenizer_cannot_write_is_refused(gpt, spacy_gpt, gpt2, dataset_path, stem, cached, caplog):
+    """A model was trained on 97 % `<unk>`, ended at a ppl of 1.75 and answered with blanks; nobody said a word."""
+    utterances = [{"history": KOREAN[:1], "candidates": KOREAN[1:]}]
+    dataset_path.write_text(json.dumps({"train": [{"personality": KOREAN, "utterances": utterances}]}))
+    for tokenizer in (gpt, spacy_gpt):
+        for _ in range(2):
+            with pytest.raises(UserError) as error:
+                get_dataset(tokenizer, dataset_path, stem if cached else "")
+            line = str(error.value)
+            assert re.fullmatch(rf"{dataset_path}: (\d+\.\d)% of its tokens are unknown to .* '.*'; .*gpt2.*", line)
+            assert float(re.search(r"([\d.]+)%", line)[1]) > 90 and any(text in line for text in KOREAN)
+    get_dataset(gpt2, dataset_path, stem)
+    assert "unknown" not in caplog.text
+
+
+@pytest.mark.parametrize(("known", "says"), [(2, True), (40, False)])
+def test_some_text_that_the_tokenizer_cannot_write_is_said_at_each_start(gpt, tmp_path, stem, caplog, known, says):
+    utterances = [{"history": ["tea " * i + "."], "candidates": ["no .", "yes ."]} for i in range(known)]
+    utterances[0]["history"].append("tea : 차 .")
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"train": [{"utterances": utterances}]}))
+    lines = []
+    for dataset_cache in ("", stem, stem):
+        caplog.clear()
+        get_dataset(gpt, path, dataset_cache)
+        lines.append([r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING])
+    assert lines[0] == lines[1] == lines[2]
+    assert bool(lines[0]) == says
+    assert not says or "'tea : 차 .'" in lines[0][0]

@@ -86,7 +86,8 @@ def test_a_text_in_parlai_lines(gpt2, tmp_path, text, end):
 
 @pytest.mark.parametrize("text", [text for name, text in (TEXTS | EMPTY).items() if name != "one megabyte"])
 def test_a_text_tokenised_as_in_gpt_s_pre_training(spacy_gpt, tmp_path, text):
-    (tmp_path / "train.json").write_text(json.dumps({"train": [{"utterances": [{"reply": "a", "history": [text]}]}]}))
+    utterance = {"reply": "a " * 500, "history": [text]}  # a text that is most of a dataset may be refused
+    (tmp_path / "train.json").write_text(json.dumps({"train": [{"utterances": [utterance]}]}))
     (dialog,) = get_dataset(spacy_gpt, tmp_path / "train.json", "")["train"]
     assert all(0 <= token < len(spacy_gpt) for token in dialog["utterances"][0]["history"][0])
 

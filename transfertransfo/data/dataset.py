@@ -18,7 +18,7 @@ from transformers import (
 
 from transfertransfo.data.dialogs import dataset_files, read_dialogs
 from transfertransfo.data.formats import SPLITS
-from transfertransfo.data.tokenization import fingerprint, tokenize
+from transfertransfo.data.tokenization import count_unknown, fingerprint, tokenize
 from transfertransfo.download import fetch, is_url
 from transfertransfo.errors import UserError
 from transfertransfo.files import write_atomically
@@ -26,6 +26,7 @@ from transfertransfo.files import write_atomically
 logger = logging.getLogger(__name__)
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
+WARNED_OF_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5  # shares of the tokens of a dataset's distinct sentences
 CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
 
 
@@ -145,13 +146,36 @@ def load_dataset(
     """As `get_dataset`, in the form that gives texts too."""
     files = locate_dataset(dataset_path)
     if not dataset_cache:
-        return TokenizedDataset(_tokenized_arrays(tokenizer, files, skip_bad_dialogs))
-    cache = _cache_file(dataset_cache, tokenizer, files, skip_bad_dialogs)
-    arrays = _read_cache(cache, ", which bad dialogs are left out of" if skip_bad_dialogs else "")
-    if arrays is None:
-        arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
-        _write_cache(cache, arrays)
-    return TokenizedDataset(arrays)
+        dataset = TokenizedDataset(_tokenized_arrays(tokenizer, files, skip_bad_dialogs))
+    else:
+        cache = _cache_file(dataset_cache, tokenizer, files, skip_bad_dialogs)
+        arrays = _read_cache(cache, ", which bad dialogs are left out of" if skip_bad_dialogs else "")
+        if arrays is None:
+            arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
+            _write_cache(cache, arrays)
+        dataset = TokenizedDataset(arrays)
+    _check_unknown(dataset, tokenizer, str(dataset_path) or "PersonaChat")
+    return dataset
+
+
+def _check_unknown(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Say so where a part of the dataset's text is one that the tokenizer cannot write.
+
+    Raises:
+        UserError: it is most of the text.
+    """
+    counts = count_unknown(tokenizer, dataset.texts, dataset.tokens)
+    share = sum(counts) / max(1, sum(len(ids) or 1 for ids in dataset.tokens))
+    if share <= WARNED_OF_UNKNOWN:
+        return
+    example = dataset.texts[max(range(len(counts)), key=counts.__getitem__)]
+    line = (
+        f"{name}: {share:.1%} of its tokens are unknown to the model's tokenizer, most of them in {example[:40]!r};"
+        " a model of byte-level tokens, as gpt2, writes any text"
+    )
+    if share > MOST_UNKNOWN:
+        raise UserError(line)
+    logger.warning("%s", line)
 
 
 def _tokenized_arrays(
