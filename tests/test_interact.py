@@ -147,6 +147,39 @@ def test_a_long_line_and_a_long_persona_drop_the_oldest_and_say_so_once(chat):
     ]
 
 
+def test_a_persona_that_does_not_fit_is_shown_as_the_model_sees_it(chat):
+    """A persona of one long sentence was left out whole, and the chat went on showing it."""
+    sentence = " ".join(f"i like {pet}s and dogs ." for pet in ("dog", "cat", "bird") * 30)
+    shown = say(chat, f'/persona "{sentence}"')
+    seen = re.fullmatch(r"Persona: (i like .*) \(the rest of it is more than the model can see\)", shown)[1]
+    assert sentence.replace(" .", ".").startswith(seen) and len(seen) < len(sentence)
+    say(chat, "hello")
+    assert not any("persona" in line for line in chat.told), "it was shown as cut already"
+
+    say(chat, "/persona " + "\n".join(PERSONA))
+    assert say(chat, "/persona") == f"Persona: {' '.join(PERSONA)}"
+    chat.told.clear()
+    for _ in range(2):
+        say(chat, "hello dogs " * 200)
+    assert [line for line in chat.told if "persona" in line] == ["(too long for the model: of its persona it sees: nothing)"]
+
+
+def test_a_persona_s_line_end_is_for_the_model_what_it_is_in_training(chat, tokenizer):
+    text = "i like tea .\ni like dogs ."
+    shown = chat.begin([text])
+    assert shown == "Persona: i like tea . i like dogs ."
+    assert chat.persona_ids == tokenize(tokenizer, [text])
+
+
+def test_text_that_the_tokenizer_cannot_write_is_said_once(chat, family):
+    for text in ("안녕하세요 hello", "만나서 반가워요"):
+        say(chat, text)
+    say(chat, '/persona "저는 고양이를 좋아해요"')
+    told = [line for line in chat.told if "cannot read" in line]
+    expected = r"\(of (this|the persona) the model cannot read \d+ of \d+ tokens: its tokenizer does not know them\)"
+    assert [re.fullmatch(expected, line)[1] for line in told] == (["this", "the persona"] if family == "gpt" else [])
+
+
 @pytest.mark.parametrize("text", ["'" * 10_000, "(" * 10_000, f"a{' ' * 100_000}b", "é\n" * 10_000])
 def test_long_lines_in_gpts_own_tokenization(base_checkpoints, text):
     """spaCy's time grows with the square of a word's length, a pattern's with that of white space: it took minutes."""

@@ -47,7 +47,7 @@ def test_a_persona_that_is_too_long_loses_its_end(model, tokenizer, caplog):
     dialogs = [{"personality": persona, "utterances": [{"history": HISTORY, "candidates": [[7], [8]]}]}
                for persona in PERSONAS]  # fmt: skip
     kept = [example.persona for example in make_examples(dialogs, 2, 128, history_start=5)]
-    assert kept == [PERSONAS[0], PERSONAS[1], PERSONAS[2][:1]]
+    assert kept == [PERSONAS[0], PERSONAS[1], [[5, 6, 7], [8]]]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "1 of 3 examples are too long for the model's 128 positions"
     ]
@@ -55,7 +55,7 @@ def test_a_persona_that_is_too_long_loses_its_end(model, tokenizer, caplog):
 
     model.history_start = START
     decoding = Decoding(max_length=5, no_sample=True)
-    long, short = [[5] * 18, [6] * 500], [[5] * 18]
+    long, short = [[5] * 17, [6] * 500], [[5] * 17, [6] * 2]
     replies = [generate(model, [(persona, HISTORY)], tokenizer, decoding) for persona in (long, short)]
     assert replies[0] == replies[1]
 

@@ -188,8 +188,9 @@ def longest_sequence(example: Example, tokenizer) -> int:
         (18, [[1, 1], [2, 2]], [[5, 5], [6, 6], [7, 7]], [8, 8]),
         (17, [[1, 1], [2, 2]], [[7, 7]], [8, 8]),
         (12, [[1, 1], [2, 2]], [[7, 7]], [8, 8]),
-        (11, [[1, 1]], [[7, 7]], [8, 8]),  # then the persona from its end
-        (9, [], [[7, 7]], [8, 8]),
+        (11, [[1, 1], [2]], [[7, 7]], [8, 8]),  # then the persona from its end
+        (10, [[1, 1]], [[7, 7]], [8, 8]),
+        (9, [[1]], [[7, 7]], [8, 8]),
         (8, [], [[7, 7]], [8, 8]),
         (7, [], [[7]], [8, 8]),  # then the last turn from its beginning
         (6, [], [[]], [8, 8]),
@@ -203,6 +204,14 @@ def test_what_is_cut_in_which_order(tokenizer, room, persona, history, reply):
     assert fit(full, room) == (persona, history, [[9], reply])
 
 
+def test_a_persona_of_one_long_sentence_is_cut_within_it():
+    """It vanished whole, as from a system's prompt, and the chat went on showing it."""
+    persona = [[*range(100)]]
+    assert fit(Example(persona, [[7, 7]], [[8]]), 50).persona == [[*range(50 - 7)]]
+    assert fit(Example(persona, [[7, 7]], [[8]]), 200, history_start=30).persona == [[*range(29)]]
+    assert fit(Example([[5], *persona], [[7, 7]], [[8]]), 50).persona == [[5], [*range(50 - 8)]]
+
+
 def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
     generator = random.Random(0)
     cut = 0
@@ -214,7 +223,8 @@ def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
             continue
         cut += 1
         assert longest_sequence(fitted, tokenizer) <= n_positions
-        assert fitted.persona == example.persona[: len(fitted.persona)]
+        persona, whole = list(chain(*fitted.persona)), list(chain(*example.persona))
+        assert persona == whole[: len(persona)]
         kept = len(fitted.history)
         assert len(fitted.candidates) == len(example.candidates)
         assert bool(kept) == bool(example.history)
@@ -226,14 +236,8 @@ def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
         if kept < len(example.history):  # one step back would have been too long
             before = example.history[-kept - 2 :]
             assert longest_sequence(example._replace(history=before), tokenizer) > n_positions
-        if len(fitted.persona) < len(example.persona):
-            longer = example.persona[: len(fitted.persona) + 1]
-            assert (
-                longest_sequence(
-                    example._replace(persona=longer, history=example.history[-kept:] if kept else []), tokenizer
-                )
-                > n_positions
-            )
+        if 0 < len(persona) < len(whole):  # cut within a sentence, so nothing is left free
+            assert longest_sequence(fitted, tokenizer) == n_positions
         if kept and fitted.history[-1] != example.history[-1]:
             assert not fitted.persona and kept == 1
             assert fitted.history[0] == example.history[-1][len(example.history[-1]) - len(fitted.history[0]) :]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import count_unknown, tokenize
 from transfertransfo.decoding import Context, Decoding, candidate_replies, decode, fit_context
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads
@@ -50,19 +50,39 @@ class Chat:
     ):
         self.model, self.tokenizer, self.decoding, self.max_history = model, tokenizer, decoding, max_history
         self.draw, self.tell, self.transcript = draw, tell, transcript
-        self.told_of_cut = False
+        self.told_of_cut = self.told_of_unknown = False
         self.begin(persona)
 
     def begin(self, persona: list[str]) -> str:
         """Begin a dialog with this persona; returns `introduction`."""
-        self.persona = [text for text in map(readable, persona) if text.strip()]
-        self.persona_ids = tokenize(self.tokenizer, self.persona)
+        texts = [text for text in map(unicode_of, persona) if text.strip() and readable(text).strip()]
+        self.persona = [readable(text) for text in texts]
+        self.persona_ids = tokenize(self.tokenizer, texts)
         self.exchanges: list[Exchange] = []
+        self.told_of_cut_persona = False
         self.record(persona=self.persona)
+        self.tell_of_unknown("the persona", texts, self.persona_ids)
         return self.introduction()
 
     def introduction(self) -> str:
-        return f"Persona: {' '.join(self.persona) or '(none)'}"
+        """The persona, as far as the model sees it."""
+        context = self.context(self.exchanges[:-1], self.exchanges[-1].heard if self.exchanges else [])
+        seen = fit_context(self.model, context, self.decoding.max_length).persona
+        if seen == self.persona_ids:
+            return f"Persona: {' '.join(self.persona) or '(none)'}"
+        self.told_of_cut_persona = True
+        return f"Persona: {self.text_of_persona(seen)} (the rest of it is more than the model can see)"
+
+    def text_of_persona(self, sentences: list[list[int]]) -> str:
+        return " ".join(map(self.text_of, sentences)) or "nothing"
+
+    def tell_of_unknown(self, what: str, texts: list[str], tokens: list[list[int]]) -> int:
+        """Say how much of these texts the tokenizer cannot write; returns how many tokens these are."""
+        count = sum(count_unknown(self.tokenizer, texts, tokens))
+        if count:
+            total = sum(len(ids) or 1 for ids in tokens)
+            self.tell(f"(of {what} the model cannot read {count} of {total} tokens: its tokenizer does not know them)")
+        return count
 
     def say(self, text: str) -> Generator[str]:
         """The model's reply to a text, in pieces as it is produced.
@@ -73,10 +93,16 @@ class Chat:
         if not heard:  # control characters alone are no tokens of GPT's
             self.tell("(say something, or leave with Ctrl-D)")
             return
+        if not self.told_of_unknown:
+            self.told_of_unknown = bool(self.tell_of_unknown("this", [text], [heard]))
         context = self.context(self.exchanges, heard)
-        if fit_context(self.model, context, self.decoding.max_length) != context and not self.told_of_cut:
+        seen = fit_context(self.model, context, self.decoding.max_length)
+        if seen.history != context.history and not self.told_of_cut:
             self.tell(f"(more than the model's {self.model.n_positions} positions: the oldest is left out now)")
             self.told_of_cut = True
+        if seen.persona != context.persona and not self.told_of_cut_persona:
+            self.tell(f"(too long for the model: of its persona it sees: {self.text_of_persona(seen.persona)})")
+            self.told_of_cut_persona = True
         self.record(speaker="user", text=text)
         candidates: list[list[int]] = []
         reply: list[int] = []
@@ -147,4 +173,10 @@ class Chat:
 
 def readable(text: str) -> str:
     """Text that any file and terminal takes, with blanks for control characters and `?` for what is no Unicode."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).encode("utf-8", "replace").decode()
+    return unicode_of(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text))
+
+
+def unicode_of(text: str) -> str:
+    """Text with `?` for what is no Unicode, as half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
+

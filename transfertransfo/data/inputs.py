@@ -156,11 +156,12 @@ def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
     """The example, shortened if its longest sequence reaches beyond `n_positions`.
 
     The oldest turns go first, then the persona from its end, then the beginning of the last turn. A reply is cut only
-    where it alone is too long. A persona that reaches beyond `history_start` loses its end before all else.
+    where it alone is too long. A persona that reaches beyond `history_start` loses its end before all else. It is cut
+    within a sentence: one long sentence is not lost as a whole.
     """
     persona, history, candidates = example
-    while history_start and 1 + sum(map(len, persona)) > history_start:  # 1 for <bos>
-        persona = persona[:-1]
+    if history_start:
+        persona = _without_end(persona, 1 + sum(map(len, persona)) - history_start)  # 1 for <bos>
 
     def context_end() -> int:  # the position that a reply begins at
         gap = history_start - 1 - sum(map(len, persona)) if history_start else 0
@@ -171,12 +172,22 @@ def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
         return example if persona is example.persona else example._replace(persona=persona)
     while len(history) > 1 and context_end() > room:
         history = history[2:] or history[-1:]  # by twos: token types count from the persona, so an odd number stays odd
-    while persona and not history_start and context_end() > room:
-        persona = persona[:-1]
+    if not history_start:
+        persona = _without_end(persona, context_end() - room)
     if history and (excess := context_end() - room) > 0:
         history = [history[0][excess:]]
     longest = n_positions - 1 - context_end()
     return Example(persona, history, [reply[:longest] for reply in candidates])
+
+
+def _without_end(sentences: list[list[int]], count: int) -> list[list[int]]:
+    """Sentences without their last `count` tokens; without any to drop, the same list."""
+    while count > 0 and sentences:
+        *sentences, last = sentences
+        if len(last) > count:
+            return [*sentences, last[:-count]]
+        count -= len(last)
+    return sentences
 
 
 class Row(NamedTuple):
