@@ -161,7 +161,8 @@ def test_a_persona_that_does_not_fit_is_shown_as_the_model_sees_it(chat):
     chat.told.clear()
     for _ in range(2):
         say(chat, "hello dogs " * 200)
-    assert [line for line in chat.told if "persona" in line] == ["(too long for the model: of its persona it sees: nothing)"]
+    told = [line for line in chat.told if "persona" in line]
+    assert told == ["(too long for the model: of its persona it sees: nothing)"]
 
 
 def test_a_persona_s_line_end_is_for_the_model_what_it_is_in_training(chat, tokenizer):

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from transfertransfo.data import dataset
 from transfertransfo.data.dataset import get_dataset, load_dataset, tokenize
+from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN
 from transfertransfo.errors import UserError
 from transfertransfo.model import sources
@@ -542,3 +543,40 @@ def test_some_text_that_the_tokenizer_cannot_write_is_said_at_each_start(gpt, tm
     assert lines[0] == lines[1] == lines[2]
     assert bool(lines[0]) == says
     assert not says or "'tea : 차 .'" in lines[0][0]
+
+
+# Distractors
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
+def test_distractors_come_from_the_dialogs_that_are_asked_for_alone(gpt, tmp_path, stem, cached):
+    """They were drawn from all before some were held out: of 54 replies held out 50 were wrong answers in training."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    dialogs = [{"utterances": [{"reply": f"{a} {b} ."} for b in letters[:3]]} for a in letters]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"train": dialogs}))
+    for _ in range(2):
+        loaded = load_dataset(gpt, path, stem if cached else "")
+        assert loaded.count("train") == 26
+        whole = loaded.dialogs("train", loaded.texts)
+        for start, stop in ((0, 20), (20, None), (20, 26), (0, 2)):
+            some = loaded.dialogs("train", loaded.texts, start, stop)
+            replies = [{utterance["candidates"][-1] for utterance in dialog["utterances"]} for dialog in some]
+            assert replies == [
+                {utterance["candidates"][-1] for utterance in dialog["utterances"]} for dialog in whole[start:stop]
+            ]
+            for dialog, own in zip(some, replies):
+                for utterance in dialog["utterances"]:
+                    assert {*utterance["candidates"][:-1]} <= set().union(*replies) - own
+                    assert len(utterance["candidates"]) == min(19, 3 * (len(some) - 1)) + 1
+            numbers = loaded.dialogs("train", [*range(len(loaded.texts))], start, stop)
+            texts = [[[loaded.texts[i] for i in u["candidates"]] for u in d["utterances"]] for d in numbers]
+            assert texts == [[u["candidates"] for u in d["utterances"]] for d in some], "the same for tokens and texts"
+
+
+def test_a_dataset_s_distractors_are_those_that_its_reader_draws(gpt, tmp_path):
+    dialogs = [{"utterances": [{"reply": f"yes {number} ."}] * 2} for number in ("one", "two", "three", "four")]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"train": dialogs, "valid": dialogs[:2] + DATASET["valid"]}))
+    loaded = load_dataset(gpt, path, "")
+    assert loaded.all_dialogs(loaded.texts) == read_dialogs([path])

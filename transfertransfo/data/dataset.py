@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from transfertransfo.data.dialogs import dataset_files, read_dialogs
+from transfertransfo.data.distractors import draw_distractors
 from transfertransfo.data.formats import SPLITS
 from transfertransfo.data.tokenization import count_unknown, fingerprint, tokenize
 from transfertransfo.download import fetch, is_url
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
 WARNED_OF_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5  # shares of the tokens of a dataset's distinct sentences
-CACHE_FORMAT = 1  # to be raised by whoever changes what a cache file holds
+CACHE_FORMAT = 2  # to be raised by whoever changes what a cache file holds
 
 
 @contextlib.contextmanager
@@ -96,29 +97,51 @@ class TokenizedDataset:
         ends = self._arrays["texts.ends"].tolist()
         return [text[start:end].decode() for start, end in itertools.pairwise([0, *ends])]
 
+    def count(self, split: str) -> int:
+        """The number of a split's dialogs."""
+        return len(self._arrays[f"{split}.turns"])
+
     @paused_collector()
-    def dialogs(self, split: str, sentences: list) -> list[dict]:
-        """The dialogs of a split, each sentence taken from `sentences`: `self.texts` or `self.tokens`."""
-        candidates, history = self._lists(f"{split}.candidates"), self._lists(f"{split}.history")
-        dialogs = []
+    def dialogs(self, split: str, sentences: list, start: int = 0, stop: int | None = None) -> list[dict]:
+        """Dialogs of a split, each sentence taken from `sentences`: `self.texts` or `self.tokens`.
+
+        Distractors are drawn from these dialogs alone, where an utterance has none: none comes from dialogs before
+        `start` or after `stop`.
+        """
+        turns = self._arrays[f"{split}.turns"]
+        first, turns = int(turns[:start].sum()), turns[start:stop]
+        last = first + int(turns.sum())
+        ends = self._arrays[f"{split}.candidates.ends"]
+        counts = np.diff(ends, prepend=0)[first:last]
+        golds = self._arrays[f"{split}.candidates"][ends[first:last] - 1].tolist()
+        drawn = draw_distractors(golds, counts.tolist(), turns.tolist())
+
+        candidates = self._lists(f"{split}.candidates", first, last)
+        history = self._lists(f"{split}.history", first, last)
         utterances = (
-            {"candidates": [sentences[i] for i in next(candidates)], "history": [sentences[i] for i in next(history)]}
-            for _ in itertools.count()
+            {
+                "candidates": [sentences[i] for i in itertools.chain(drawn.get(place, ()), next(candidates))],
+                "history": [sentences[i] for i in next(history)],
+            }
+            for place in itertools.count()
         )
-        for personality, turns in zip(self._lists(f"{split}.personality"), self._arrays[f"{split}.turns"].tolist()):
-            dialogs.append({
+        return [
+            {
                 "personality": [sentences[i] for i in personality],
-                "utterances": list(itertools.islice(utterances, turns)),
-            })  # fmt: skip
-        return dialogs
+                "utterances": list(itertools.islice(utterances, count)),
+            }
+            for personality, count in zip(self._lists(f"{split}.personality", start, stop), turns.tolist())
+        ]
 
     def all_dialogs(self, sentences: list) -> dict[str, list[dict]]:
         """The dialogs of each split, as `dialogs` gives them."""
         return {split: self.dialogs(split, sentences) for split in self.splits}
 
-    def _lists(self, name: str) -> Iterator[list[int]]:
-        values, ends = self._arrays[name].tolist(), self._arrays[f"{name}.ends"].tolist()
-        return (values[start:end] for start, end in itertools.pairwise([0, *ends]))
+    def _lists(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[list[int]]:
+        """Rows `start` to `stop` of a ragged array."""
+        ends = [0, *self._arrays[f"{name}.ends"].tolist()][start : None if stop is None else stop + 1]
+        values = self._arrays[name][ends[0] : ends[-1]].tolist()
+        return (values[begin - ends[0] : end - ends[0]] for begin, end in itertools.pairwise(ends))
 
 
 def locate_dataset(dataset_path: str) -> list[Path]:
@@ -191,7 +214,7 @@ def _tokenized_arrays(
         arrays[f"{name}.ends"] = np.cumsum([len(row) for row in rows], dtype=np.int64)
         arrays[name] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
 
-    for split, dialogs in read_dialogs(files, skip_bad_dialogs).items():
+    for split, dialogs in read_dialogs(files, skip_bad_dialogs, with_distractors=False).items():
         utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
         arrays[f"{split}.turns"] = np.array([len(dialog["utterances"]) for dialog in dialogs], dtype=np.int32)
         for name, holders in (("personality", dialogs), ("candidates", utterances), ("history", utterances)):

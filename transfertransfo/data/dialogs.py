@@ -65,14 +65,16 @@ def dataset_files(path: Path) -> list[Path]:
     )
 
 
-def read_dialogs(files: list[Path], skip_bad_dialogs: bool = False) -> dict[str, list[dict]]:
+def read_dialogs(
+    files: list[Path], skip_bad_dialogs: bool = False, with_distractors: bool = True
+) -> dict[str, list[dict]]:
     """Read and check a dataset: {"train": [dialog], "valid": [dialog]}, only the splits that are there.
 
-    Equal texts are one object, within and across dialogs. Utterances with fewer than two candidates get
-    distractors.
+    Equal texts are one object, within and across dialogs.
 
     Args:
         skip_bad_dialogs: leave dialogs with a fault out, and say how many they are.
+        with_distractors: give distractors to utterances with fewer than two candidates.
 
     Raises:
         UserError: a file that cannot be read, or its faults: a line each for the first ten, then their number.
@@ -86,7 +88,7 @@ def read_dialogs(files: list[Path], skip_bad_dialogs: bool = False) -> dict[str,
             if split in splits:
                 raise UserError(f"{path}: {split}: another file of this dataset gives this split already")
         splits.update(found)
-    for dialogs in splits.values():
+    for dialogs in splits.values() if with_distractors else ():
         add_distractors_(dialogs)
     return {split: splits[split] for split in SPLITS if split in splits}
 

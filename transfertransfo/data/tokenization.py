@@ -87,15 +87,14 @@ def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:
             bar.update(size)
 
 
-def count_unknown(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Iterable[list[int]]
-) -> list[int]:
+def count_unknown(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Iterable[list[int]]) -> list[int]:
     """For each text, of which `tokenize` has made these tokens, how many of them stand for what cannot be written.
 
     Text of which nothing is left counts as one. A tokenizer of bytes can write any text.
     """
-    name = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)  # a Unigram model has none
-    unknown = tokenizer.convert_tokens_to_ids(name) if name else None
+    backend = tokenizer.backend_tokenizer
+    name = getattr(backend.model, "unk_token", tokenizer.unk_token)  # a Unigram model does not say it
+    unknown = backend.token_to_id(name) if name else -1
     return [ids.count(unknown) if ids else int(bool(text.strip())) for text, ids in zip(texts, tokens, strict=True)]
 
 
