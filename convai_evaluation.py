@@ -71,7 +71,7 @@ def run(argv: list[str] | None = None) -> dict:
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from transfertransfo.evaluation.native import extra_figures
+    from transfertransfo.evaluation.native import domains, extra_figures
 
     set_up_logging()
     set_seed(args.seed)
@@ -79,6 +79,7 @@ def run(argv: list[str] | None = None) -> dict:
         use_datapath_(args)
     details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
     report = {"examples": len(details)} | figures | extra_figures(details)
+    measured_on = domains(report)
     for name, key in (
         ("FINAL Hits@1", "hits@1"),
         ("FINAL PPL", "ppl"),
@@ -88,7 +89,7 @@ def run(argv: list[str] | None = None) -> dict:
         ("Distinct-2", "distinct-2"),
     ):
         if key in report:
-            print(f"{name}: {report[key]:.4g}")
+            print(f"{name}: {report[key]:.4g}" + (f" ({measured_on[key]})" if key in measured_on else ""))
     if args.report:
         write_output("--report", args.report, json.dumps(report, indent=2) + "\n")
     if args.details:

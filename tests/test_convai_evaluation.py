@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import math
+import re
 import stat
 from argparse import Namespace
 from pathlib import Path
@@ -19,7 +20,7 @@ from transfertransfo.data.formats import write_parlai
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation import evaluator as evaluation
 from transfertransfo.evaluation import native, parlai_backend
-from transfertransfo.evaluation.metrics import distinct_n, f1, hit, write_word_counts
+from transfertransfo.evaluation.metrics import distinct_n, f1, hit, normalize, write_word_counts
 from transfertransfo.evaluation.parlai_backend import install_command, make_data_folder, recorder
 
 FLAGS = ["--device", "cpu", "--no_sample", "--max_length", "6"]
@@ -92,11 +93,45 @@ def test_figures_are_those_of_the_details(evaluate, dataset, capsys):
     losses, tokens = zip(*(row["token_nll"] for row in details))
     assert report["token_ppl"] == pytest.approx(math.exp(sum(losses) / sum(tokens)))
     assert report["distinct-2"] == distinct_n([row["reply"].split() for row in details], 2)
+    label_words = sum(len(normalize(label)) for label in labels) / len(labels)
+    assert report["label_words"] == pytest.approx(label_words)
+    counts = [len(utterance["candidates"]) for utterance in utterances]
+    assert (report["fewest_candidates"], report["most_candidates"]) == (min(counts), max(counts))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        f"FINAL Hits@1: {report['hits@1']:.4g}", f"FINAL PPL: {report['ppl']:.4g}", f"FINAL F1: {report['f1']:.4g}",
+        f"FINAL Hits@1: {report['hits@1']:.4g} (candidates: {min(counts)})",
+        f"FINAL PPL: {report['ppl']:.4g} (words: {len(scored)} of {len(words)}, {len(scored) / len(words):.1%})",
+        f"FINAL F1: {report['f1']:.4g} (words of a gold reply: {label_words:.1f})",
         f"Token PPL: {report['token_ppl']:.4g}",
-    ]  # fmt: skip
+    ]
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_figures_that_mean_nothing_are_said_to(evaluate, dataset, capsys):
+    """hits@1 with one candidate printed 1, and word ppl of a language without spaces came from 13 of 82 words."""
+    texts = ["我喜欢喝茶。", "我有两只狗。", "我住在北京。", "我不吃蘑菇。"]
+    utterances = [{"candidates": [reply], "history": ["你好！", texts[0]]} for reply in texts]
+    dataset.write_text(json.dumps({"valid": [{"utterances": utterances}]}))
+    report, _, _ = evaluate("--eval_type", "all")
+    assert (report["hits@1"], report["sole_candidates"]) == (1, 4)
+    assert (report["scored_words"], report["unknown_words"], report["label_words"]) == (1, 3, 1)
+    out, log = capsys.readouterr()
+    assert re.search(r"^FINAL Hits@1: 1 \(candidates: 1\)$", out, re.M)
+    assert re.search(r"^FINAL PPL: \S+ \(words: 1 of 4, 25\.0%\)$", out, re.M)
+    assert re.search(r"^FINAL F1: \S+ \(words of a gold reply: 1\.0\)$", out, re.M)
+    for line in ("hits@1: 4 of 4 replies are the only candidate", "ppl: 3 of 4 words are not", "f1: compares words"):
+        assert f"WARNING {line}" in log
+
+    utterances[0]["candidates"].insert(0, "no .")
+    dataset.write_text(json.dumps({"valid": [{"utterances": utterances}]}))
+    evaluate()
+    out, log = capsys.readouterr()
+    assert "(candidates: 1 to 2)" in out and "hits@1: 3 of 4 replies are the only candidate" in log
+
+
+def test_figures_that_mean_something_bring_no_warning(evaluate, capsys):
+    evaluate("--eval_type", "all")
+    assert not re.search("WARNING (hits@1|ppl|f1)", capsys.readouterr().err)
 
 
 def test_the_batch_changes_nothing(evaluate):
@@ -125,8 +160,9 @@ def test_bfloat16_changes_little(family, evaluate):
 
 @pytest.mark.parametrize(
     ("eval_type", "keys"),
-    [("hits@1", {"hits@1"}), ("ppl", {"ppl", "token_ppl", "scored_words", "unknown_words"}),
-     ("f1", {"f1", "distinct-1", "distinct-2"})],
+    [("hits@1", {"hits@1", "fewest_candidates", "most_candidates", "sole_candidates"}),
+     ("ppl", {"ppl", "token_ppl", "scored_words", "unknown_words"}),
+     ("f1", {"f1", "label_words", "distinct-1", "distinct-2"})],
 )  # fmt: skip
 def test_only_what_is_asked_for_is_measured(evaluate, eval_type, keys):
     report, _, _ = evaluate("--eval_type", eval_type)

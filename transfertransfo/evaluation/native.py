@@ -15,10 +15,13 @@ from transfertransfo.evaluation.metrics import (
     distinct_n,
     f1,
     hit,
+    normalize,
     perplexity,
 )
 
 logger = logging.getLogger(__name__)
+
+FEW = 0.5  # share of the words in the dictionary below which their perplexity is that of another text
 
 
 def evaluate(
@@ -80,11 +83,16 @@ def add_result_(row: dict, result: dict, label: str) -> None:
     row.update(result)
     if "reply" in result:
         row["f1"] = f1(result["reply"], [label])
+        row["label_words"] = len(normalize(label))
 
 
 def extra_figures(details: list[dict]) -> dict:
-    """The figures that ConvAI2 has not: counts of words, perplexity of tokens, distinct n-grams of the replies."""
+    """The figures that ConvAI2 has not: numbers of candidates and words, perplexity of tokens, distinct n-grams."""
     report: dict = {}
+    if "ranking" in details[0]:
+        candidates = [len(row["ranking"]) for row in details]
+        report |= {"fewest_candidates": min(candidates), "most_candidates": max(candidates)}
+        report["sole_candidates"] = candidates.count(1)
     if "words" in details[0]:
         words = [p for row in details for _, p in row["words"]]
         report |= {"scored_words": len(words) - words.count(None), "unknown_words": words.count(None)}
@@ -92,6 +100,35 @@ def extra_figures(details: list[dict]) -> dict:
         losses, tokens = zip(*(row["token_nll"] for row in details))
         report["token_ppl"] = perplexity(math.fsum(losses), sum(tokens))
     if "reply" in details[0]:
+        report["label_words"] = sum(row["label_words"] for row in details) / len(details)
         replies = [row["reply"].lower().split() for row in details]
         report |= {f"distinct-{n}": distinct_n(replies, n) for n in (1, 2)}
     return report
+
+
+def domains(report: dict) -> dict[str, str]:
+    """What each figure of a report was measured on, to stand beside it. Warns where that makes it mean little."""
+    measured_on = {}
+    if "hits@1" in report:
+        fewest, most, sole = (report[f"{name}_candidates"] for name in ("fewest", "most", "sole"))
+        measured_on["hits@1"] = f"candidates: {most}" if fewest == most else f"candidates: {fewest} to {most}"
+        if sole:
+            logger.warning("hits@1: %d of %d replies are the only candidate, always a hit", sole, report["examples"])
+    if "ppl" in report:
+        scored = report["scored_words"]
+        words = scored + report["unknown_words"]
+        share = scored / max(words, 1)
+        measured_on["ppl"] = f"words: {scored} of {words}, {share:.1%}"
+        if share < FEW:
+            logger.warning(
+                "ppl: %d of %d words are not in the dictionary and so do not count; of a language written without"
+                " spaces token ppl tells more", report["unknown_words"], words,
+            )  # fmt: skip
+    if "f1" in report:
+        measured_on["f1"] = f"words of a gold reply: {report['label_words']:.1f}"
+        if report["label_words"] < 2:
+            logger.warning(
+                "f1: compares words, of which the gold replies have %.1f; it says nothing of a language that is written"
+                " without spaces", report["label_words"],
+            )  # fmt: skip
+    return measured_on
