@@ -49,6 +49,13 @@ def test_both_sides_turn_the_dialogs_around_that_are_not_held_out(run_script, tm
     assert json.loads((tmp_path / "both.json").read_text()) == {"train": [turned, *dialogs[:2]], "valid": dialogs[2:]}
 
 
+def test_both_sides_draw_no_distractors_from_what_they_hold_out(run_script, tmp_path):
+    dialogs = [{"personality": [], "utterances": [{"history": [], "candidates": [f"reply {i}"]}]} for i in range(10)]
+    (tmp_path / "d.json").write_text(json.dumps({"train": dialogs}))
+    run_script("both_sides.py", tmp_path / "d.json", tmp_path / "both.json", "--valid_share", 0.3)
+    assert json.loads((tmp_path / "both.json").read_text()) == {"train": dialogs[:7], "valid": dialogs[7:]}
+
+
 def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, tmp_path):
     run_script("ship.py", checkpoint, tmp_path / "shipped")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "shipped")]

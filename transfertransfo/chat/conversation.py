@@ -179,4 +179,3 @@ def readable(text: str) -> str:
 def unicode_of(text: str) -> str:
     """Text with `?` for what is no Unicode, as half of a surrogate pair."""
     return text.encode("utf-8", "replace").decode()
-

@@ -151,12 +151,12 @@ def locate_dataset(dataset_path: str) -> list[Path]:
 
 
 def read_training_dialogs(dataset_path: str) -> list[dict]:
-    """The training split of a dataset as texts (`dialogs.read_dialogs`).
+    """The training split of a dataset as texts, as `dialogs.read_dialogs` gives it without drawn distractors.
 
     Raises:
         UserError: no dataset, a faulty one, or none that has this split.
     """
-    dialogs = read_dialogs(locate_dataset(dataset_path)).get("train")
+    dialogs = read_dialogs(locate_dataset(dataset_path), with_distractors=False).get("train")
     if not dialogs:
         raise UserError(f"{dataset_path}: no train split")
     return dialogs
