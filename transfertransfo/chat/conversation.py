@@ -55,34 +55,37 @@ class Chat:
 
     def begin(self, persona: list[str]) -> str:
         """Begin a dialog with this persona; returns `introduction`."""
-        texts = [text for text in map(unicode_of, persona) if text.strip() and readable(text).strip()]
+        texts = [text for text in map(unicode_of, persona) if readable(text).strip()]
         self.persona = [readable(text) for text in texts]
         self.persona_ids = tokenize(self.tokenizer, texts)
-        self.exchanges: list[Exchange] = []
+        self.persona_note = self.note_of_unknown("of it", texts, self.persona_ids)
         self.told_of_cut_persona = False
+        self.exchanges: list[Exchange] = []
         self.record(persona=self.persona)
-        self.tell_of_unknown("the persona", texts, self.persona_ids)
         return self.introduction()
 
     def introduction(self) -> str:
-        """The persona, as far as the model sees it."""
+        """The persona, as far as the model sees it and can read it."""
         context = self.context(self.exchanges[:-1], self.exchanges[-1].heard if self.exchanges else [])
         seen = fit_context(self.model, context, self.decoding.max_length).persona
-        if seen == self.persona_ids:
-            return f"Persona: {' '.join(self.persona) or '(none)'}"
-        self.told_of_cut_persona = True
-        return f"Persona: {self.text_of_persona(seen)} (the rest of it is more than the model can see)"
+        shown = " ".join(self.persona) or "(none)"
+        if seen != self.persona_ids:
+            self.told_of_cut_persona = True
+            shown = f"{self.text_of_persona(seen)} (the rest of it is more than the model can see)"
+        return f"Persona: {shown} {self.persona_note}".rstrip()
 
     def text_of_persona(self, sentences: list[list[int]]) -> str:
         return " ".join(map(self.text_of, sentences)) or "nothing"
 
-    def tell_of_unknown(self, what: str, texts: list[str], tokens: list[list[int]]) -> int:
-        """Say how much of these texts the tokenizer cannot write; returns how many tokens these are."""
+    def note_of_unknown(self, what: str, texts: list[str], tokens: list[list[int]]) -> str:
+        """A line on how much of these texts the tokenizer cannot write; "" where it can write all."""
         count = sum(count_unknown(self.tokenizer, texts, tokens))
-        if count:
-            total = sum(len(ids) or 1 for ids in tokens)
-            self.tell(f"(of {what} the model cannot read {count} of {total} tokens: its tokenizer does not know them)")
-        return count
+        total = sum(len(ids) or 1 for ids in tokens)
+        return (
+            f"({what} the model cannot read {count} of {total} tokens: its tokenizer cannot write them)"
+            if count
+            else ""
+        )
 
     def say(self, text: str) -> Generator[str]:
         """The model's reply to a text, in pieces as it is produced.
@@ -93,8 +96,9 @@ class Chat:
         if not heard:  # control characters alone are no tokens of GPT's
             self.tell("(say something, or leave with Ctrl-D)")
             return
-        if not self.told_of_unknown:
-            self.told_of_unknown = bool(self.tell_of_unknown("this", [text], [heard]))
+        if not self.told_of_unknown and (note := self.note_of_unknown("of this", [text], [heard])):
+            self.tell(note)
+            self.told_of_unknown = True
         context = self.context(self.exchanges, heard)
         seen = fit_context(self.model, context, self.decoding.max_length)
         if seen.history != context.history and not self.told_of_cut:
