@@ -42,7 +42,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.data.dataset import load_dataset
+from transfertransfo.data.dataset import TokenizedDataset, load_dataset
 from transfertransfo.data.inputs import (
     MODEL_INPUTS,
     PADDED_INPUTS,
@@ -52,6 +52,7 @@ from transfertransfo.data.inputs import (
 )
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS
 from transfertransfo.errors import UserError
+from transfertransfo.evaluation.metrics import right_places
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_adapter_,
@@ -229,23 +230,38 @@ def load_batches(
     name, digest = args.dataset_path or "PersonaChat", content.digest
     if saved_digest not in (None, digest):
         raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
-    dataset = content.all_dialogs(content.tokens)
-    if "train" not in dataset:
+    if "train" not in content.splits:
         raise UserError(f"{name}: no train split to train on")
-    train, valid = dataset["train"], dataset.get("valid")
-    if valid is None and args.valid_share:
+    valid, places = None, list[list[int]]()
+    n_train = content.count("train")
+    if "valid" in content.splits:
+        valid, places = validation_part(content, "valid")
+    elif args.valid_share:
         with amend_errors(before=f"--valid_share {args.valid_share}: "):
-            train, valid = hold_out(train, args.valid_share, name)
-    if valid is None:
+            n_train = hold_out(n_train, args.valid_share, name)
+        valid, places = validation_part(content, "train", start=n_train)
+    else:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
+    train = content.dialogs("train", content.tokens, stop=first_share(n_train, args.train_share))
     compiled_for_gpu = args.compile and (args.device or default_device()) != "cpu"
     loaders = make_loaders(
-        first_share(train, args.train_share), valid, tokenizer, n_positions=n_positions, history_start=history_start,
+        train, valid, places, tokenizer, n_positions=n_positions, history_start=history_start,
         max_history=args.max_history, num_candidates=args.num_candidates,
         personality_permutations=args.personality_permutations, train_batch_size=args.train_batch_size,
         valid_batch_size=args.valid_batch_size, seed=args.seed, multiple=COMPILED_MULTIPLE if compiled_for_gpu else 1,
     )  # fmt: skip
     return loaders, digest
+
+
+def validation_part(content: TokenizedDataset, split: str, start: int = 0) -> tuple[list[dict], list[list[int]]]:
+    """Dialogs to validate on, and for each of their examples the candidates that read like the gold reply.
+
+    Their distractors are drawn from them alone: none is known from training, and no reply of theirs is a wrong answer
+    there.
+    """
+    texts = content.dialogs(split, content.texts, start)
+    candidates = (utterance["candidates"] for dialog in texts for utterance in dialog["utterances"])
+    return content.dialogs(split, content.tokens, start), right_places(candidates)
 
 
 def make_optimisation(args: Namespace) -> Optimisation:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
 
 import convai_evaluation
-from train import make_parser, train
+from train import get_data_loaders, make_parser, train
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
@@ -289,6 +289,50 @@ def test_shares_of_train_are_validated_on_the_same_dialogs(base_checkpoints, tmp
                          dataset={"train": DATASET["train"]}) for share in ("1", "0.5")]  # fmt: skip
     assert "train: 8 examples" in runs[0].log and "train: 4 examples" in runs[1].log
     assert runs[0].validations[0]["nll"] == runs[1].validations[0]["nll"]
+
+
+def test_no_reply_that_is_held_out_is_a_wrong_answer_in_training(checkpoints, tmp_path):
+    """Distractors were drawn before the hold-out: of 54 replies held out 50 were wrong answers in training."""
+    letters = "abcdefghijklmnopqrst"
+    dialogs = [{"utterances": [{"reply": f"{a} {b} ."} for b in letters[:3]]} for a in letters]
+    (tmp_path / "dialogs.json").write_text(json.dumps({"train": dialogs}))
+    flags = ["--valid_share", "0.2", "--num_candidates", "0", "--dataset_path", tmp_path / "dialogs.json"]
+    tokenizer = load_tokenizer(checkpoints["gpt2"])
+    for more in ([], ["--train_share", "0.5"]):
+        for _ in range(2):  # the second start finds the cache
+            args = make_parser().parse_args(list(map(str, [*flags, *more, "--dataset_cache", tmp_path / "c.bin"])))
+            loaders = get_data_loaders(args, tokenizer, 128)[:2]
+            sides = [[example.candidates for example in loader.dataset] for loader in loaders]
+            golds = [{tuple(candidates[-1]) for candidates in side} for side in sides]
+            assert [len(side) for side in golds] == [24 if more else 48, 12]
+            for side, own in zip(sides, golds):
+                assert {tuple(reply) for candidates in side for reply in candidates} == own
+                assert {len(candidates) for candidates in side} == {min(19, len(own) - 3) + 1}
+
+
+def test_validation_s_accuracy_is_the_evaluation_s_hits_at_1(checkpoints, family, tmp_path, capsys):
+    """Where a distractor reads like the gold reply training took its choice for a miss, the evaluation for a hit."""
+    twins = [[answer, f"{answer[:-2].upper()}!?" if n % 2 else answer, answer] for n, answer in enumerate(ANSWERS)]
+    valid = [
+        {"personality": [ANSWERS[n]], "utterances": [{"history": [question], "candidates": ["why ?", *twins[n]]}]}
+        for n, question in enumerate(QUESTIONS)
+    ]
+    run = run_training(tmp_path, checkpoints[family], "--n_epochs", 1, "--lr", 0, dataset=DATASET | {"valid": valid})
+    details = tmp_path / "details.jsonl"
+    report = convai_evaluation.run(
+        ["--model_checkpoint", str(run.folder), "--dataset_path", str(tmp_path / "dataset.json"), "--device", "cpu",
+         "--dataset_cache", "", "--details", str(details)]
+    )  # fmt: skip
+    first = [json.loads(line)["ranking"][0] for line in details.read_text().splitlines()]
+    assert {*first} & {1, 2}, "else no twin was chosen, and this test says little"
+    assert run.validations[-1]["accuracy"] == report["hits@1"] == sum(map(bool, first)) / len(first)
+
+
+def test_a_hit_without_a_choice_is_said(base_checkpoints, tmp_path):
+    valid = [{"utterances": [{"history": ["hi !"], "candidates": ["hello !"]}]}]
+    run = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 1, dataset=DATASET | {"valid": valid})
+    assert run.validations[-1]["accuracy"] == 1
+    assert "WARNING accuracy: 1 of 1 valid replies are the only candidate, always a hit" in run.log
 
 
 def test_a_valid_split_makes_valid_share_void(base_checkpoints, tmp_path):

@@ -154,8 +154,8 @@ def fit_context(model: DoubleHeads, context: Context, max_length: int) -> Contex
     """
     persona, history, *_ = context
     reply = [0] * min(max_length, model.n_positions)  # any of that length
-    persona, history, _ = fit(Example(persona, history, [reply]), model.n_positions, model.history_start)
-    return Context(*context)._replace(persona=persona, history=history)
+    example = fit(Example(persona, history, [reply]), model.n_positions, model.history_start)
+    return Context(*context)._replace(persona=example.persona, history=example.history)
 
 
 def top_filtering(

@@ -201,7 +201,7 @@ def test_what_is_cut_in_which_order(tokenizer, room, persona, history, reply):
     full = Example([[1, 1], [2, 2]], [[3, 3], [4, 4], [5, 5], [6, 6], [7, 7]], [[9], [8, 8]])
     full.history[-1][0] = 70  # so that the cut turn shows its end
     history = [[70, 7] if turn == [7, 7] else turn for turn in history]
-    assert fit(full, room) == (persona, history, [[9], reply])
+    assert fit(full, room) == Example(persona, history, [[9], reply])
 
 
 def test_a_persona_of_one_long_sentence_is_cut_within_it():

@@ -87,6 +87,7 @@ class Example(NamedTuple):
     persona: list[list[int]]
     history: list[list[int]]
     candidates: list[list[int]]
+    right: Sequence[int] = ()  # places of all candidates that read like the gold one, where it is known
 
     @property
     def row_length(self) -> int:
@@ -159,7 +160,7 @@ def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
     where it alone is too long. A persona that reaches beyond `history_start` loses its end before all else. It is cut
     within a sentence: one long sentence is not lost as a whole.
     """
-    persona, history, candidates = example
+    persona, history, candidates, right = example
     if history_start:
         persona = _without_end(persona, 1 + sum(map(len, persona)) - history_start)  # 1 for <bos>
 
@@ -177,7 +178,7 @@ def fit(example: Example, n_positions: int, history_start: int = 0) -> Example:
     if history and (excess := context_end() - room) > 0:
         history = [history[0][excess:]]
     longest = n_positions - 1 - context_end()
-    return Example(persona, history, [reply[:longest] for reply in candidates])
+    return Example(persona, history, [reply[:longest] for reply in candidates], right)
 
 
 def _without_end(sentences: list[list[int]], count: int) -> list[list[int]]:
@@ -198,17 +199,18 @@ class Row(NamedTuple):
     positions: list[int]  # likewise
     replies: list[list[int]]  # token ids, with <eos> where the reply is complete
     lm_reply: int  # index of the reply whose tokens are to be predicted; IGNORED = the row has no labels
+    right: Sequence[int] = ()  # indices of all replies that are right to choose; () = that one alone
 
 
 def make_row(
     example: Example, tokenizer: PreTrainedTokenizerBase, history_start: int = 0, with_eos: bool = True
 ) -> Row:
     """A row whose last candidate is to be predicted: the gold one in training."""
-    persona, history, candidates = example
+    persona, history, candidates, right = example
     context = build_input_from_segments(persona, history, [], tokenizer, with_eos=False)
     positions = context_positions(persona, history, history_start)
     replies = [reply + [tokenizer.eos_token_id] * with_eos for reply in candidates]
-    return Row(context["input_ids"], context["token_type_ids"], positions, replies, len(replies) - 1)
+    return Row(context["input_ids"], context["token_type_ids"], positions, replies, len(replies) - 1, right)
 
 
 class Batch(NamedTuple):
@@ -225,6 +227,7 @@ class Batch(NamedTuple):
     lm_positions: Tensor  # (N,), the tokens that predict
     lm_labels: Tensor  # (N,), the tokens to be predicted there
     choice_labels: Tensor  # (B,), the reply that has the labels
+    right: Tensor  # (B, K), True for the replies that are right to choose: that one, and those that read alike
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -253,6 +256,7 @@ def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
     input_ids, segments = np.full(size, pad), np.full(size, -1)
     token_types, positions = np.full(size, pad), np.zeros(size, dtype=np.int64)
     last = np.full((len(rows), max(len(row.replies) for row in rows)), -1)
+    right = np.zeros(last.shape, dtype=bool)
     lm_positions, lm_labels = [], []
     for i, row in enumerate(rows):
         begin, end = i * size[1], len(row.context)
@@ -265,6 +269,7 @@ def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
             segments[i, start:end] = k + 1
             # an empty reply's last token is the context's
             last[i, k] = begin + (end if reply else len(row.context)) - 1
+            right[i, k] = k in row.right or k == row.lm_reply
             if k == row.lm_reply:
                 lm_positions += [begin + len(row.context) - 1, *range(begin + start, begin + end - 1)][: len(reply)]
                 lm_labels += reply
@@ -277,6 +282,7 @@ def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
         np.array(lm_positions, dtype=np.int64),
         np.array(lm_labels, dtype=np.int64),
         np.array([row.lm_reply for row in rows]),
+        right,
     )
     return Batch(*map(torch.from_numpy, arrays))
 

@@ -135,7 +135,7 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
         with precision.autocast():
             lm_logits, choice_scores = model(batch)
         nll = cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum")
-        hits = (choice_scores.argmax(-1) == batch.choice_labels).sum()
+        hits = batch.right.gather(1, choice_scores.argmax(-1, keepdim=True)).sum()
         tokens, examples = count_labels(batch)
         sums.add_(torch.stack([nll, tokens, hits, examples]))
 

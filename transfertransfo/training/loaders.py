@@ -27,27 +27,28 @@ logger = logging.getLogger(__name__)
 Loaders = tuple[DataLoader, DataLoader | None, BucketSampler, BucketSampler | None]  # train, valid, their samplers
 
 
-def hold_out(dialogs: list[dict], share: float, name: str) -> tuple[list[dict], list[dict]]:
-    """Split the last dialogs off, this share of them and one at least; returns the others and these.
+def hold_out(count: int, share: float, name: str) -> int:
+    """How many of so many dialogs are left where the last ones are held out, this share and one at least.
 
     Raises:
         UserError: no dialog of the dataset `name` would be left.
     """
-    held_out = max(1, round(len(dialogs) * share))
-    if held_out >= len(dialogs):
+    held_out = max(1, round(count * share))
+    if held_out >= count:
         raise UserError(f"{name} has too few dialogs to hold some out")
     logger.info("%s: the last %d training dialogs are held out for validation", name, held_out)
-    return dialogs[:-held_out], dialogs[-held_out:]
+    return count - held_out
 
 
-def first_share(dialogs: list[dict], share: float) -> list[dict]:
-    """The first dialogs: this share of them, one at least."""
-    return dialogs[: max(1, round(len(dialogs) * share))]
+def first_share(count: int, share: float) -> int:
+    """How many of so many dialogs their first share is, one at least."""
+    return max(1, round(count * share))
 
 
 def make_loaders(
     train_dialogs: list[dict],
     valid_dialogs: list[dict] | None,
+    right_places: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     n_positions: int,
@@ -63,6 +64,7 @@ def make_loaders(
     """Loaders of packed batches, and their samplers: train, valid, train, valid; without valid dialogs None.
 
     Args:
+        right_places: of each valid example the candidates that read like the gold one; any of them is a hit.
         num_candidates: of a training example (0 = all); a valid example has all.
         seed: decides the order of the training examples.
         multiple: of which the length of a packed row is one, in tokens.
@@ -82,6 +84,9 @@ def make_loaders(
         return train_loader, None, train_sampler, None
     # original: the persona rotates in validation too; here each validation example counts once
     valid = make_examples(valid_dialogs, max_history, n_positions, history_start=history_start)
+    valid = [example._replace(right=places) for example, places in zip(valid, right_places, strict=True)]
+    if sole := sum(len(example.candidates) == 1 for example in valid):
+        logger.warning("accuracy: %d of %d valid replies are the only candidate, always a hit", sole, len(valid))
     valid_loader, valid_sampler = make_loader(valid, collate, batch_size=valid_batch_size, shuffle=False)
     log_examples("valid", valid, valid_sampler)
     return train_loader, valid_loader, train_sampler, valid_sampler
