@@ -293,7 +293,8 @@ def prepare_model(
         freeze_embeddings_(model, tokenizer)
     if device.type == "cpu" and args.fp16 == "bf16":
         use_eager_attention_(model)
-    if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:  # else the weights are exported as they are
+    # merged weights are exported, so they stay as they are
+    if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:
         halve_frozen_(model)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
