@@ -230,7 +230,7 @@ def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
         assert bool(kept) == bool(example.history)
         if kept > 1:  # turns were cut only
             assert (len(example.history) - kept) % 2 == 0
-            assert fitted == (example.persona, example.history[-kept:], example.candidates)
+            assert fitted == example._replace(history=example.history[-kept:])
         if len(example.history) % 2:
             assert kept % 2
         if kept < len(example.history):  # one step back would have been too long
