@@ -125,7 +125,7 @@ def given_persona(args: Namespace) -> list[str] | None:
 def draw_from_dataset(args: Namespace, tell: Callable[[str], None]) -> list[str]:
     """A persona out of the dataset: `--dataset_path`, else the one that the model was trained on, else PersonaChat."""
     from transfertransfo.data.dataset import locate_dataset
-    from transfertransfo.data.dialogs import draw_persona
+    from transfertransfo.data.personas import draw_persona
 
     path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if path and not args.dataset_path:
@@ -137,12 +137,13 @@ def draw_from_dataset(args: Namespace, tell: Callable[[str], None]) -> list[str]
 
 
 def recorded_dataset(checkpoint: str) -> str:
-    """The dataset that a run folder was trained on, a URL or a path that is still there; "" = PersonaChat."""
+    """The dataset that a run folder was trained on, a URL, hf:NAME or a path that is still there; "" = PersonaChat."""
+    from transfertransfo.data.sources import HUB
     from transfertransfo.download import is_url
 
     try:
         recorded = json.loads(Path(checkpoint, "training_args.json").read_text())["dataset_path"]
-        return recorded if is_url(recorded) or os.path.exists(recorded) else ""
+        return recorded if is_url(recorded) or recorded.startswith(HUB) or os.path.exists(recorded) else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no run folder of this project
         return ""
 

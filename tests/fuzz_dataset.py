@@ -3,12 +3,14 @@
     python tests/fuzz_dataset.py                # 1,000 mutants of each format
     python tests/fuzz_dataset.py --mutants 100  # what the tests do
 
-The mutants are seeded: bytes flipped, cut out or doubled, fields removed, retyped, nested, duplicated, made huge.
+The mutants are seeded: bytes flipped, cut out or doubled; fields and cells removed, retyped, nested, repeated, made huge.
 """
 
 import argparse
 import copy
+import csv
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -24,13 +26,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from transfertransfo.data.dialogs import draw_persona, read_dialogs  # noqa: E402
-from transfertransfo.data.formats import write_parlai  # noqa: E402
+from transfertransfo.data.dialogs import read_dialogs  # noqa: E402
+from transfertransfo.data.parlai import write_parlai  # noqa: E402
+from transfertransfo.data.personas import draw_persona  # noqa: E402
 from transfertransfo.errors import UserError  # noqa: E402
 
 MAX_SECONDS, MAX_BYTES = 5, 10**9
 ODD = [None, 0, -1, 1e400, 10**400, True, "", " ", "\0", "\ud800", "\u202e", "🙂" * 9, "x" * 10**6, [], {}, [[[]]],
-       ["a"], {"a": 1}, [None]]  # fmt: skip
+       ["a"], {"a": 1}, [None], "tool", "user", "assistant", {"type": "image_url"}]  # fmt: skip
+CELLS = ["", " ", "0", "-1", "9" * 5000, "[", "[]", "[[]]", "[" * 10**5, "['a' 'b']", "['a', 'b']", '["a"]',
+         '[{"a": 1}]', "{}", "[1e999]", "nan", "\0", "\n", '"', "🙂", "x" * 10**6, "history", "messages"]  # fmt: skip
 
 
 def base_files(folder: Path) -> dict[str, bytes]:
@@ -42,7 +47,45 @@ def base_files(folder: Path) -> dict[str, bytes]:
         "json": json.dumps(dialogs).encode(),
         "jsonl": "\n".join(map(json.dumps, dialogs["train"])).encode(),
         "parlai": (folder / "parlai.txt").read_bytes(),
+        "chat": "\n".join(json.dumps(chat_record(dialog, n)) for n, dialog in enumerate(dialogs["train"])).encode(),
+        "csv": csv_rows(dialogs["train"]).encode(),
     }
+
+
+def chat_record(dialog: dict, number: int) -> dict:
+    """The dialog as chat records: every second one in the other spelling, and with texts in parts."""
+    *_, last = dialog["utterances"]
+    turns = [("system", " ".join(dialog["personality"]))]
+    turns += [(("user", "assistant")[n % 2], text) for n, text in enumerate([*last["history"], last["candidates"][-1]])]
+    if number % 2:
+        names = {"system": "system", "user": "human", "assistant": "gpt"}
+        return {"id": number, "conversations": [{"from": names[role], "value": text} for role, text in turns]}
+    return {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]}
+
+
+def csv_rows(dialogs: list[dict]) -> str:
+    """The dialogs as rows of one reply, lists as JSON."""
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(["conv_id", "persona", "history", "candidates", "label"])
+    for number, dialog in enumerate(dialogs):
+        for utterance in dialog["utterances"]:
+            lists = [dialog["personality"], utterance["history"], utterance["candidates"]]
+            writer.writerow([number, *map(json.dumps, lists), len(utterance["candidates"]) - 1])
+    return rows.getvalue()
+
+
+def mutate_rows(generator: random.Random, content: str) -> str:
+    """CSV with cells replaced, left out, doubled or moved."""
+    rows = list(csv.reader(io.StringIO(content)))
+    for _ in range(generator.choice([1, 2, 20])):
+        row = generator.choice(rows)
+        place = generator.randrange(len(row) or 1)
+        cells = [generator.choice(CELLS), *generator.choice(rows)]
+        row[place : place + generator.choice([0, 1, 1, 1, 2])] = cells[: generator.choice([0, 1, 1, 1, 2])]
+    text = io.StringIO()
+    csv.writer(text, delimiter=generator.choice(",,,\t;|")).writerows(rows)
+    return text.getvalue()
 
 
 def mutate_bytes(generator: random.Random, content: bytes) -> bytes:
@@ -83,7 +126,9 @@ def mutate_tree(generator: random.Random, value):
 
 
 def make_mutant(generator: random.Random, kind: str, content: bytes) -> bytes:
-    if kind == "parlai" or generator.random() < 0.5:
+    if kind == "csv" and generator.random() < 0.5:
+        return mutate_rows(generator, content.decode()).encode()
+    if kind == "csv" or kind == "parlai" or generator.random() < 0.5:
         return mutate_bytes(generator, content)
     lines = [json.loads(line) for line in content.decode().split("\n")]
     for _ in range(generator.choice([1, 2, 20])):
@@ -131,12 +176,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mutants", type=int, default=1000, help="of each format")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    logging.getLogger("dialogs").addHandler(logging.NullHandler())  # what is left out is not shown
+    logging.getLogger("transfertransfo").addHandler(logging.NullHandler())  # what is left out is not shown
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     failed, ends, slowest = 0, Counter(), 0.0
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "mutant.bin"
-        for kind, content in base_files(Path(name)).items():
+        kinds = base_files(Path(name))
+        for kind, content in kinds.items():
             for number in range(args.mutants):
                 seed = f"{args.seed} {kind} {number}"
                 path.write_bytes(make_mutant(random.Random(seed), kind, content))
@@ -153,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                 ends[f"{kind} {end}"] += 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used
     failed += grown > MAX_BYTES
-    total = 3 * args.mutants
+    total = len(kinds) * args.mutants
     print(f"{total - failed} of {total} end well: {dict(ends)}; slowest {slowest:.2f} s, memory + {grown / 1e6:.0f} MB")
     return bool(failed)
 

@@ -16,7 +16,7 @@ import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
 from transfertransfo.data.dataset import load_dataset
 from transfertransfo.data.dialogs import read_dialogs
-from transfertransfo.data.formats import write_parlai
+from transfertransfo.data.parlai import write_parlai
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation import evaluator as evaluation
 from transfertransfo.evaluation import native, parlai_backend

@@ -26,8 +26,9 @@ from transfertransfo.chat import conversation, terminal
 from transfertransfo.chat.commands import COMMANDS, answer
 from transfertransfo.chat.conversation import Chat, readable
 from transfertransfo.data.dataset import get_dataset
-from transfertransfo.data.dialogs import draw_persona, read_dialogs
-from transfertransfo.data.formats import write_parlai
+from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.parlai import write_parlai
+from transfertransfo.data.personas import draw_persona
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, knows_dialog_tokens, tokenize
 from transfertransfo.decoding import Decoding, sample_sequence, score_replies
 from transfertransfo.errors import UserError

@@ -91,7 +91,9 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
 
 
 def add_data_flags(parser: ArgumentParser, default: str = "download PersonaChat") -> None:
-    parser.add_argument("--dataset_path", default="", help=f'dataset: a file, a folder or a URL ("" = {default})')
+    parser.add_argument(
+        "--dataset_path", default="", help=f'dataset: a file, a folder, a URL or hf:NAME ("" = {default})'
+    )
     parser.add_argument(
         "--dataset_cache",
         default=DATASET_CACHE,

@@ -208,11 +208,11 @@ def _one_line(error: BaseException) -> str:
 # ---- extract ----
 
 
-def extract(archive: Path) -> Path:
+def extract(archive: Path, into: Path | None = None) -> Path:
     """The folder with the content of a tar archive (plain, gz, bz2, xz) or of a zip archive.
 
-    It lies beside the archive, is made once for each content, and appears only when it is whole. Within it, the one
-    folder that holds a `config.json` is returned, else the only top folder, else all of it.
+    It lies beside the archive, or in the folder `into`, is made once for each content, and appears only when it is
+    whole. Within it, the one folder that holds a `config.json` is returned, else the only top folder, else all of it.
 
     Raises:
         UserError: not an archive, cut or damaged, too large, or with a member that is a link, a device or outside.
@@ -220,8 +220,10 @@ def extract(archive: Path) -> Path:
     archive = Path(archive)
     try:
         status = archive.stat()
-        folder = archive.with_name(f"{archive.name}-{_short_hash(f'{status.st_size} {status.st_mtime_ns}')}")
+        name = f"{archive.name}-{_short_hash(f'{status.st_size} {status.st_mtime_ns}')}"
+        folder = (into or archive.parent) / name
         if not folder.is_dir():
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             logger.info("extracting %s to %s", archive, folder)
             _extract_to(archive, folder)
     except UserError:
@@ -238,7 +240,7 @@ def extract(archive: Path) -> Path:
 
 
 def _extract_to(archive: Path, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="part-", dir=archive.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix="part-", dir=folder.parent) as temporary:
         content = Path(temporary, "content")
         content.mkdir(mode=0o700)
         with archive.open("rb") as file:

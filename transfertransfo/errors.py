@@ -44,12 +44,12 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-def require(flag: str, *packages: str) -> None:
-    """Check that packages of requirements/extra.txt, which only some flags need, are installed.
+def require(flag: str, *packages: str, requirements: str = "extra") -> None:
+    """Check that packages of requirements/extra.txt or another such file, which only some flags need, are installed.
 
     Raises:
         UserError: one is not.
     """
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         names = " and ".join(missing)
-        raise UserError(f"{flag}: needs {names}; pip install -r requirements/extra.txt")
+        raise UserError(f"{flag}: needs {names}; pip install -r requirements/{requirements}.txt")

@@ -8,9 +8,12 @@ from collections import Counter
 import pytest
 
 from example_entry import EXAMPLE_ENTRY
-from transfertransfo.data.dialogs import dataset_files, draw_persona, read_dialogs
+from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.distractors import NUM_DISTRACTORS
-from transfertransfo.data.formats import MAX_TURNS, write_parlai
+from transfertransfo.data.formats import FORMATS
+from transfertransfo.data.parlai import MAX_TURNS, write_parlai
+from transfertransfo.data.personas import draw_persona
+from transfertransfo.data.sources import dataset_files
 from transfertransfo.errors import UserError
 
 
@@ -24,6 +27,7 @@ def dialog(*replies, personality=("i like tea .",), distractors=("no .", "why ?"
     return {"personality": list(personality), "utterances": utterances}
 
 
+LATIN = "(perhaps Windows-1252 or Latin-1; write it as UTF-8)"
 DATASET = {"train": [dialog("a", "b"), dialog("c", personality=[])], "valid": [dialog("d", "e", "f")]}
 PARLAI = """\
 1 your persona: i like tea .
@@ -94,7 +98,7 @@ def test_both_splits_and_extra_fields(read):
 
 def test_the_name_gives_the_split_of_a_file_that_holds_one(read):
     assert list(read(PARLAI, "valid_self.txt")) == list(read(json_lines(DATASET["valid"]), "valid.jsonl")) == ["valid"]
-    assert list(read(PARLAI, "test.txt")) == ["train"]
+    assert list(read(PARLAI, "chat.txt")) == ["train"]
     assert list(read({"valid": DATASET["valid"]}, "train.json")) == ["valid"]
 
 
@@ -130,7 +134,7 @@ def test_equal_texts_are_one_object(read):
 
 
 def test_parlai_dialogs_start_where_the_number_does_not_grow(read):
-    lines = ["3 q\ta\t\tx|a", "5 r\tb\t\tx|b", "5 s\tc\t\tx|c", "2 t\td\t\tx|d", "", "3 u\te\t\tx|e"]
+    lines = ["3 q\ta\t\tx|a", "5 r\tb\t\tx|b", "5 s\tc\t\tx|c", "2 t\td\t\tx|d", "3 u\te\t\tx|e"]
     histories = [[u["history"] for u in dialog["utterances"]] for dialog in read("\n".join(lines))["train"]]
     assert histories == [[["q"], ["q", "a", "r"]], [["s"]], [["t"], ["t", "d", "u"]]]
 
@@ -196,8 +200,10 @@ def test_a_folder_s_best_variant_is_taken_and_said(tmp_path, caplog, worse):
     ):
         (tmp_path / name).touch()
     with caplog.at_level(logging.INFO):
-        assert dataset_files(tmp_path) == [tmp_path / "train_self_original.txt", tmp_path / "valid.jsonl"]
-    assert len(caplog.messages) == 1 and "train_self_original.txt: taken for train" in caplog.messages[0]
+        assert list(dataset_files(tmp_path)) == [tmp_path / "train_self_original.txt", tmp_path / "valid.jsonl"]
+    left_out, taken = caplog.messages
+    assert left_out == "test_self_original.txt: a test split, left out"
+    assert "train_self_original.txt: taken for train" in taken
 
 
 @pytest.mark.parametrize(
@@ -211,15 +217,15 @@ def test_a_folder_s_best_variant_is_taken_and_said(tmp_path, caplog, worse):
 def test_candidates_count_more_than_the_persona_s_side_and_wording(tmp_path, better, worse):
     for name in (better, worse):
         (tmp_path / name).touch()
-    assert dataset_files(tmp_path) == [tmp_path / better]
+    assert list(dataset_files(tmp_path)) == [tmp_path / better]
 
 
 def test_a_folder_s_subfolder_and_its_single_json(tmp_path):
     (tmp_path / "personachat.json.xz").touch()
-    assert dataset_files(tmp_path) == [tmp_path / "personachat.json.xz"]
+    assert list(dataset_files(tmp_path)) == [tmp_path / "personachat.json.xz"]
     (tmp_path / "ConvAI2").mkdir()
     (tmp_path / "ConvAI2" / "valid_self_original.txt").touch()
-    assert dataset_files(tmp_path) == [tmp_path / "ConvAI2" / "valid_self_original.txt"]
+    assert list(dataset_files(tmp_path)) == [tmp_path / "ConvAI2" / "valid_self_original.txt"]
 
 
 def test_a_folder_is_read_whole(tmp_path):
@@ -255,8 +261,10 @@ def test_a_file_that_cannot_be_opened(tmp_path):
 def test_two_files_of_one_split(tmp_path):
     for name in ("train.txt", "train2.txt"):
         (tmp_path / name).write_text(PARLAI)
-    with pytest.raises(UserError, match=r"train2\.txt: train: another file of this dataset gives this split"):
-        read_dialogs([tmp_path / "train.txt", tmp_path / "train2.txt"])
+    (tmp_path / "data.json").write_text(json.dumps(DATASET))
+    assert read_dialogs([tmp_path / "train.txt", tmp_path / "train2.txt"]) == {"train": DATASET["train"] * 2}
+    with pytest.raises(UserError, match=r"data\.json: train: another file of this dataset gives this split"):
+        read_dialogs([tmp_path / "train.txt", tmp_path / "data.json"])
 
 
 # Faults
@@ -284,7 +292,7 @@ TRAIN_2, VALID_3 = ("train", 1), ("valid", 0, "utterances", 2)
         (
             (*VALID_3, "candidates"),
             None,
-            "valid dialog 1, utterance 3, candidates: expected a list of strings, got null",
+            "valid dialog 1, utterance 3: no reply",
         ),
         (
             (*VALID_3, "candidates"),
@@ -328,16 +336,16 @@ def test_a_split_that_is_no_list(fault):
     [
         ("", "the file is empty"),
         (" \n\n", "the file is empty"),
-        ("hello there", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-        ("null", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-        (b"\x89PNG\r\n\x1a\n", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-        ("[]", 'expected an object with "train" or "valid", got a list'),
-        ('{"data": []}', 'expected an object with "train" or "valid", got an object without them'),
+        ("hello there", f"none of the formats that are read: {FORMATS}"),
+        ("null", f"none of the formats that are read: {FORMATS}"),
+        (b"\x89PNG\r\n\x1a\n", f"none of the formats that are read: {FORMATS}"),
+        ("[]", "train: no dialogs"),
+        ('{"data": []}', 'expected a list of dialogs, or an object with "train" or "valid", got an object with data'),
         ('{\n"train": [,]}', "line 2, column 11: not JSON: Expecting value"),
         ('{"train": []}\n{"valid": []}', "line 2: more text after the end of the JSON"),
         ('{"train": ' + "[" * 100_000, "line 1: not a dataset: JSON nested too deeply"),
-        (b'{"train":\n ["\xff"]}', "line 2, byte 4: invalid UTF-8"),
-        (b'{"train": \xed\xa0\x80', "line 1, byte 11: invalid UTF-8"),
+        (b'{"train":\n ["\xff"]}', f"line 2, byte 4: invalid UTF-8 {LATIN}"),
+        (b'{"train": \xed\xa0\x80', f"line 1, byte 11: invalid UTF-8 {LATIN}"),
         (gzip.compress(b"", mtime=0), "the file is empty"),
     ],
 )
@@ -364,18 +372,15 @@ def test_truncated_and_altered_compressed_files(fault, compress, content):
 
 def test_faults_of_lines_name_the_line(fault):
     good = json.dumps(dialog("a"))
-    assert fault(f'{good}\n\n{{"personality": null}}\n') == (
-        "train dialog 2 (line 3), personality: expected a list of strings, got null\n"
-        "train dialog 2 (line 3): no utterances"
-    )
+    assert fault(f'{good}\n\n{{"personality": null}}\n') == ("train dialog 2 (line 3): no utterances")
     assert fault(f"{good}\n{good[:-1]}\n[]\n") == (
         f"line 2, column {len(good)}: not JSON: Expecting ',' delimiter\n"
         "train dialog 3 (line 3): expected an object, got a list"
     )
-    assert fault(f"{good}\n".encode() + b'{"\xff"}') == "line 2, byte 3: invalid UTF-8"
-    assert fault("1 your persona: a\n1 q\ta\n2 r\n1 q\t\nx\n") == (
+    assert fault(f"{good}\n".encode() + b'{"\xff"}') == f"line 2, byte 3: invalid UTF-8 {LATIN}"
+    assert fault("1 your persona: a\n1 q\ta\n2 r\t\n1 q\t\nx\n") == (
         "train dialog 1 (line 1): no utterances\n"
-        "train dialog 2 (line 2), utterance 2: no reply\n"
+        "train dialog 2 (line 2), utterance 2: empty reply\n"
         "line 5: expected a number, a space and a text"
     )
     assert fault("1 q\ta\n1 q\t\n") == "train dialog 2 (line 2), utterance 1: empty reply"
@@ -422,7 +427,7 @@ def test_nothing_is_said_where_no_dialog_is_bad(read, caplog):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ("hello there", "neither JSON nor"),
+        ("hello there", "none of the formats"),
         ('{"train": [}', "line 1, column 12: not JSON"),
         ({"train": DATASET["train"], "valid": 1}, "valid: expected a list of dialogs, got a number"),
         ({"train": [None, *DATASET["train"]], "valid": []}, "valid: no dialogs"),
@@ -447,7 +452,7 @@ def test_a_persona_is_drawn_without_reading_the_dialogs(tmp_path, monkeypatch, c
     assert draw_persona([path]) == ["i like tea ."]
 
 
-@pytest.mark.parametrize("persona", [b'["\xff"]', b'["\\x"]', b'["a\nb"]', b"[3]", b'"a"'])
+@pytest.mark.parametrize("persona", [b'["\xff"]', b'["\\x"]', b'["a\nb"]', b"[3]", b"5"])
 def test_a_persona_that_is_none_is_the_reader_s_fault(tmp_path, fault, persona):
     content = b'{"train": [{"personality": ' + persona + b', "utterances": [{"reply": "a"}]}]}'
     (tmp_path / "train.json").write_bytes(content)
@@ -458,10 +463,11 @@ def test_a_persona_that_is_none_is_the_reader_s_fault(tmp_path, fault, persona):
 
 def test_a_drawn_persona_is_text(tmp_path):
     """An unpaired surrogate ended the chat in the tokenizer."""
-    (tmp_path / "train.json").write_text(r'{"train": [{"personality": ["\ud83d", "\ud83d\ude42"]}]}')
+    record = r'{"personality": ["\ud83d", "\ud83d\ude42"], "utterances": [{"reply": "a"}]}'
+    (tmp_path / "train.json").write_text(f'{{"train": [{record}]}}')
     assert draw_persona([tmp_path / "train.json"]) == ["\ufffd", "🙂"]
     (tmp_path / "valid.txt").write_bytes(b"1 your persona: \xff\n2 q\ta")
-    with pytest.raises(UserError, match=r"valid\.txt: line 1, byte 17: invalid UTF-8$"):
+    with pytest.raises(UserError, match=r"valid\.txt: line 1, byte 17: invalid UTF-8 "):
         draw_persona([tmp_path / "valid.txt"])
 
 
@@ -470,7 +476,7 @@ def test_a_persona_is_drawn_from_the_good_dialogs(tmp_path, caplog):
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"train": [bad, dialog("a"), dialog("b", personality=[])]}))
     assert {tuple(draw_persona([path], skip_bad_dialogs=True)) for _ in range(20)} == {("i like tea .",)}
-    assert caplog.messages[0].startswith(f"{path}: 1 bad dialogs are left out")
+    assert not caplog.messages  # a chat's persona is a good one: that others are not, training says
     path.write_text(json.dumps({"train": [bad, dialog("b", personality=[])]}))
     with pytest.raises(UserError, match=r"data\.json: no dialog with a persona"):
         draw_persona([path], skip_bad_dialogs=True)

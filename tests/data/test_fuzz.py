@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("FUZZ", 100))
+STARTS = ["", '{"utterances": [{"reply": "a"}]}\n', "1 hello\thi\n", '{"messages": []}\n', "conv_id,history,reply,x\n"]
 FIELDS = ["personality", "utterances", "candidates", "history", "reply", "train", "valid"]
 
 texts = st.text(max_size=9) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zs", "Zl"]), max_size=3)
@@ -33,14 +34,31 @@ parlai_lines = st.tuples(
     st.lists(texts | st.sampled_from(["a|b", "|", "a\\nb", "1.0"]), max_size=4).map("\t".join),
 ).map("".join)
 parlai = st.lists(st.tuples(parlai_lines, ends), max_size=8)
+roles = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "A", "B"]) | values
+parts = st.lists(st.fixed_dictionaries({"type": st.just("text") | values, "text": texts | values}) | values, max_size=2)
+chat_turns = st.fixed_dictionaries(
+    {}, optional={"role": roles, "from": roles, "content": texts | parts | values, "value": texts | values, "id": roles}
+)
+turn_lists = st.lists(chat_turns | texts | st.lists(chat_turns, max_size=2) | values, max_size=5)
+records = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(("messages", "conversations", "dialog"), turn_lists | values)
+    | dict.fromkeys(("personas", "persona", "context", "system", "speaker", "conv_id", "labels", "label"), many_texts),
+)
+chats = st.lists(st.tuples(records.map(json.dumps) | texts, ends), max_size=5)
+cells = texts | many_texts.map(json.dumps) | many_texts.map(repr) | turn_lists.map(json.dumps)
+columns = ["history", "reply", "candidates", "label", "persona", "conv_id", "messages", "utterance", "speaker", "x"]
+csv_lines = st.lists(st.tuples(st.lists(cells | st.sampled_from(columns), max_size=4).map(",".join), ends), max_size=5)
 
 
 def test_mutated_datasets_end_well(capsys):
     assert main(["--mutants", str(EXAMPLES)]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("start", ["", '{"utterances": [{"reply": "a"}]}\n', "1 hello\thi\n"])
-@pytest.mark.parametrize("kind", [json_lines, parlai], ids=["json lines", "parlai"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "kind", [json_lines, parlai, chats, csv_lines], ids=["json lines", "parlai", "chat records", "csv"]
+)
 def test_made_up_datasets_end_well(tmp_path, kind, start):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

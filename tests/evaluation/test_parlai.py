@@ -16,7 +16,7 @@ from helpers import ROOT
 from test_readme import commands
 
 from convai_evaluation import run
-from transfertransfo.data.formats import write_parlai
+from transfertransfo.data.parlai import write_parlai
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation.parlai_backend import PARLAI
 

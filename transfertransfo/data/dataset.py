@@ -16,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from transfertransfo.data.dialogs import dataset_files, read_dialogs
+from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.distractors import draw_distractors
-from transfertransfo.data.formats import SPLITS
+from transfertransfo.data.reading import SPLITS
+from transfertransfo.data.sources import HUB, Files, dataset_files, hub_files, split_of_url
 from transfertransfo.data.tokenization import count_unknown, fingerprint, tokenize
 from transfertransfo.download import fetch, is_url
 from transfertransfo.errors import UserError
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
 WARNED_OF_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5  # shares of the tokens of a dataset's distinct sentences
-CACHE_FORMAT = 2  # to be raised by whoever changes what a cache file holds
+CACHE_FORMAT = 3  # to be raised by whoever changes what a cache file holds
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def get_dataset(
 
     Args:
         tokenizer: from `load_tokenizer`, or any fast tokenizer of transformers.
-        dataset_path: a file, a folder or a URL; "" downloads PersonaChat. See `formats`.
+        dataset_path: a file, a folder, a URL or hf:NAME; "" downloads PersonaChat. See `sources` and `formats`.
         dataset_cache: stem of the cache file; "" = no cache.
         skip_bad_dialogs: leave dialogs with a fault out.
 
@@ -144,10 +145,16 @@ class TokenizedDataset:
         return (values[begin - ends[0] : end - ends[0]] for begin, end in itertools.pairwise(ends))
 
 
-def locate_dataset(dataset_path: str) -> list[Path]:
-    """The files of a `--dataset_path`, downloaded where it is a URL or "", PersonaChat's."""
-    url = str(dataset_path) or PERSONACHAT_URL
-    return dataset_files(fetch(url) if is_url(url) else Path(url))
+def locate_dataset(dataset_path: str) -> Files:
+    """The files of a `--dataset_path` with their splits, downloaded where it is a URL or "", PersonaChat's."""
+    address = str(dataset_path) or PERSONACHAT_URL
+    if address.startswith(HUB):
+        return hub_files(address.removeprefix(HUB))
+    if not is_url(address):
+        return dataset_files(Path(address))
+    path = fetch(address)
+    files = dataset_files(path)
+    return {path: split_of_url(address) or "train"} if path in files else files
 
 
 def read_training_dialogs(dataset_path: str) -> list[dict]:
@@ -202,7 +209,7 @@ def _check_unknown(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase
 
 
 def _tokenized_arrays(
-    tokenizer: PreTrainedTokenizerBase, files: list[Path], skip_bad_dialogs: bool
+    tokenizer: PreTrainedTokenizerBase, files: Files, skip_bad_dialogs: bool
 ) -> dict[str, np.ndarray]:
     """What a cache file holds: ragged arrays `name` with `name.ends`, all of small integers."""
     logger.info("Reading and tokenising %s", ", ".join(map(str, files)))
@@ -227,15 +234,15 @@ def _tokenized_arrays(
     return arrays
 
 
-def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: list[Path], skip_bad_dialogs: bool) -> Path:
+def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: Files, skip_bad_dialogs: bool) -> Path:
     """The cache's own file: one per dataset content, tokenizer content and format, and of what is left without faults.
 
     A dataset with faults must not be taken from the cache of a start that was told to leave them out.
     """
     key = hashlib.blake2b(f"{CACHE_FORMAT} {fingerprint(tokenizer)}".encode(), digest_size=8)
     key.update(b"without bad dialogs" * skip_bad_dialogs)
-    for file in files:
-        key.update(file.name.encode() + b"\0")  # a file's name says which split it is
+    for file, split in files.items():
+        key.update(f"{split} {file.name}\0".encode())
         try:
             with open(file, "rb") as content:
                 key.update(hashlib.file_digest(content, "blake2b").digest())

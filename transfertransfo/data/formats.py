@@ -1,54 +1,62 @@
-"""The formats of dataset files: a file -> the unchecked dialogs of each split, dialogs -> ParlAI text.
+"""What a dataset file is, and the unchecked dialogs in it.
 
-Formats are recognised by content, plain or compressed (.gz, .xz):
+A file is recognised by its content, plain or compressed (.gz, .xz), in UTF-8 or, with a byte-order mark, UTF-16:
 
-* PersonaChat JSON: an object with "train" and/or "valid", each a list of dialogs.
-* JSON lines: one dialog a line. The file is one split: valid if its name starts with "valid", else train.
-* ParlAI text, one split likewise: `N your persona: text` and `N text<TAB>reply[<TAB>reward[<TAB>cand|cand]]` lines. A
-  number N that does not grow starts a new dialog. The history is all that was said before; an empty text adds nothing
-  to it, and ParlAI's `\\n` in a text separates turns. Of several replies `a|b` the first is the gold.
-  `N partner's persona: text` lines are left out: the model conditions on its own persona only.
+* JSON: an object with "train" and/or "valid" (or another name of these), each a list of records, or one such list.
+* JSON lines: a record a line.
+* CSV and TSV: a header that names fields of a record, then a record a line. Lists are written as JSON.
+* Parquet and Arrow, as `datasets` writes them.
+* ParlAI's text (`parlai`).
 
-Texts are taken as they stand; only unpaired surrogates, which UTF-8 cannot carry, become U+FFFD.
+`records` says what a record may be. Texts are taken as they stand; only unpaired surrogates, which UTF-8 cannot carry,
+become U+FFFD.
 """
 
 import contextlib
+import csv
 import gzip
 import io
 import itertools
 import json
 import lzma
-import mmap
-import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transfertransfo.errors import UserError
-from transfertransfo.files import open_atomically
+from transfertransfo.data.parlai import parlai_dialogs, parlai_fields
+from transfertransfo.data.reading import MAX_FAULTS, SPLIT_NAMES, Faults, Lines, Records, SharedTexts, kind
+from transfertransfo.data.records import is_record
+from transfertransfo.errors import UserError, first_line, require
 
-SPLITS = ("train", "valid")
-MAX_FAULTS = 10  # listed in one message
+HEAD = 4096  # bytes by which a format is recognised
 CHUNK = 1 << 18  # bytes
 MAX_INFLATED = 2**24  # bytes out of a compressed file, and of more than these ...
 MAX_RATIO = 100  # ... at most so many for each byte of it: PersonaChat's JSON has 4 with gzip, 14 with xz
-MAX_TURNS = 1000  # of a ParlAI dialog. Its histories grow with the square: a file numbered throughout would fill memory
-TOO_LONG = f"a dialog of more than {MAX_TURNS} turns: each dialog must number its lines from 1"
+MAX_FIELD = 2**24  # characters of a CSV field: Python's limit is 2**17
 
 BOM = b"\xef\xbb\xbf"
-SURROGATE = re.compile("[\ud800-\udfff]")
-PARLAI_LINE = re.compile(r"([0-9]{1,9}) (.*)", re.DOTALL)
-OWN_PERSONA, PARTNER_PERSONA = "your persona:", "partner's persona:"
-PARLAI_PERSONA = re.compile(rb"^[0-9]{1,9} your persona:.*(?:\n[0-9]{1,9} your persona:.*)*", re.MULTILINE)
 JSON_LINES = object()
-JSON_TEXT = rb'"(?:[^"\\]|\\.)*"'
-JSON_PERSONA = re.compile(rb'"personality"\s*:\s*(\[\s*' + JSON_TEXT + rb"(?:\s*,\s*" + JSON_TEXT + rb")*\s*\])")
-# Unchecked dialogs: the place, " (line 3)" or "" in PersonaChat JSON; the dialog; whether all of it could be read
-Records = Iterable[tuple[str, object, bool]]
-Lines = Iterable[tuple[int, str, str]]  # number, text, and the fault of one that is no text
-KINDS = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+FORMATS = "JSON, JSON lines, ParlAI text, CSV, TSV, Parquet or Arrow, plain, .gz or .xz; see docs/data.md"
+REFUSED = (  # how files begin that are no datasets
+    (b"version https://git-lfs", "a pointer of Git LFS in place of the file: git lfs pull fetches it"),
+    (b"<", "a page of HTML or XML: a hub's address needs /resolve/ in place of /blob/"),
+    (b"BZh", "compressed by bzip2: unpack it, or compress it by gzip or xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard: unpack it, or compress it by gzip or xz"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"Rar!", "a RAR archive: unpack it"),
+    (b"PK\x03\x04", "a zip archive within another file: unpack it"),
+    (b"SQLite format 3", "an SQLite database: write its dialogs as JSON lines"),
+    (b"%PDF", "a PDF document: write its dialogs as JSON lines"),
+    (b"\xd0\xcf\x11\xe0", "a file of an old office program: save it as CSV"),
+    (b"\x80\x02", "a Python pickle, which is not loaded: write its dialogs as JSON lines"),
+    (b"\x80\x03", "a Python pickle, which is not loaded: write its dialogs as JSON lines"),
+    (b"\x80\x04", "a Python pickle, which is not loaded: write its dialogs as JSON lines"),
+    (b"\x80\x05", "a Python pickle, which is not loaded: write its dialogs as JSON lines"),
+    (b"\xff\xfe\0\0", "UTF-32: write it as UTF-8"),
+    (b"\0\0\xfe\xff", "UTF-32: write it as UTF-8"),
+)
 
 
 @contextlib.contextmanager
@@ -62,106 +70,97 @@ def one_line_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-class Faults(list[str]):
-    """The first faults of a file, and the number of all: a file of nothing else would fill memory with them."""
-
-    total = 0
-
-    def append(self, fault: str) -> None:
-        self.total += 1
-        if self.total <= MAX_FAULTS:
-            super().append(fault)
+# What it is
 
 
-def read_records(path: Path, file: BinaryIO, texts: "SharedTexts", faults: Faults) -> dict[str, Records]:
-    """The unchecked dialogs of each split in a file of any format, opened by `open_file`.
+class Opened:
+    """A file whose format is to be told: its beginning, and what its reader needs."""
 
-    They are read as they are iterated over; what is no JSON and no ParlAI text goes to `faults`.
+    def __init__(self, path: Path, file: BinaryIO, texts: SharedTexts, faults: Faults):
+        self.path, self.file, self.texts, self.faults = path, file, texts, faults
+        raw = file.read(HEAD)
+        file.seek(0)
+        self.magic, self.start = raw, raw.removeprefix(BOM).lstrip()
+
+    def lines(self) -> Lines:
+        return _lines(self.file)
+
+
+def read_records(path: Path, split: str, file: BinaryIO, texts: SharedTexts, faults: Faults) -> dict[str, Records]:
+    """The records of each split in a file of any format, opened by `open_file`; `split` is that of one that has one.
+
+    They are read as they are iterated over; what cannot be read goes to `faults`.
 
     Raises:
         UserError: the whole file is none of the formats.
     """
-    split = "valid" if path.name.startswith("valid") else "train"
-    start = file.read(4096).removeprefix(BOM).lstrip()
-    file.seek(0)
-    if not start:
+    opened = Opened(path, file, texts, faults)
+    if not opened.start:
         raise UserError(f"{path}: the file is empty")
-    if re.match(rb"[0-9]{1,9} ", start):
-        return {split: _parlai_dialogs(_lines(file), texts, faults)}
-    if start[:1] not in b"{[":
-        raise UserError(f"{path}: neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)")
-    value = _first_json(path, file, texts)
-    if value is JSON_LINES:
-        file.seek(0)
-        return {split: _json_lines(_lines(file), texts, faults)}
-    if _is_dialog(value):
-        return {split: iter([("", value, True)])}
-    if not (type(value) is dict and value.keys() & set(SPLITS)):
-        without = " without them" if type(value) is dict else ""
-        raise UserError(f'{path}: expected an object with "train" or "valid", got {kind(value)}{without}')
-    if file.read().strip():
-        raise UserError(f"{path}: line 2: more text after the end of the JSON")
-    for split in SPLITS:
-        if type(value.get(split, [])) is not list:
-            raise UserError(f"{path}: {split}: expected a list of dialogs, got {kind(value[split])}")
-    return {split: (("", record, True) for record in value[split]) for split in SPLITS if split in value}
+    if opened.start[:1] in b"{[":
+        return _json(opened, split)
+    for is_it, read in READERS:
+        if is_it(opened):
+            return {split: read(opened)}
+    for magic, name in REFUSED:
+        if opened.magic.startswith(magic):
+            raise UserError(f"{path}: {name}")
+    raise UserError(f"{path}: none of the formats that are read: {FORMATS}")
 
 
-def _is_dialog(value: object) -> bool:
-    return type(value) is dict and not value.keys() & set(SPLITS) and bool(value.keys() & {"personality", "utterances"})
+def _is_numbered(opened: Opened) -> bool:
+    return re.match(rb"[0-9]{1,9} ", opened.start) is not None
 
 
-def kind(value: object) -> str:
-    """What a JSON value is, as messages call it."""
-    return KINDS.get(type(value), "a number")
+def _has_fields(opened: Opened) -> bool:
+    return re.match(rb"(?:[a-z_]+:[^\t\n]*\t)*(?:text|labels):", opened.start) is not None
 
 
-def find_personas(path: Path) -> list[re.Match]:
-    """What looks like a persona in a file of any format, searched as it stands."""
-    with one_line_errors(path), open_file(path) as file:
-        text = file.read() if isinstance(file.raw, _Inflated) else _map(file)
-        return [match for kind in (JSON_PERSONA, PARLAI_PERSONA) for match in kind.finditer(text)]
+def _is_parquet(opened: Opened) -> bool:
+    return opened.magic.startswith(b"PAR1")
 
 
-def persona_of(match: re.Match) -> list[str]:
-    """The sentences of what `find_personas` has found; ValueError where they are none."""
-    if match.re is JSON_PERSONA:
-        sentences = json.loads(match[1])
-    else:
-        sentences = [line.partition(b":")[2].decode().strip() for line in match[0].split(b"\n")]
-    return [SURROGATE.sub("\ufffd", sentence) for sentence in sentences]
+def _is_arrow(opened: Opened) -> bool:
+    return opened.magic.startswith((b"ARROW1", b"\xff\xff\xff\xff"))
 
 
-def _map(file: BinaryIO) -> mmap.mmap | bytes:
-    """A file's content, brought into memory as it is looked at; an empty file has no such map."""
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+def _is_csv(opened: Opened) -> bool:
+    return _delimiter(opened.start) is not None
 
 
-def write_parlai(dialogs: list[dict], path: Path) -> None:
-    """Write one split as ParlAI text with candidates, a line an utterance; `read_dialogs` gives the same dialogs back.
-
-    An utterance whose history does not go on from the one before starts a new dialog there. What the format cannot
-    carry (a tab, a line's end, `\\n`, and `|` in a reply) becomes a space.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        with open_atomically(Path(path)) as file:
-            for dialog in dialogs:
-                for episode in _parlai_episodes(dialog):
-                    file.writelines(f"{number} {line}\n".encode() for number, line in enumerate(episode, 1))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+READERS: tuple[tuple[Callable[[Opened], bool], Callable[[Opened], Records]], ...] = (
+    (_is_numbered, lambda opened: parlai_dialogs(opened.lines(), opened.texts, opened.faults)),
+    (_has_fields, lambda opened: parlai_fields(opened.lines(), opened.texts, opened.faults)),
+    (_is_parquet, lambda opened: _table(opened, _parquet_batches)),
+    (_is_arrow, lambda opened: _table(opened, _arrow_batches)),
+    (_is_csv, lambda opened: _csv(opened)),
+)
 
 
 # Files
 
 
-def open_file(path: Path) -> io.BufferedReader:
-    """Open for reading bytes, decompressed."""
+def open_file(path: Path) -> BinaryIO:
+    """Open for reading bytes, decompressed; UTF-16 and line ends by CR alone are brought to UTF-8 and LF."""
     if path.is_dir():
         raise UserError(f"{path}: a folder, expected a file")
+    file = _inflated(path)
+    start = file.read(HEAD)
+    file.seek(0)
+    is_utf16 = start.startswith((b"\xff\xfe", b"\xfe\xff")) and not start.startswith(b"\xff\xfe\0\0")
+    if not is_utf16 and (b"\r" not in start[:-1] or b"\n" in start or b"\0" in start):
+        return file
+    with file:
+        content = file.read()
+    if is_utf16:
+        try:
+            content = content.decode("utf-16").encode(errors="surrogatepass")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: byte {error.start + 1}: invalid UTF-16") from None
+    return io.BytesIO(content if b"\n" in content else content.replace(b"\r", b"\n"))
+
+
+def _inflated(path: Path) -> io.BufferedReader:
     with open(path, "rb") as file:
         magic = file.read(6)
     if magic.startswith(b"\x1f\x8b"):
@@ -206,7 +205,7 @@ def _lines(file: BinaryIO) -> Lines:
     for number, data in enumerate(file, 1):
         fault = ""
         try:
-            line = _decode(data, number)
+            line = decode(data, number)
         except ValueError as error:
             line, fault = data.decode(errors="replace"), str(error)
         line = line.removesuffix("\n").removesuffix("\r")
@@ -214,7 +213,7 @@ def _lines(file: BinaryIO) -> Lines:
             yield number, line, fault
 
 
-def _decode(data: bytes, line: int = 1) -> str:
+def decode(data: bytes, line: int = 1) -> str:
     """UTF-8 to text; ValueError names the place, counted from `line`."""
     if line == 1:
         data = data.removeprefix(BOM)
@@ -223,32 +222,63 @@ def _decode(data: bytes, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         column = error.start - data.rfind(b"\n", 0, error.start)
-        raise ValueError(f"line {line}, byte {column}: invalid UTF-8") from None
+        guess = _encoding(data[: error.start + 200])
+        raise ValueError(f"line {line}, byte {column}: invalid UTF-8 (perhaps {guess}; write it as UTF-8)") from None
+
+
+def _encoding(data: bytes) -> str:
+    """What text that is no UTF-8 may be."""
+    if data.count(0) > len(data) // 4:
+        return "UTF-16 without its byte-order mark"
+    runs = re.findall(rb"[\x80-\xff][\x40-\xff]*", data)
+    is_wide = max(map(len, runs), default=0) > 3 and sum(map(len, runs)) > len(data) // 2
+    return "an encoding of Chinese, Japanese or Korean, or Cyrillic's" if is_wide else "Windows-1252 or Latin-1"
 
 
 # JSON
 
 
-class SharedTexts(dict[str, str]):
-    """Text -> the one object that stands for all its equals: of PersonaChat's texts one in twelve is distinct."""
+def _json(opened: Opened, split: str) -> dict[str, Records]:
+    """The records of an object of splits, of a list, of lines, or of one record."""
+    path, file = opened.path, opened.file
+    value = _first_json(path, file, opened.texts)
+    if value is JSON_LINES:
+        file.seek(0)
+        return {split: _json_lines(opened.lines(), opened.texts, opened.faults)}
+    if is_record(value) and not splits_in(value):
+        return {split: iter([("", value, True)])}
+    if file.read().strip():
+        raise UserError(f"{path}: line 2: more text after the end of the JSON")
+    if type(value) is list:
+        return {split: _in_list(value)}
+    assert isinstance(value, dict)  # JSON that begins with { or [
+    found = splits_in(value)
+    if len({*found.values()}) < len(found):
+        raise UserError(f"{path}: {' and '.join(found)}: two lists of one split")
+    if left_out := [key for key in found if found[key] == "test"]:
+        opened.faults.note(f"{left_out[0]}: a test split, left out")
+    if not {*found.values()} - {"test"}:
+        got = f"an object with {', '.join(value)[:100]}" if value else "an empty object"
+        raise UserError(f'{path}: expected a list of dialogs, or an object with "train" or "valid", got {got}')
+    for key in found:
+        if type(value[key]) is not list:
+            raise UserError(f"{path}: {key}: expected a list of dialogs, got {kind(value[key])}")
+    return {found[key]: _in_list(value[key]) for key in found if found[key] != "test"}
 
-    def __missing__(self, text: str) -> str:
-        clean = text if text.isascii() else SURROGATE.sub("\ufffd", text)
-        self[text] = clean
-        return clean
 
-    def share_(self, record: dict) -> dict:
-        """Share the texts of a JSON object while it is parsed, so that the repeated ones are freed at once."""
-        for field in ("personality", "candidates", "history"):
-            values = record.get(field)
-            if type(values) is list:
-                record[field] = [self[value] if type(value) is str else value for value in values]
-        if type(record.get("reply")) is str:
-            record["reply"] = self[record["reply"]]
-        return record
+def _in_list(values: list) -> Records:
+    return (("", record, True) for record in values)
 
 
-def _load_json(text: str, texts: SharedTexts, line: int = 1) -> object:
+def splits_in(value: Any) -> dict[str, str]:
+    """The keys of a JSON object that name splits, and what they mean; none of an object that is a record."""
+    if type(value) is not dict or value.keys() & {"utterances", "messages", "conversations"}:
+        return {}
+    return {key: SPLIT_NAMES[key] for key in value
+            if key in ("train", "valid") or (key in SPLIT_NAMES and type(value[key]) is list)}  # fmt: skip
+
+
+def load_json(text: str, texts: SharedTexts, line: int = 1) -> object:
     """Parse; ValueError names the place, counted from `line`."""
     try:
         return json.loads(text, object_hook=texts.share_)
@@ -262,19 +292,22 @@ def _load_json(text: str, texts: SharedTexts, line: int = 1) -> object:
 
 
 def _first_json(path: Path, file: BinaryIO, texts: SharedTexts) -> object:
-    """The value of the first line, or else of the whole file; JSON_LINES where each line is a dialog of its own."""
+    """The value of the first line, or else of the whole file; JSON_LINES where each line is a record of its own."""
     with contextlib.suppress(ValueError):
-        value = _load_json(_decode(file.readline()), texts)
-        return JSON_LINES if _is_dialog(value) else value
+        value = load_json(decode(file.readline()), texts)
+        if type(value) is not dict or splits_in(value):
+            return value
+        return JSON_LINES if is_record(value) or file.readline().strip() else value
     file.seek(0)
     try:
-        return _load_json(_decode(file.read()), texts)
+        return load_json(decode(file.read()), texts)
     except ValueError as error:
         fault = UserError(f"{path}: {error}")
     file.seek(0)
     for line in itertools.islice(file, MAX_FAULTS):  # the first may be damaged
         with contextlib.suppress(ValueError):
-            if _is_dialog(_load_json(_decode(line), texts)):
+            value = load_json(decode(line), texts)
+            if is_record(value) and not splits_in(value):
                 return JSON_LINES
     raise fault
 
@@ -283,7 +316,7 @@ def _json_lines(lines: Lines, texts: SharedTexts, faults: Faults) -> Records:
     for number, line, fault in lines:
         record = None
         try:
-            record = None if fault else _load_json(line, texts, number)
+            record = None if fault else load_json(line, texts, number)
         except ValueError as error:
             fault = str(error)
         if fault:
@@ -291,66 +324,70 @@ def _json_lines(lines: Lines, texts: SharedTexts, faults: Faults) -> Records:
         yield f" (line {number})", record, not fault
 
 
-# ParlAI text
+# Tables
 
 
-def _parlai_dialogs(lines: Lines, texts: SharedTexts, faults: Faults) -> Records:
-    place, is_whole, previous = "", True, float("inf")
-    dialog: dict = {}
-    turns: list[str] = []
-    for line_number, line, fault in lines:
-        match = PARLAI_LINE.fullmatch(line)
-        if match and int(match[1]) <= previous:
-            if dialog:
-                yield place, dialog, is_whole
-            place, dialog, turns = f" (line {line_number})", {"personality": [], "utterances": []}, []
-            is_whole = True
-        if not match:
-            fault = fault or f"line {line_number}: expected a number, a space and a text"
-        elif len(turns) <= MAX_TURNS:  # else that has been said already
-            _read_parlai_line_(match[2], dialog, turns, texts)
-            if len(turns) > MAX_TURNS:
-                fault = f"line {line_number}: {TOO_LONG}"
-        previous = int(match[1]) if match else previous
-        if fault:
-            faults.append(fault)
-            is_whole = False
-    if dialog:
-        yield place, dialog, is_whole
+def _delimiter(start: bytes) -> str | None:
+    """What parts the fields of a CSV file's first line; None where these are none of a record's."""
+    line = start.partition(b"\n")[0].decode(errors="replace")
+    for delimiter in "\t,;":
+        with contextlib.suppress(csv.Error):
+            header = next(csv.reader([line], delimiter=delimiter), [])
+            if is_record(dict.fromkeys(header, "[")):
+                return delimiter
+    return None
 
 
-def _read_parlai_line_(line: str, dialog: dict, turns: list[str], texts: SharedTexts) -> None:
-    """Add a line, its number cut off, to the dialog; `turns` is all that was said in it so far."""
-    text, *fields = line.split("\t")
-    if not fields and text.startswith(OWN_PERSONA):
-        dialog["personality"].append(texts[text.removeprefix(OWN_PERSONA).removeprefix(" ")])
-    elif fields or not text.startswith(PARTNER_PERSONA):
-        if text:
-            turns.extend(texts[turn] for turn in text.split("\\n"))
-        utterance: dict = {"history": turns.copy()}
-        if fields:
-            utterance["reply"] = texts[fields[0].split("|")[0]]
-            turns.append(utterance["reply"])
-        if len(fields) > 2 and fields[2]:
-            utterance["candidates"] = [texts[candidate] for candidate in fields[2].split("|")]
-        dialog["utterances"].append(utterance)
+def _csv(opened: Opened) -> Records:
+    """The rows under a header; an empty field is one that is missing, a damaged line ends the file."""
+    csv.field_size_limit(MAX_FIELD)
+    lines = (decode(data, number) for number, data in enumerate(opened.file, 1))
+    reader = csv.reader(lines, delimiter=_delimiter(opened.start) or ",", strict=True)
+    line = 1
+    try:
+        header = next(reader)
+        for row in reader:
+            line, place = reader.line_num, f" (line {line + 1})"
+            if row and len(row) != len(header):
+                fault = f"{len(row)} fields under a header of {len(header)}: a text with the delimiter needs quotes"
+                opened.faults.append(f"line {line}: {fault}")
+            if row:
+                yield place, {name: field or None for name, field in zip(header, row)}, len(row) == len(header)
+    except (csv.Error, ValueError) as error:
+        opened.faults.append(str(error) if type(error) is ValueError else f"line {line + 1}: no CSV: {error}")
+        yield f" (line {line + 1})", None, False
 
 
-def _parlai_episodes(dialog: dict) -> Iterator[list[str]]:
-    """The lines, not yet numbered, of a dialog: one list where each history goes on from the one before."""
-    persona = [f"{OWN_PERSONA} {_parlai_text(text)}" for text in dialog["personality"]]
-    episode: list[str] = []
-    turns: list[str] = []
-    for utterance in dialog["utterances"]:
-        history, candidates = utterance["history"], [_parlai_text(text, "|") for text in utterance["candidates"]]
-        if episode and history[: len(turns)] != turns:
-            yield episode
-            episode, turns = [], []
-        text = "\\n".join(_parlai_text(turn) for turn in history[len(turns) :])
-        episode = (episode or persona) + [f"{text}\t{candidates[-1]}\t\t{'|'.join(candidates)}"]
-        turns = [*history, utterance["candidates"][-1]]
-    yield episode
+def _table(opened: Opened, batches: Callable[[Path], Iterator[Any]]) -> Records:
+    """The rows of a file that pyarrow reads."""
+    require(f"{opened.path}: a table of datasets", "pyarrow", requirements="data")
+    if not isinstance(getattr(opened.file, "raw", None), io.FileIO):
+        raise UserError(f"{opened.path}: a compressed table: unpack it, Parquet and Arrow are compressed within")
+    try:
+        for batch in batches(opened.path):
+            for row in batch.to_pylist():
+                for utterance in row["utterances"] if type(row.get("utterances")) is list else []:
+                    if type(utterance) is dict:
+                        opened.texts.share_(utterance)
+                yield "", opened.texts.share_(row), True
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:  # pyarrow's own are of these kinds
+        raise UserError(f"{opened.path}: pyarrow does not read it: {first_line(error)}") from error
 
 
-def _parlai_text(text: str, separators: str = "") -> str:
-    return re.sub(rf"\\n|[\t\r\n{separators}]", " ", text)
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path).iter_batches(batch_size=1000)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """The batches of a stream, as `datasets` writes them, or of a file."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            yield from pa.ipc.open_stream(file)

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from transfertransfo.cli import ArgumentParser, add_evaluation_flags, set_seed
-from transfertransfo.data.dialogs import dataset_files, read_dialogs
-from transfertransfo.data.formats import OWN_PERSONA, PARTNER_PERSONA
+from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.inputs import Example
+from transfertransfo.data.parlai import PERSONA, SILENCE
+from transfertransfo.data.sources import dataset_files
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.decoding import Decoding
 from transfertransfo.errors import UserError, flags_named
@@ -99,9 +100,9 @@ class TransformerAgent(Agent):
             self.history.append(self.answer)
         for line in (observation.get("text") or "").split("\n"):
             line = line.strip()
-            if line.startswith(OWN_PERSONA):
-                self.persona.append(line.removeprefix(OWN_PERSONA).strip())
-            elif line and not line.startswith(PARTNER_PERSONA):
+            if match := PERSONA.fullmatch(line):
+                self.persona += [match[2].strip()] if match[1].lower() == "your" else []
+            elif line and line != SILENCE:
                 self.history.append(line)
         (self.answer, *_) = observation.get("eval_labels") or observation.get("labels") or [None]
         self.episode_done = observation.get("episode_done", False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transfertransfo.data.dataset import TokenizedDataset
 from transfertransfo.data.dialogs import read_dialogs
-from transfertransfo.data.formats import write_parlai
+from transfertransfo.data.parlai import write_parlai
 from transfertransfo.errors import SettingError, UserError
 from transfertransfo.evaluation.metrics import (
     perplexity,
