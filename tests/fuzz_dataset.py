@@ -3,7 +3,7 @@
     python tests/fuzz_dataset.py                # 1,000 mutants of each format
     python tests/fuzz_dataset.py --mutants 100  # what the tests do
 
-The mutants are seeded: bytes flipped, cut out or doubled; fields and cells removed, retyped, nested, repeated, made huge.
+The mutants are seeded: bytes flipped, cut out or doubled; fields and cells removed, retyped, nested, made huge.
 """
 
 import argparse
