@@ -34,7 +34,8 @@ def draw_persona(files: Files | Iterable[Path], skip_bad_dialogs: bool = False) 
                 drawn = persona
         if drawn:
             return drawn
-    dialogs = [dialog for split in read_dialogs(files, skip_bad_dialogs).values() for dialog in split]
+    splits = read_dialogs(files, skip_bad_dialogs, with_distractors=False)
+    dialogs = [dialog for split in splits.values() for dialog in split]
     if personas := [dialog["personality"] for dialog in dialogs if dialog["personality"]]:
         return random.choice(personas)
     raise UserError(f"{', '.join(map(str, files))}: no dialog with a persona")
