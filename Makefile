@@ -56,7 +56,7 @@ figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN
 
 .venv/base.stamp: requirements.txt
 .venv/extra.stamp: requirements/extra.txt requirements.txt
-.venv/dev.stamp: requirements/dev.txt requirements/extra.txt requirements.txt
+.venv/dev.stamp: requirements/dev.txt requirements/data.txt requirements/extra.txt requirements.txt
 .venv/base.stamp .venv/extra.stamp .venv/dev.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3'; exit 1; }

@@ -229,6 +229,14 @@ def test_splits_in_folders(tmp_path):
     }
 
 
+def test_the_split_of_a_numbered_part_is_its_folder_s(tmp_path):
+    (tmp_path / "validation").mkdir()
+    for name, split in (("0000.parquet", "valid"), ("data-00000-of-00002.arrow", "valid"), ("chat.jsonl", "train")):
+        path = tmp_path / "validation" / name
+        path.touch()
+        assert dataset_files(path) == {path: split}
+
+
 # Shards
 
 

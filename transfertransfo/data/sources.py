@@ -56,7 +56,7 @@ def dataset_files(path: Path) -> Files:
     path = Path(path)
     with one_line_errors(path):
         if path.is_file():
-            return _archived(path) if is_archive(path) else {path: split_of(path.name) or "train"}
+            return _archived(path) if is_archive(path) else {path: _split_of_file(path) or "train"}
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         if not path.is_dir():
@@ -73,6 +73,13 @@ def dataset_files(path: Path) -> Files:
         " .parquet or .arrow, also with .gz or .xz), there, in train and validation, in data and in ConvAI2, and for a"
         " single one of another name"
     )
+
+
+def _split_of_file(path: Path) -> str | None:
+    """The split of a file that is given alone: of a part that is but numbered, what its folder says."""
+    is_part = re.fullmatch(r"(?:data-|part-)?\d+(?:-of-\d+)?", _stem(path))
+    inside = (SPLIT_NAMES.get(path.absolute().parent.name.lower()) or _saved_split(path.parent)) if is_part else None
+    return split_of(path.name) or inside
 
 
 def _split_files(folder: Path) -> Files:
