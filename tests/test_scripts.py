@@ -21,6 +21,7 @@ import convai_evaluation
 import interact
 import train
 from transfertransfo.cli import DEBUG, run_script
+from transfertransfo.data.formats import FORMATS
 
 SCRIPTS = {"train": train.train, "interact": interact.run, "convai_evaluation": convai_evaluation.run}
 UTTERANCE = {"candidates": ["no .", "yes ."], "history": ["hi !"]}
@@ -96,12 +97,16 @@ def with_utterance(utterance: object) -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not JSON at all", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
+        ("not JSON at all", f"none of the formats that are read: {FORMATS}"),
         ('{"train": [}', "line 1, column 12: not JSON: Expecting value"),
         ("", "the file is empty"),
-        (b"\xff\xfe{", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
-        ([DIALOG], 'expected an object with "train" or "valid", got a list'),
-        ({"test": [DIALOG]}, 'expected an object with "train" or "valid", got an object without them'),
+        (b"\xff\xfe{", "byte 3: invalid UTF-16"),
+        (b"\x89PNG{", f"none of the formats that are read: {FORMATS}"),
+        ([[DIALOG]], "train dialog 1: expected an object, got a list"),
+        (
+            {"test": [DIALOG]},
+            'expected a list of dialogs, or an object with "train" or "valid", got an object with test',
+        ),
         ({"train": [DIALOG, {"personality": []}]}, "train dialog 2: no utterances"),
         ({"train": [DIALOG, {"utterances": []}]}, "train dialog 2: no utterances"),
         ({"train": [DIALOG, 3]}, "train dialog 2: expected an object, got a number"),
@@ -141,7 +146,7 @@ def test_a_dataset_that_is_not_there(complaint, model, script):
     ("content", "message"),
     [
         ("", "the file is empty"),
-        ("not JSON at all", "neither JSON nor JSON lines nor ParlAI text (plain, .gz or .xz)"),
+        ("not JSON at all", f"none of the formats that are read: {FORMATS}"),
         ({"train": {}}, "train: expected a list of dialogs, got an object"),
         ({"train": [{"utterances": [UTTERANCE]}, 3]}, "train dialog 2: expected an object, got a number"),
         ({"train": [{"utterances": [UTTERANCE]}]}, "no dialog with a persona"),
