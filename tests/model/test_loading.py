@@ -129,9 +129,9 @@ def test_a_file_that_would_have_texts_cut_or_padded(checkpoints, tmp_path, famil
 def decoder(config: transformers.PretrainedConfig, std: float) -> DoubleHeads:
     torch.manual_seed(0)
     model = DoubleHeads(double_heads_class(config)(config)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=std)
+    for module in model.modules():
+        if (weight := getattr(module, "weight", None)) is not None and weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=1.0 if isinstance(module, torch.nn.Embedding) else std)
     return model
 
 
