@@ -57,6 +57,7 @@ from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_adapter_,
     add_special_tokens_,
+    base_digest,
     default_device,
     enable_gradient_checkpointing_,
     freeze_embeddings_,
@@ -389,6 +390,9 @@ def train(argv: list[str] | None = None) -> str:
     model, tokenizer = prepare_model(args, run, device)
     loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
     train_loader, valid_loader, sampler, _ = loaders
+    base = base_digest(model)
+    if saved.get("base_digest", base) != base:
+        raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
     optimisation = make_optimisation(args)
     n_steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
     found = Found(
@@ -398,6 +402,7 @@ def train(argv: list[str] | None = None) -> str:
         lora_rank=rank_of(model.network),
         log_every=args.log_every or (1 if n_steps < 200 else 10),
         dataset_digest=digest,
+        base_digest=base,
     )
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers import DATASET, FAMILIES, OTHERS, process_as_it_was, run_training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -183,6 +183,22 @@ def test_what_an_adapter_needs(bases, base_checkpoints, tmp_path, monkeypatch):
     (run.folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"adapter_config.json: no adapter's configuration$"):
         load_finetuned(run.folder)
+
+
+def test_an_adapter_goes_on_beside_its_base_wherever_that_is_now(adapter, bases, tmp_path):
+    """The base's path was compared: one that had been moved ended the run for good."""
+    top = shutil.copytree(adapter.folder.parent.parent, tmp_path / "top")
+    moved = shutil.copytree(bases["llama"], tmp_path / "moved")
+    other = shutil.copytree(bases["llama"], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(weights | {name: weights[name] + 1e-3}, other / "model.safetensors", metadata={"format": "pt"})
+    resume = ["--resume", str(top / "runs" / adapter.folder.name), "--n_epochs", "3"]
+    with process_as_it_was(), contextlib.chdir(top), contextlib.redirect_stderr(io.StringIO()):
+        with pytest.raises(UserError, match=rf"^--resume: {other} is not the model that the run began with"):
+            train([*resume, "--model", str(other)])
+        folder = train([*resume, "--model", str(moved)])
+    assert json.loads((top / folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
 
 
 @pytest.mark.parametrize(("name", "changed"), [

@@ -1,5 +1,6 @@
 """A run that ends early and is resumed is the run that went on; what cannot be saved or resumed is said in one line."""
 
+import contextlib
 import errno
 import io
 import json
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
-from helpers import DATASET, ROOT, Run, run_training, tiny_config
+from helpers import DATASET, ROOT, Run, process_as_it_was, run_training, tiny_config
 from ignite.engine import Engine
 from safetensors.torch import load_file
 from tensorboardX import record_writer
@@ -195,7 +196,7 @@ def test_a_flag_that_may_change(ended, flag, value):
 
 @pytest.mark.parametrize(("flag", "value", "there"), [
     ("--lr", 0.1, "0.03"), ("--train_batch_size", 3, "2"), ("--num_candidates", 3, "2"), ("--seed", 1, "42"),
-    ("--gradient_accumulation_steps", 1, "4"), ("--dataset_path", "other.json", "'dataset.json'"),
+    ("--gradient_accumulation_steps", 1, "4"),
     ("--max_history", 0, "2"), ("--best_metric", "nll", "'hits@1'"), ("--fp16", "bf16", "''"),
 ])  # fmt: skip
 def test_a_flag_that_may_not_change(ended, flag, value, there):
@@ -226,6 +227,21 @@ def test_another_file_in_the_place_of_the_dataset(gpt2, ended):
             run_training(top, gpt2, "--resume", ended.folder, dataset=other)
     finally:
         (top / "dataset.json").write_text(text)
+
+
+def test_a_run_and_its_dataset_that_were_moved(gpt2, ended, tmp_path):
+    """Their paths were compared, so that no run went on elsewhere."""
+    top = shutil.copytree(ended.folder.parent.parent, tmp_path / "elsewhere")
+    (top / "dataset.json").rename(tmp_path / "moved.json")
+    (tmp_path / "other.json").write_text(json.dumps(DATASET).replace("i like tea", "i like did"))
+    flags = ["--resume", str(top / "runs" / ended.folder.name), "--n_epochs", "2"]
+    with process_as_it_was(), contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()):
+        with pytest.raises(UserError, match=r"^--resume: other\.json is not what it was when the run began"):
+            train.train([*flags, "--dataset_path", "other.json"])
+        folder = train.train([*flags, "--dataset_path", "moved.json"])
+    assert json.loads(Path(folder, "training_args.json").read_text())["dataset_path"] == "moved.json"
+    with pytest.raises(UserError, match=r"--model_checkpoint is .* there, 'other' here; go on with the same"):
+        train.parse_args([*flags, "--model", "other"])  # the run's own folder has all that is needed
 
 
 @pytest.mark.parametrize(("resume", "message"), [

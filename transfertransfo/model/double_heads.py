@@ -5,6 +5,7 @@ choice head that reads one token of each candidate. Parameters keep transformers
 exchanged with transformers' own classes in both directions.
 """
 
+import hashlib
 import os
 import sys
 from typing import Any
@@ -194,6 +195,24 @@ def freeze_unread_(model: DoubleHeads) -> None:
     for parameter in pretrained.parameters():
         if parameter not in read:
             parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def base_digest(model: DoubleHeads) -> str:
+    """Text that tells the model beside an adapter from others, by up to 256 numbers of each weight; "" = no adapter.
+
+    Embeddings and choice head do not count: some of their numbers were drawn here.
+    """
+    if not rank_of(model.network):
+        return ""
+    pretrained = model.pretrained
+    drawn = {*pretrained.get_input_embeddings().parameters(), *pretrained.get_output_embeddings().parameters()}
+    key = hashlib.blake2b(digest_size=16)
+    for name, parameter in pretrained.get_decoder().named_parameters():
+        if not parameter.requires_grad and parameter not in drawn:
+            sample = parameter.flatten()[:: max(1, parameter.numel() // 256)]
+            key.update(f"{name} {tuple(parameter.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+    return key.hexdigest()
 
 
 def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,6 +29,8 @@ CHANGEABLE = {
     "resume", "n_epochs", "valid_batch_size", "eval_before_start", "log_every", "save_every", "n_saved", "patience",
     "device", "local_rank", "dataset_cache", "export", "compile", "unset",
 }  # fmt: skip
+# Paths that may differ in a run that is given, since what they lead to is compared itself.
+MOVABLE = {"dataset_path", "model_checkpoint"}
 NOT_RESUMED = {"resume", "local_rank", "device", "world_size"}  # of them a resumption takes its own
 
 
@@ -40,6 +42,7 @@ class Found:
         gpt_tokenization: how GPT's text is split into words (None = another kind of tokenizer).
         token_types: "on" or "off".
         dataset_digest: tells the dataset, tokenised, from any other.
+        base_digest: tells the model beside an adapter from any other ("" = no adapter).
     """
 
     gpt_tokenization: str | None
@@ -48,6 +51,7 @@ class Found:
     lora_rank: int
     log_every: int
     dataset_digest: str
+    base_digest: str
 
 
 def make_record(flags: Mapping, found: Found, saved: Mapping) -> dict:
@@ -104,10 +108,14 @@ def read_arguments(folder: Path) -> dict:
 
 
 def changed_arguments(saved: Mapping, flags: Mapping) -> dict[str, tuple]:
-    """The arguments of a run that may not change and differ from the flags given, each as there and here."""
+    """The arguments of a run that may not change and differ from the flags given, each as there and here.
+
+    A run without adapters goes on from its own folder, so that another base model would be of no use.
+    """
+    movable = MOVABLE if saved.get("lora_rank") else MOVABLE - {"model_checkpoint"}
     return {
         name: (saved[name], flags[name])
-        for name in sorted(saved.keys() & flags.keys() - CHANGEABLE)
+        for name in sorted(saved.keys() & flags.keys() - CHANGEABLE - movable)
         if flags[name] not in (None, saved[name])  # None = not given
     }
 
