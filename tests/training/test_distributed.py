@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from crash import TIMES
-from helpers import ROOT
+from helpers import DATASET, ROOT, tiny_config
 from safetensors.numpy import load_file
 from test_readme import commands
+
+from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.sources import load_tokenizer
 
 PLACES = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"],
           "train.py": [str(ROOT / "train.py")], "./train.py": [str(ROOT / "train.py")]}  # fmt: skip
@@ -177,3 +180,20 @@ def test_a_process_that_dies_is_named_and_the_run_resumed(two_processes, flags, 
     assert read_metrics(tmp_path) == read_metrics(two_processes)
     weights = read_weights(two_processes)
     assert all((tensor == weights[name]).all() for name, tensor in read_weights(tmp_path).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--lora_rank", 2]])
+def test_a_model_that_reads_images_too_is_trained_by_several_processes(base_checkpoints, tmp_path, more):
+    """Its tower for images got no gradient, for which the processes waited until one raised."""
+    tokenizer = load_tokenizer(base_checkpoints["gpt2"])
+    tiny_config("gemma3", len(tokenizer)).save_pretrained(tmp_path / "base")
+    save_model(load_model(tmp_path / "base", from_scratch=True), tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "dataset.json").write_text(json.dumps(DATASET))
+    finish(start(
+        ["torchrun", "--standalone", "--nproc_per_node=2", "train.py"], tmp_path / "cwd", *CPU, *more,
+        "--model", tmp_path / "base", "--dataset_path", tmp_path / "dataset.json", "--n_epochs", 1,
+        "--gradient_accumulation_steps", 1,
+    ))  # fmt: skip
+    assert [line["step"] for line in read_metrics(tmp_path / "cwd")] == [1, 2, 2]
