@@ -261,7 +261,7 @@ def validation_part(content: TokenizedDataset, split: str, start: int = 0) -> tu
     there.
     """
     texts = content.dialogs(split, content.texts, start)
-    candidates = (utterance["candidates"] for dialog in texts for utterance in dialog["utterances"])
+    candidates = [utterance["candidates"] for dialog in texts for utterance in dialog["utterances"]]
     return content.dialogs(split, content.tokens, start), right_places(candidates)
 
 

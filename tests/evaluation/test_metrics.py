@@ -17,6 +17,7 @@ from transfertransfo.evaluation.metrics import (
     perplexity,
     rank,
     read_word_counts,
+    right_places,
     split_words,
     write_word_counts,
 )
@@ -187,3 +188,10 @@ def test_distinct_n():
     assert distinct_n(iter(replies), 4) == 1.0
     assert distinct_n(replies, 5) == 0.0
     assert distinct_n([["a"], ["b"]], 2) == 0.0
+
+
+def test_right_places_are_those_whose_choice_is_a_hit():
+    rows = [["No!", "the cat", "Cat.", "cat"], ["no"], ["no", "yes"], ["", "the", "..."]]
+    places = right_places(rows)
+    assert places == [[1, 2, 3], [0], [1], [0, 1, 2]]
+    assert places == [[i for i in range(len(row)) if hit([i], row, row[-1])] for row in rows]

@@ -3,7 +3,7 @@
 They give the numbers of ConvAI2's official evaluation (ParlAI, `projects/convai2`) to the last digit.
 """
 
-import functools
+import itertools
 import math
 import os
 import re
@@ -76,10 +76,12 @@ def hit(ranking: Sequence[int], candidates: Sequence[str], label: str) -> bool:
     return normalize(candidates[ranking[0]]) == normalize(label)
 
 
-def right_places(rows: Iterable[Sequence[str]]) -> list[list[int]]:
+def right_places(rows: Sequence[Sequence[str]]) -> list[list[int]]:
     """For each row of candidates, the gold one last, the places of all that read like it: `hit` counts any of them."""
-    reading = functools.cache(normalize)  # the rows of a dataset share most of their candidates
-    return [[place for place, text in enumerate(row) if reading(text) == reading(row[-1])] for row in rows]
+    texts = set(itertools.chain(*rows))  # rows share most of their candidates
+    reading = {text: " ".join(normalize(text)) for text in texts}
+    golds = [reading[row[-1]] for row in rows]
+    return [[place for place, text in enumerate(row) if reading[text] == gold] for row, gold in zip(rows, golds)]
 
 
 def split_words(text: str) -> list[str]:
