@@ -50,7 +50,7 @@ audit: .venv/dev.stamp  ## look what is installed up among known vulnerabilities
 	$(PYTHON) .ci/audit.py
 
 figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN=runs/NAME: its curves too
-	$(PY) docs/figures/packed_row.py
+	$(PY) docs/figures/tree.py
 	$(PY) docs/figures/chat.py
 	$(if $(RUN),$(PY) docs/figures/curves.py $(RUN))
 

@@ -248,8 +248,9 @@ def load_batches(
     loaders = make_loaders(
         train, valid, places, tokenizer, n_positions=n_positions, history_start=history_start,
         max_history=args.max_history, num_candidates=args.num_candidates,
-        personality_permutations=args.personality_permutations, train_batch_size=args.train_batch_size,
-        valid_batch_size=args.valid_batch_size, seed=args.seed, multiple=COMPILED_MULTIPLE if compiled_for_gpu else 1,
+        personality_permutations=args.personality_permutations, by_dialog=args.batch_by == "dialog",
+        train_batch_size=args.train_batch_size, valid_batch_size=args.valid_batch_size, seed=args.seed,
+        multiple=COMPILED_MULTIPLE if compiled_for_gpu else 1,
     )  # fmt: skip
     return loaders, digest
 

@@ -10,7 +10,8 @@ from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
 from train import make_optimisation
-from transfertransfo.data.inputs import Batch, BucketSampler, Example, make_row, pack
+from transfertransfo.data.inputs import BucketSampler, Example, make_fork
+from transfertransfo.data.trees import Batch, pack
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.training.engines import create_trainer, distributed_losses, make_adamw
 from transfertransfo.training.precision import make_precision
@@ -43,7 +44,7 @@ class PackedTraining:
         return distributed_losses(self.model, self._batch(examples).to(self.device))
 
     def _batch(self, examples: list[Example]) -> Batch:
-        rows = [make_row(example, self.tokenizer) for example in examples]
+        rows = [make_fork(example, self.tokenizer) for example in examples]
         return pack(rows, self.tokenizer.pad_token_id, self.multiple)
 
 

@@ -347,16 +347,16 @@ def test_the_demo_is_the_documented_steps():
 
 @pytest.mark.slow
 def test_pictures(workplace):
-    """The packed row is the one that its script draws; curves and chat can be drawn of a run."""
+    """The tree is the one that its script draws; curves and chat can be drawn of a run."""
     for folder in ("docs/figures", "transfertransfo"):
         shutil.copytree(ROOT / folder, workplace / folder, dirs_exist_ok=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, workplace)
-    for argv in (["packed_row.py"], ["curves.py", "runs/NAME"], ["chat.py", "runs/NAME"]):
+    for argv in (["tree.py"], ["curves.py", "runs/NAME"], ["chat.py", "runs/NAME"]):
         subprocess.run([sys.executable, f"docs/figures/{argv[0]}", *argv[1:]], cwd=workplace, check=True)
     drawn = {path.name: path.read_text() for path in (workplace / "docs/figures").glob("*.svg")}
     committed = {path.name: path.read_text() for path in (ROOT / "docs/figures").glob("*.svg")}
-    assert drawn.keys() == committed.keys() and drawn["packed_row.svg"] == committed["packed_row.svg"]
+    assert drawn.keys() == committed.keys() and drawn["tree.svg"] == committed["tree.svg"]
     assert drawn["curves.svg"] != committed["curves.svg"]
 
 

@@ -122,9 +122,9 @@ def add_model_flags(parser: ArgumentParser, default: str) -> None:
     )
     parser.add_argument(
         "--max_history",
-        type=number(int, 0),
+        type=number(int, -1),
         default=2,
-        help="earlier exchanges kept in the history, so 2 * max_history + 1 turns",
+        help="earlier exchanges kept in the history, so 2 * max_history + 1 turns (-1 = the whole dialog)",
     )
     parser.add_argument(
         "--history_start",
@@ -205,6 +205,13 @@ def add_optimisation_flags(parser: ArgumentParser) -> None:
         "--train_batch_size", type=number(int, 1), default=4, help="examples of one forward, in each process"
     )
     parser.add_argument("--valid_batch_size", type=number(int, 1), default=4, help="the same in validation")
+    parser.add_argument(
+        "--batch_by",
+        choices=["turn", "dialog"],
+        default="turn",
+        help="what a training batch is made of: single turns, or whole dialogs, which compute what their turns share"
+        " once, as many as hold --train_batch_size examples",
+    )
     parser.add_argument(
         "--gradient_accumulation_steps", type=number(int, 1), default=8, help="forwards of one optimizer step"
     )

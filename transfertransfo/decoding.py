@@ -17,8 +17,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
-from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_row, pack
+from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_fork
 from transfertransfo.data.tokenization import special_ids
+from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads
 
@@ -137,12 +138,11 @@ def score_replies(
     replies: list[list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[float]]:
-    """The choice head's score of each reply to its context, each complete with `<eos>`, in one packed row a context."""
+    """The choice head's score of each reply to its context, each complete with `<eos>`."""
     examples = [Example(context[0], context[1], row) for context, row in zip(contexts, replies)]
     start = model.history_start
-    rows = [make_row(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
-    batch = pack(rows, tokenizer.pad_token_id).to(model.device)
-    scores = model.choice_scores(model.packed_hidden_states(batch)[batch.last_positions]).tolist()
+    forks = [make_fork(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
+    scores = model.score_candidates(pack(forks, tokenizer.pad_token_id)).tolist()
     return [scored[: len(row)] for scored, row in zip(scores, replies)]
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from transfertransfo.data.inputs import Example, context_positions, fit, make_examples, make_row, pack
+from transfertransfo.data.inputs import Example, context_positions, fit, make_examples, make_fork
+from transfertransfo.data.trees import pack
 from transfertransfo.decoding import Decoding, generate
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation.evaluator import Turn, rank_candidates
@@ -15,7 +16,7 @@ START = 20
 
 
 def test_history_positions_do_not_depend_on_the_persona(tokenizer):
-    rows = [make_row(Example(persona, HISTORY, [[7, 7], [8]]), tokenizer, START) for persona in PERSONAS]
+    rows = [make_fork(Example(persona, HISTORY, [[7, 7], [8]]), tokenizer, START) for persona in PERSONAS]
     batch = pack(rows, tokenizer.pad_token_id)
     for persona, row, positions in zip(PERSONAS, rows, batch.position_ids.tolist()):
         persona_length = 1 + sum(map(len, persona))
@@ -34,9 +35,9 @@ def test_off_is_right_after_the_persona():
 def test_a_start_that_is_the_personas_length_changes_nothing(model, tokenizer):
     """The model itself: hidden states with the history at its usual place are the usual ones."""
     example = Example(PERSONAS[2], HISTORY, [[7, 7], [8]])
-    usual = model(pack([make_row(example, tokenizer)], 0))
-    same = model(pack([make_row(example, tokenizer, 6)], 0))
-    other = model(pack([make_row(example, tokenizer, START)], 0))
+    usual = model(pack([make_fork(example, tokenizer)], 0))
+    same = model(pack([make_fork(example, tokenizer, 6)], 0))
+    other = model(pack([make_fork(example, tokenizer, START)], 0))
     for want, got, changed in zip(usual, same, other):
         assert torch.equal(want, got)
         assert not torch.allclose(want, changed, atol=1e-4)
@@ -85,11 +86,11 @@ def test_saved_with_the_model_and_used_by_ranking_and_decoding(model, tokenizer,
     rankings = rank_candidates(loaded, tokenizer, turns)
     replies = generate(loaded, [turn.example[:2] for turn in turns], tokenizer, decoding)
     for turn, ranking, reply in zip(turns, rankings, replies):
-        row = make_row(turn.example, tokenizer, START)
+        row = make_fork(turn.example, tokenizer, START)
         scores = model(pack([row], 0))[1][0]
         assert ranking == scores.sort(descending=True).indices.tolist()
         # each greedy token is the likeliest after a plain forward over all before it
         for i, token in enumerate(reply):
-            row = make_row(turn.example._replace(candidates=[reply[:i]]), tokenizer, START, with_eos=False)
+            row = make_fork(turn.example._replace(candidates=[reply[:i]]), tokenizer, START, with_eos=False)
             hidden = model.packed_hidden_states(pack([row], 0))[-1]
             assert token == int(model.lm_logits(hidden).argmax()), (i, token)

@@ -1,27 +1,27 @@
-"""From dialogs to batches: the layout of a sequence, what is cut, how rows are packed, which rows share a batch."""
+"""From dialogs to batches: the layout of a sequence, what is cut, which share a tree, which trees a batch."""
 
 import random
 from itertools import chain
 
 import numpy as np
 import pytest
-import torch
 
 from transfertransfo.data.inputs import (
     IGNORED,
     BucketSampler,
     Example,
-    Row,
     build_input_from_segments,
     context_length,
     fit,
     format_example,
     make_examples,
-    make_row,
-    pack,
+    make_fork,
+    make_trees,
     pad_dataset,
+    tree_length,
 )
 from transfertransfo.data.tokenization import SPECIAL_TOKENS
+from transfertransfo.data.trees import pack
 from transfertransfo.model.sources import load_tokenizer
 
 
@@ -127,11 +127,11 @@ def numbered_dialog(turns: int = 9, num_candidates: int = 5, personality: int = 
     return {"personality": [[200 + i] for i in range(personality)], "utterances": utterances}
 
 
-@pytest.mark.parametrize("max_history", [0, 1, 2, 9])
+@pytest.mark.parametrize("max_history", [0, 1, 2, 9, -1])
 def test_window_of_the_history(max_history):
     dialog = numbered_dialog()
     for example, utterance in zip(make_examples([dialog], max_history, 512), dialog["utterances"], strict=True):
-        kept = min(2 * max_history + 1, len(utterance["history"]))
+        kept = len(utterance["history"]) if max_history < 0 else min(2 * max_history + 1, len(utterance["history"]))
         assert example.history == utterance["history"][len(utterance["history"]) - kept :]
 
 
@@ -249,80 +249,60 @@ def test_random_examples_fit_and_lose_no_more_than_they_must(tokenizer):
     assert cut > 100
 
 
-# Packed rows
+# Trees of examples
 
 
-def test_row_length_is_what_is_packed(tokenizer):
+def test_a_tree_is_no_longer_than_its_examples_say(tokenizer):
+    """Candidates that begin alike make it shorter; the order of the batches does not depend on it."""
     generator = random.Random(1)
     for _ in range(50):
         example = random_example(generator)
-        assert pack([make_row(example, tokenizer)], 0).input_ids.shape == (1, example.row_length)
+        assert (
+            pack([make_fork(example, tokenizer)], 0).input_ids.size(1) <= example.row_length == tree_length([example])
+        )
         context = build_input_from_segments(*example[:2], [], tokenizer, with_eos=False)["input_ids"]
         assert context_length(*example[:2]) == len(context)
 
 
-def test_a_packed_row_holds_each_candidate_sequence(tokenizer):
-    """Reading context and one reply out of a row gives the sequence of that reply, to the last number."""
-    generator = random.Random(2)
-    for _ in range(20):
-        examples = [random_example(generator) for _ in range(3)]
-        batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id)
-        length = batch.input_ids.size(1)
-        labels = dict(zip(batch.lm_positions.tolist(), batch.lm_labels.tolist()))
-        for row, example in enumerate(examples):
-            segments = batch.segment_ids[row]
-            assert batch.choice_labels[row] == len(example.candidates) - 1
-            assert (batch.last_positions[row] >= 0).sum() == len(example.candidates)
-            assert (segments >= 0).sum() == example.row_length
-            for k, reply in enumerate(example.candidates):
-                want = build_input_from_segments(*example[:2], reply, tokenizer, lm_labels=True)
-                columns = torch.cat([(segments == 0).nonzero(), (segments == k + 1).nonzero()]).flatten()
-                assert batch.input_ids[row, columns].tolist() == want["input_ids"]
-                assert batch.token_type_ids[row, columns].tolist() == want["token_type_ids"]
-                assert batch.position_ids[row, columns].tolist() == list(range(len(columns)))
-                assert batch.last_positions[row, k] == row * length + columns[-1]
-                # what predicts a token is the one before it in its sequence
-                flat = (row * length + columns).tolist()
-                predicted = [labels.get(place, IGNORED) for place in flat[:-1]]
-                if reply is example.candidates[-1]:
-                    assert predicted == want["lm_labels"][1:]
-        assert len(labels) == len(batch.lm_labels) == sum(len(e.candidates[-1]) + 1 for e in examples)
-        padding = batch.segment_ids == -1
-        assert (batch.input_ids[padding] == tokenizer.pad_token_id).all() and (batch.position_ids[padding] == 0).all()
+def length_packed(tree: list[Example], tokenizer) -> int:
+    return pack([make_fork(example, tokenizer) for example in tree], 0, sizes=[len(tree)]).input_ids.size(1)
 
 
-def test_attention_mask_by_its_definition(tokenizer):
-    generator = random.Random(3)
-    for _ in range(5):
-        batch = pack([make_row(random_example(generator), tokenizer) for _ in range(3)], tokenizer.pad_token_id)
-        mask = batch.attention_mask()
-        rows, length = batch.segment_ids.shape
-        assert mask.shape == (rows, 1, length, length) and mask.dtype == torch.bool
-        segments = batch.segment_ids.tolist()
-        for row in range(rows):
-            for query in range(length):
-                for key in range(length):
-                    ours, theirs = segments[row][query], segments[row][key]
-                    if ours == -1:  # what padding sees is nobody's business, as long as it sees something
-                        continue
-                    assert mask[row, 0, query, key] == (key <= query and theirs in (0, ours)), (row, query, key)
-        assert mask.any(-1).all(), "a softmax over nothing is not a number"
+@pytest.mark.parametrize("max_history", [0, 1, 2, -1])
+@pytest.mark.parametrize("num_candidates", [1, 5])
+def test_dialogs_make_trees_and_long_ones_several(tokenizer, max_history, num_candidates):
+    """Sentences of one token that differ share nothing by chance, so that a tree's length is known exactly."""
+    dialogs = [spoken_dialog(turns=9, number=0), spoken_dialog(turns=1, number=1), spoken_dialog(turns=4, number=2)]
+    examples = make_examples(dialogs, max_history, 512, num_candidates)
+    trees = make_trees(examples)
+    assert [len(tree) for tree in trees] == [9, 1, 4]
+    assert list(chain.from_iterable(trees)) == examples
+    for tree in trees:
+        assert tree_length(tree) == length_packed(tree, tokenizer)
+    longest = tree_length(trees[0])
+    assert make_trees(examples, longest)[0] == trees[0]
+    parts = make_trees(examples, longest - 1)
+    assert len(parts) == len(trees) + 1 and len(parts[0]) == 8
+    assert all(len(tree) == 1 for tree in make_trees(examples, 1))
 
 
-def test_pack_of_replies_that_are_empty():
-    """Right after the speaker's token nothing is predicted yet, and what the choice head reads is that token."""
-    rows = [Row([1, 2, 3], [4, 4, 5], [0, 1, 2], [[]], 0), Row([1, 2], [4, 5], [0, 1], [[7, 8], []], 0)]
-    batch = pack(rows, pad=9)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 9], [1, 2, 7, 8]]
-    assert batch.last_positions.tolist() == [[2, -1], [7, 5]]
-    assert batch.lm_positions.tolist() == [5, 6]
-    assert batch.lm_labels.tolist() == [7, 8]
-    assert pack(rows[:1], pad=9).lm_labels.dtype == torch.int64
+def test_turns_that_share_no_more_than_bos_are_no_tree(tokenizer):
+    dialogs = [spoken_dialog(3, number) | {"personality": []} for number in (0, 1)]
+    for max_history, sizes in ((-1, [3, 3]), (1, [2, 1, 2, 1]), (0, [1] * 6)):
+        trees = make_trees(make_examples(dialogs, max_history, 512))
+        assert [len(tree) for tree in trees] == sizes
+        assert [tree_length(tree) for tree in trees] == [length_packed(tree, tokenizer) for tree in trees]
 
 
-def test_batches_move_as_one(tokenizer):
-    batch = pack([make_row(Example([], [[5]], [[6]]), tokenizer)], 0)
-    assert all(tensor.device.type == "meta" for tensor in batch.to("meta"))
+def spoken_dialog(turns: int, number: int) -> dict:
+    """As `numbered_dialog`, the gold replies in the histories that follow."""
+    dialog, base = numbered_dialog(turns, personality=3), 1000 * number
+    said: list[list[int]] = []
+    for i, utterance in enumerate(dialog["utterances"]):
+        utterance["candidates"] = [[base + token for token in reply] for reply in utterance["candidates"]]
+        utterance["history"] = [*said, [base + 300 + i]]
+        said = [*utterance["history"], utterance["candidates"][-1]]
+    return dialog | {"personality": [[base + token for token in sentence] for sentence in dialog["personality"]]}
 
 
 # Batches of like length
@@ -397,12 +377,40 @@ def test_shuffled_batches_do_not_come_by_length():
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.4
 
 
-def test_a_row_length_rounded_up_changes_the_padding_alone(tokenizer):
-    rows = [make_row(Example([[5, 6]], [[7]], [[8, 9], [10]]), tokenizer)]
-    plain, rounded = pack(rows, tokenizer.pad_token_id), pack(rows, tokenizer.pad_token_id, multiple=64)
-    length = plain.input_ids.size(1)
-    assert length < 64 and rounded.input_ids.size(1) == 64
-    assert pack(rows, tokenizer.pad_token_id, multiple=length).input_ids.size(1) == length
-    assert torch.equal(rounded.input_ids[:, :length], plain.input_ids)
-    assert (rounded.segment_ids[:, length:] == -1).all()
-    assert torch.equal(rounded.lm_positions, plain.lm_positions)
+# Batches of trees
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("size", [1, 4, 16, 10**6])
+@pytest.mark.parametrize("number", [1, 2, 7, 300])
+def test_trees_are_not_divided_and_fill_batches(number, size, shuffle):
+    counts = np.random.RandomState(1).randint(1, 14, number)
+    sampler = BucketSampler(lengths(number), size, shuffle, seed=1, counts=counts)
+    for epoch in range(3):
+        found = batches(sampler, epoch)
+        assert sorted(chain(*found)) == list(range(number)) and all(found)
+        if size == 16 and number == 300:
+            examples = [counts[batch].sum() for batch in found]
+            assert abs(np.mean(examples) - size) < 0.5 and max(examples) < size + 13
+
+
+def test_one_example_a_tree_gives_the_batches_of_examples():
+    size = lengths(300)
+    for shuffle in (True, False):
+        trees = BucketSampler(size, 4, shuffle, 1, 1, 2, counts=[1] * 300)
+        assert batches(trees) == batches(BucketSampler(size, 4, shuffle, 1, 1, 2))
+
+
+def test_the_order_of_examples_is_the_one_there_has_always_been():
+    """A run that was begun before there were trees goes on with the batches that are due."""
+    found = batches(BucketSampler(lengths(9), 2, True, seed=3), 1)
+    assert found == [[6, 1], [8], [7, 4], [2, 0], [3, 5]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_trees_of_one_process(world_size):
+    size, counts = lengths(50), np.random.RandomState(1).randint(1, 14, 50)
+    single = batches(BucketSampler(size, 4 * world_size, True, 5, counts=counts), 1)
+    shares = [batches(BucketSampler(size, 4, True, 5, rank, world_size, counts), 1) for rank in range(world_size)]
+    for whole, *parts in zip(single, *shares, strict=True):
+        assert sorted(chain(*parts)) == sorted(whole)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from transfertransfo.data.dataset import get_dataset
-from transfertransfo.data.inputs import make_examples, make_row, pack
+from transfertransfo.data.inputs import make_examples, make_fork
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.data.trees import pack
 from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
 
@@ -46,7 +47,7 @@ def through(request, checkpoints, tmp_path):
         first, again = (get_dataset(tokenizer, path, tmp_path / "cache.bin") for _ in range(2))
         assert first == again
         examples = make_examples(first["train"], 2, model.n_positions, **options)
-        batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id)
+        batch = pack([make_fork(example, tokenizer) for example in examples], tokenizer.pad_token_id)
         assert batch.position_ids.max() < model.n_positions
         replies = [[*example.candidates[-1], tokenizer.eos_token_id] for example in examples]
         assert batch.lm_labels.tolist() == [*chain(*replies)]

@@ -12,8 +12,9 @@ from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from transfertransfo.data.inputs import Example, make_row, pack
+from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.tokenization import special_ids
+from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import (
     DoubleHeads,
@@ -88,7 +89,7 @@ def losses_of(model: DoubleHeads, tokenizer) -> torch.Tensor:
         Example([[7, 8], [9]], [[9, 10, 11], [13, 14], [15, 16]], [[12, 13], [14], [15, 16, 17]]),
         Example([[20, 8]], [[19, 10, 11]], [[22, 13], [14, 12], [13, 14, 23]]),
     ]
-    batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id)
+    batch = pack([make_fork(example, tokenizer) for example in examples], tokenizer.pad_token_id)
     logits, scores = model(batch)
     losses = cross_entropy(logits, batch.lm_labels), cross_entropy(scores, batch.choice_labels)
     return torch.cat([torch.stack(losses), scores.flatten()])
@@ -96,7 +97,7 @@ def losses_of(model: DoubleHeads, tokenizer) -> torch.Tensor:
 
 def context(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and types of a dialog, up to the reply's speaker: (1, T) each."""
-    row = make_row(Example([[7, 8], [9]], [[9, 10, 11]], [[]]), tokenizer)
+    row = make_fork(Example([[7, 8], [9]], [[9, 10, 11]], [[]]), tokenizer)
     return torch.tensor([row.context]), torch.tensor([row.token_types])
 
 
@@ -150,7 +151,7 @@ def test_adapted_is_reloaded_is_merged(base, tmp_path):
 def test_adapters_are_where_a_text_passes(base, family):
     """In a tower for images they had no gradient, for which several processes waited."""
     model, tokenizer = adapt(base)
-    losses = model(pack([make_row(Example([[7]], [[9]], [[12, 13], [14]]), tokenizer)], tokenizer.pad_token_id))
+    losses = model(pack([make_fork(Example([[7]], [[9]], [[12, 13], [14]]), tokenizer)], tokenizer.pad_token_id))
     (losses[0].sum() + losses[1].sum()).backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not [name for name, parameter in trained.items() if parameter.grad is None]
@@ -162,7 +163,7 @@ def test_what_no_text_passes_is_not_trained(base, family):
     model, tokenizer = load_model(base), load_tokenizer(base)
     add_special_tokens_(model, tokenizer)
     freeze_unread_(model)
-    losses = model(pack([make_row(Example([[7]], [[9]], [[12, 13], [14]]), tokenizer)], tokenizer.pad_token_id))
+    losses = model(pack([make_fork(Example([[7]], [[9]], [[12, 13], [14]]), tokenizer)], tokenizer.pad_token_id))
     (losses[0].sum() + losses[1].sum()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

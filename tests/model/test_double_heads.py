@@ -15,10 +15,10 @@ from transfertransfo.data.inputs import (
     Example,
     build_input_from_segments,
     make_examples,
-    make_row,
-    pack,
+    make_fork,
     pad_dataset,
 )
+from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_, enable_gradient_checkpointing_, halve_
 from transfertransfo.model.loading import SHORTEST, load_model, save_model, use_eager_attention_
@@ -111,7 +111,7 @@ def test_packed_rows_equal_padded_sequences(family, checkpoint, model, tokenizer
         block.attn.attn_pdrop = 0.0
 
     want = padded_model(**padded_inputs(examples, tokenizer))
-    batch = pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id)
+    batch = pack([make_fork(example, tokenizer) for example in examples], tokenizer.pad_token_id)
     lm_logits, choice_scores = model(batch)
     lm_loss = cross_entropy(lm_logits, batch.lm_labels)
     mc_loss = cross_entropy(choice_scores, batch.choice_labels)
@@ -130,8 +130,8 @@ def test_rows_of_different_numbers_of_candidates(model, tokenizer):
     """Fewer candidates in one utterance ended the original with `shape '[-1, 2, 34]' is invalid`."""
     full = random_examples(3, 4)
     ragged = [full[0], full[1]._replace(candidates=full[1].candidates[-2:]), full[2]]
-    alone = [model(pack([make_row(example, tokenizer)], 0))[1][0] for example in ragged]
-    together = model(pack([make_row(example, tokenizer) for example in ragged], 0))[1]
+    alone = [model(pack([make_fork(example, tokenizer)], 0))[1][0] for example in ragged]
+    together = model(pack([make_fork(example, tokenizer) for example in ragged], 0))[1]
     for scores, row in zip(alone, together):
         torch.testing.assert_close(row[: len(scores)], scores, atol=1e-5, rtol=1e-5)
         assert (row[len(scores) :] == -torch.inf).all()
@@ -140,7 +140,7 @@ def test_rows_of_different_numbers_of_candidates(model, tokenizer):
 def test_candidates_do_not_see_one_another(model, tokenizer):
     example = random_examples(3, 4)[2]
     changed = example._replace(candidates=[[7, 8, 9, 10], *example.candidates[1:]])
-    before, after = (model(pack([make_row(e, tokenizer)], 0)) for e in (example, changed))
+    before, after = (model(pack([make_fork(e, tokenizer)], 0)) for e in (example, changed))
     torch.testing.assert_close(after[0], before[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after[1][0, 1:], before[1][0, 1:], atol=1e-5, rtol=1e-5)
     assert not torch.isclose(after[1][0, 0], before[1][0, 0], atol=1e-4)
@@ -150,7 +150,7 @@ def test_candidates_do_not_see_one_another(model, tokenizer):
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_eager_attention_is_the_same_function(family, token_types, model, tokenizer):
     model.token_types = token_types
-    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0)
+    batch = pack([make_fork(example, tokenizer) for example in random_examples(3, 4)], 0)
     want = model(batch)
     use_eager_attention_(model)
     assert model.additive_mask == (family in OTHERS)
@@ -160,7 +160,7 @@ def test_eager_attention_is_the_same_function(family, token_types, model, tokeni
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_bfloat16_has_words_rounded_but_not_scores(family, model, tokenizer):
-    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0)
+    batch = pack([make_fork(example, tokenizer) for example in random_examples(3, 4)], 0)
     with torch.inference_mode():
         want_logits, want_scores = model(batch)
         halve_(model)
@@ -185,7 +185,7 @@ def raise_user_error(*_) -> None:
 def test_labels_are_the_reply_and_eos(tokenizer):
     example = random_examples(3, 2)[2]
     sequence = build_input_from_segments(*example[:2], example.candidates[-1], tokenizer, lm_labels=True)
-    batch = pack([make_row(example, tokenizer)], 0)
+    batch = pack([make_fork(example, tokenizer)], 0)
     assert batch.lm_labels.tolist() == [label for label in sequence["lm_labels"] if label != IGNORED]
     assert batch.lm_labels.tolist() == [*example.candidates[-1], tokenizer.eos_token_id]
 
@@ -206,7 +206,7 @@ def test_saved_model_loads_in_transformers_and_here(family, model, tmp_path):
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, tokenizer):
-    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 2)], 0)
+    batch = pack([make_fork(example, tokenizer) for example in random_examples(3, 2)], 0)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -263,7 +263,7 @@ def test_the_shortest_model_there_can_be(base_checkpoints, family, tmp_path):
     add_special_tokens_(model, tokenizer)
     dialogs = [{"personality": [[5, 6]], "utterances": [{"candidates": [[7], [8, 9, 10]], "history": [[5]] * 3}]}]
     examples = make_examples(dialogs, 2, model.n_positions)
-    logits, scores = model(pack([make_row(example, tokenizer) for example in examples], tokenizer.pad_token_id))
+    logits, scores = model(pack([make_fork(example, tokenizer) for example in examples], tokenizer.pad_token_id))
     assert logits.isfinite().all() and scores.isfinite().all()
 
 
@@ -272,7 +272,7 @@ def test_the_shortest_model_there_can_be(base_checkpoints, family, tmp_path):
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_token_types_add_the_speakers_embeddings(model, tokenizer):
-    batch = pack([make_row(example, tokenizer) for example in random_examples(3, 2)], 0)
+    batch = pack([make_fork(example, tokenizer) for example in random_examples(3, 2)], 0)
     plain, _ = model(batch)
     embeddings = model.pretrained.get_input_embeddings()
     summed = model.pretrained.base_model(
@@ -297,7 +297,7 @@ def test_a_new_head_gives_all_candidates_the_same_score_and_tokens_rows_of_their
         assert len(embeddings.weight) == len(tokenizer) == len(old) + 5 == model.pretrained.config.vocab_size
     rows = model.pretrained.get_input_embeddings().weight
     assert torch.equal(rows[:-5], old) and 0.1 < rows[-5:].std() < 0.5
-    _, scores = model(pack([make_row(example, tokenizer) for example in random_examples(3, 4)], 0))
+    _, scores = model(pack([make_fork(example, tokenizer) for example in random_examples(3, 4)], 0))
     assert torch.equal(scores, torch.zeros(3, 4))
 
 

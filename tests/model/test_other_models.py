@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 import convai_evaluation
 import interact
 from train import train
-from transfertransfo.data.inputs import Example, make_row, pack
+from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError, require
 from transfertransfo.evaluation.evaluator import LabelScorer
 from transfertransfo.evaluation.metrics import split_words
@@ -160,7 +161,7 @@ def test_an_adapter_is_trained_resumed_measured_and_merged(family, bases, tmp_pa
     merged = load_model(whole.folder)
     tied = merged.pretrained.get_output_embeddings().weight is merged.pretrained.get_input_embeddings().weight
     assert tied == (family != "gpt_neox")
-    batch = pack([make_row(Example([[7, 8]], [[9, 10, 11]], [[12, 13], [14]]), tokenizer)], 0)
+    batch = pack([make_fork(Example([[7, 8]], [[9, 10, 11]], [[12, 13], [14]]), tokenizer)], 0)
     with torch.inference_mode():
         for got, want in zip(merged(batch), adapted(batch)):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

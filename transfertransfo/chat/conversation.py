@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
+from transfertransfo.data.inputs import window
 from transfertransfo.data.tokenization import count_unknown, tokenize
 from transfertransfo.decoding import Context, Decoding, candidate_replies, decode, fit_context
 from transfertransfo.errors import SettingError
@@ -155,8 +156,8 @@ class Chat:
     def context(self, before: list[Exchange], heard: list[int]) -> Context:
         """Persona and history as the model sees them when `heard` has just been said."""
         turns = [*chain.from_iterable((exchange.heard, exchange.reply) for exchange in before), heard]
-        window = turns[-(2 * self.max_history + 1) :]
-        return Context(self.persona_ids, window, turns[1 : -len(window) : 2])
+        kept = window(turns, self.max_history)
+        return Context(self.persona_ids, kept, turns[1 : -len(kept) : 2])
 
     def text_of(self, ids: list[int]) -> str:
         """Text as people write it, without spaces before punctuation and within contractions, on one line."""

@@ -1,16 +1,8 @@
-"""How a dialog becomes what the model sees: segments, one sequence, packed rows, batches of rows of like length.
+"""How a dialog becomes what the model sees: segments, one sequence, examples, the trees and batches that hold them.
 
 One sequence is `<bos> persona | <speaker2> turn | <speaker1> turn | ... | <speaker1> reply <eos>`: the speakers
 alternate back from the reply, token types alternate by segment, labels are on the reply only (Wolf et al. 2019,
-section 3).
-
-A packed row holds the context of a dialog turn once, and all its candidate replies after it:
-
-    positions    0 1 2 ... c-1 | c c+1 c+2 | c c+1 | c c+1 c+2 c+3
-    segments     0 0 0 ...  0  | 1  1   1  | 2  2  | 3  3   3   3
-                 context         reply 1     reply 2  reply 3 (gold)
-
-A reply attends to the context and to itself, so its hidden states are those that it has in a sequence of its own.
+section 3). What sequences have in common is computed once: `trees.pack`.
 """
 
 import logging
@@ -19,19 +11,18 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.dataset import paused_collector
 from transfertransfo.data.tokenization import special_ids
+from transfertransfo.data.trees import IGNORED, Fork
 
 logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ["input_ids", "mc_token_ids", "lm_labels", "mc_labels", "token_type_ids"]
 PADDED_INPUTS = ["input_ids", "lm_labels", "token_type_ids"]
-IGNORED = -100  # a label that no loss counts
+LONGEST_TREE = 1024  # tokens; attention looks at the square of them
 
 
 def build_input_from_segments(
@@ -72,7 +63,7 @@ def build_input_from_segments(
 def pad_dataset(dataset: dict[str, list], padding: int = 0) -> dict[str, list]:
     """Pad the `PADDED_INPUTS` of a dict of lists of sequences, in place, to the longest of `input_ids`.
 
-    The original's way to batch, kept for scripts that import it; training here packs rows instead.
+    The original's way to batch, kept for scripts that import it; training here packs trees instead.
     """
     longest = max(map(len, dataset["input_ids"]), default=0)
     for name in PADDED_INPUTS:
@@ -91,7 +82,7 @@ class Example(NamedTuple):
 
     @property
     def row_length(self) -> int:
-        """Tokens of the packed row."""
+        """Tokens of its tree, candidates that begin alike counted apart."""
         return context_length(self.persona, self.history) + sum(len(reply) + 1 for reply in self.candidates)
 
 
@@ -107,7 +98,7 @@ def make_examples(
     """The examples of a split of `utils.get_dataset`.
 
     Args:
-        max_history: exchanges kept; the window is `2 * max_history + 1` turns.
+        max_history: exchanges kept (`window`).
         n_positions: the model's longest sequence; what does not fit is cut by `fit`, said once with a count.
         num_candidates: the last candidates kept, gold included; 0 = all.
         personality_permutations: how often each dialog occurs, its persona rotated by one sentence each time.
@@ -119,13 +110,56 @@ def make_examples(
         persona = dialog["personality"]
         for _ in range(personality_permutations):
             for utterance in dialog["utterances"]:
-                history = utterance["history"][-(2 * max_history + 1) :]
+                history = window(utterance["history"], max_history)
                 example = Example(persona, history, utterance["candidates"][-num_candidates:])
                 examples.append(fit(example, n_positions, history_start))
                 cut += examples[-1] is not example
             persona = persona[-1:] + persona[:-1]
     tell_of_cut(cut, len(examples), n_positions)
     return examples
+
+
+def window(history: list, max_history: int) -> list:
+    """The last `2 * max_history + 1` turns of a history; -1 = all of them."""
+    return history if max_history < 0 else history[-(2 * max_history + 1) :]
+
+
+def make_trees(examples: Sequence[Example], longest: int = LONGEST_TREE) -> list[list[Example]]:
+    """Examples that stand one after another, as those of a dialog do, together where they share words.
+
+    A tree has at most `longest` tokens, but where one example has more.
+    """
+    trees: list[list[Example]] = []
+    length = 0
+    for i, example in enumerate(examples):
+        shared = shared_length(examples[i - 1], example) if i else 0
+        length += example.row_length - shared
+        if shared > 2 and length <= longest:  # more than <bos> and a speaker
+            trees[-1].append(example)
+        else:
+            trees.append([example])
+            length = example.row_length
+    return trees
+
+
+def tree_length(tree: Sequence[Example]) -> int:
+    """Tokens of a tree, candidates that begin alike counted apart."""
+    return sum(example.row_length for example in tree) - sum(map(shared_length, tree, tree[1:]))
+
+
+def shared_length(example: Example, later: Example) -> int:
+    """Tokens that the context of a later turn shares with the sequence of this turn's gold reply.
+
+    The whole of it but for `<eos>`, where the later history is this one, the reply and more; else the persona and a
+    speaker. What happens to be equal beyond that is not counted.
+    """
+    if example.persona != later.persona:
+        return 1
+    turns = len(example.history)
+    same_speakers = (len(later.history) - turns) % 2 == 0
+    if same_speakers and later.history[: turns + 1] == [*example.history, example.candidates[-1]]:
+        return context_length(example.persona, example.history) + len(example.candidates[-1])
+    return 1 + sum(map(len, example.persona)) + same_speakers
 
 
 def tell_of_cut(count: int, total: int, n_positions: int) -> None:
@@ -191,116 +225,46 @@ def _without_end(sentences: list[list[int]], count: int) -> list[list[int]]:
     return sentences
 
 
-class Row(NamedTuple):
-    """What `pack` lays out: a context, then replies that do not see one another."""
-
-    context: list[int]  # token ids up to and with the reply's speaker token
-    token_types: list[int]  # of the context; the replies continue its last one
-    positions: list[int]  # likewise
-    replies: list[list[int]]  # token ids, with <eos> where the reply is complete
-    lm_reply: int  # index of the reply whose tokens are to be predicted; IGNORED = the row has no labels
-    right: Sequence[int] = ()  # indices of all replies that are right to choose; () = that one alone
-
-
-def make_row(
+def make_fork(
     example: Example, tokenizer: PreTrainedTokenizerBase, history_start: int = 0, with_eos: bool = True
-) -> Row:
-    """A row whose last candidate is to be predicted: the gold one in training."""
+) -> Fork:
+    """A fork whose last candidate is to be predicted: the gold one in training."""
     persona, history, candidates, right = example
     context = build_input_from_segments(persona, history, [], tokenizer, with_eos=False)
     positions = context_positions(persona, history, history_start)
     replies = [reply + [tokenizer.eos_token_id] * with_eos for reply in candidates]
-    return Row(context["input_ids"], context["token_type_ids"], positions, replies, len(replies) - 1, right)
-
-
-class Batch(NamedTuple):
-    """Packed rows. B rows, T tokens in the longest, at most K replies a row, N tokens to be predicted.
-
-    Positions are flat: they index the batch's hidden states as (B * T, C).
-    """
-
-    input_ids: Tensor  # (B, T)
-    token_type_ids: Tensor  # (B, T)
-    position_ids: Tensor  # (B, T), beginning again with each reply where the context ends
-    segment_ids: Tensor  # (B, T), 0 in the context, k in the k-th reply, -1 in the padding
-    last_positions: Tensor  # (B, K), the last token of each reply; -1 where a row has fewer than K
-    lm_positions: Tensor  # (N,), the tokens that predict
-    lm_labels: Tensor  # (N,), the tokens to be predicted there
-    choice_labels: Tensor  # (B,), the reply that has the labels
-    right: Tensor  # (B, K), True for the replies that are right to choose: that one, and those that read alike
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-    def pin_memory(self) -> "Batch":
-        return Batch(*(tensor.pin_memory() for tensor in self))
-
-    def attention_mask(self) -> Tensor:
-        """(B, 1, T, T), True where a query (row) attends to a key (column).
-
-        Never None, not even where it is causal: transformers then takes a gap in the positions, as `history_start`
-        leaves one, for the beginning of another sequence.
-        """
-        query, key = self.segment_ids[:, None, :, None], self.segment_ids[:, None, None, :]
-        causal = torch.ones(key.size(-1), key.size(-1), dtype=torch.bool, device=key.device).tril()
-        return causal & ((key == 0) | (key == query))  # padding attends to padding, so that no softmax is empty
-
-
-def pack(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
-    """Lay rows out as a batch, padded on the right with the token id `pad` to a multiple of so many tokens.
-
-    On a GPU a compiled model is compiled for each row length, so a large multiple makes few of them.
-    """
-    longest = max(len(row.context) + sum(map(len, row.replies)) for row in rows)
-    size = (len(rows), -(-longest // multiple) * multiple)
-    input_ids, segments = np.full(size, pad), np.full(size, -1)
-    token_types, positions = np.full(size, pad), np.zeros(size, dtype=np.int64)
-    last = np.full((len(rows), max(len(row.replies) for row in rows)), -1)
-    right = np.zeros(last.shape, dtype=bool)
-    lm_positions, lm_labels = [], []
-    for i, row in enumerate(rows):
-        begin, end = i * size[1], len(row.context)
-        input_ids[i, :end], token_types[i, :end] = row.context, row.token_types
-        positions[i, :end], segments[i, :end] = row.positions, 0
-        for k, reply in enumerate(row.replies):
-            start, end = end, end + len(reply)
-            input_ids[i, start:end], token_types[i, start:end] = reply, row.token_types[-1]
-            positions[i, start:end] = np.arange(len(reply)) + row.positions[-1] + 1
-            segments[i, start:end] = k + 1
-            # an empty reply's last token is the context's
-            last[i, k] = begin + (end if reply else len(row.context)) - 1
-            right[i, k] = k in row.right or k == row.lm_reply
-            if k == row.lm_reply:
-                lm_positions += [begin + len(row.context) - 1, *range(begin + start, begin + end - 1)][: len(reply)]
-                lm_labels += reply
-    arrays = (
-        input_ids,
-        token_types,
-        positions,
-        segments,
-        last,
-        np.array(lm_positions, dtype=np.int64),
-        np.array(lm_labels, dtype=np.int64),
-        np.array([row.lm_reply for row in rows]),
-        right,
-    )
-    return Batch(*map(torch.from_numpy, arrays))
+    return Fork(context["input_ids"], context["token_type_ids"], positions, replies, len(replies) - 1, right)
 
 
 class BucketSampler(Sampler[list[int]]):
-    """Batches of examples of like length; over all ranks each example occurs once an epoch.
+    """Batches of trees of like length; over all ranks each tree occurs once an epoch.
 
     Batches of `batch_size * world_size` examples are made, of which each rank takes its share, so that the number of
-    processes decides who computes what, not what is computed. Shuffled examples are sorted by length within windows of
+    processes decides who computes what, not what is computed. Shuffled trees are sorted by length within windows of
     `WINDOW` batches, and the batches shuffled again: padding shrinks, and neighbours change from epoch to epoch.
+
+    A tree of several examples is not divided: batches then hold about `batch_size` examples each, a tree at least, and
+    there are as many in each epoch.
+
+    Args:
+        lengths: tokens of each tree.
+        counts: examples of each tree; None = one.
     """
 
     WINDOW = 32
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        counts: Sequence[int] | None = None,
     ):
         self.lengths = np.asarray(lengths)
+        self.counts = np.ones_like(self.lengths) if counts is None else np.asarray(counts)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -315,26 +279,30 @@ class BucketSampler(Sampler[list[int]]):
         self.start = start
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * self.world_size))
+        return min(len(self.lengths), -(-int(self.counts.sum()) // (self.batch_size * self.world_size)))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._global_batches()[self.start :]:
-            yield batch[self.rank :: self.world_size].tolist()  # none of a last batch with fewer examples than ranks
+            yield batch[self.rank :: self.world_size].tolist()  # none of a batch with fewer trees than ranks
 
     def _global_batches(self) -> list[np.ndarray]:
-        size = self.batch_size * self.world_size
         if not self.shuffle:
-            return list(_split(np.argsort(self.lengths, kind="stable"), size))
+            return self._cut(np.argsort(self.lengths, kind="stable"))
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.lengths))
-        batches: list[np.ndarray] = []
-        for window in _split(order, size * self.WINDOW):
-            batches += _split(window[np.argsort(self.lengths[window], kind="stable")], size)
+        window = np.cumsum(self.counts[order]) - self.counts[order]
+        window //= self.batch_size * self.world_size * self.WINDOW
+        batches = self._cut(order[np.lexsort((self.lengths[order], window))])  # a stable sort, as each of its keys' is
         return [batches[i] for i in generator.permutation(len(batches))]
 
-
-def _split(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (array[start : start + size] for start in range(0, len(array), size))
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        """Trees in this order as batches: a batch ends where the examples up to there fill so many batches."""
+        n = len(self)
+        filled = np.arange(1, n) * self.batch_size * self.world_size
+        ends = np.searchsorted(np.cumsum(self.counts[order]), filled) + 1
+        # no batch is empty: each ends after the one before, and leaves a tree for each to come
+        ends = np.maximum.accumulate(ends - np.arange(n - 1)) + np.arange(n - 1)
+        return np.split(order, np.minimum(ends, len(order) - np.arange(n - 1, 0, -1)))
 
 
 def format_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from transfertransfo.data.inputs import Example, Row, context_length, fit, make_row, pack
+from transfertransfo.data.inputs import Example, context_length, fit, make_fork, make_trees, window
 from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.trees import Fork, pack
 from transfertransfo.decoding import Context, Decoding, generate
 from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.metrics import WordProbabilities, rank, read_word_counts, split_words
@@ -48,7 +49,7 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
     turns = []
     for dialog, text_dialog in zip(token_dialogs, text_dialogs):
         for utterance, text_utterance in zip(dialog["utterances"], text_dialog["utterances"]):
-            history, candidates = utterance["history"][-(2 * max_history + 1) :], utterance["candidates"]
+            history, candidates = window(utterance["history"], max_history), utterance["candidates"]
             texts = text_utterance["candidates"]
             turns.append(Turn(Example(dialog["personality"], history, candidates), texts, texts[-1], candidates[-1]))
     return turns
@@ -58,19 +59,10 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
 def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[int]]:
     """The indices of each turn's candidates, the best choice score first."""
     examples = [fit(turn.example, model.n_positions, model.history_start) for turn in turns]
-    # Equal candidates are scored once: rounding, which depends on the place in a row, must not order them.
-    distinct = [list(dict.fromkeys(map(tuple, example.candidates))) for example in examples]
-    rows = []
-    for example, candidates in zip(examples, distinct):
-        example = example._replace(candidates=list(map(list, candidates)))
-        rows.append(make_row(example, tokenizer, model.history_start))
-    batch = pack(rows, tokenizer.pad_token_id).to(model.device)
-    scores = model.choice_scores(model.packed_hidden_states(batch)[batch.last_positions]).tolist()
-    rankings = []
-    for example, candidates, row in zip(examples, distinct, scores):
-        score_of = dict(zip(candidates, row))
-        rankings.append(rank([score_of[tuple(candidate)] for candidate in example.candidates]))
-    return rankings
+    forks = [make_fork(example, tokenizer, model.history_start) for example in examples]
+    batch = pack(forks, tokenizer.pad_token_id, sizes=list(map(len, make_trees(examples))))
+    scores = model.score_candidates(batch).tolist()
+    return [rank(row[: len(example.candidates)]) for example, row in zip(examples, scores)]
 
 
 def reply(
@@ -85,8 +77,8 @@ def reply(
 class LabelScorer:
     """Probabilities of the gold replies' words, as ConvAI2's word perplexity needs them, and losses of their tokens.
 
-    The context of a word is the tokenised text of those before it. One forward serves all words of a reply wherever
-    these contexts are beginnings of the reply's tokens; the others join the packed row as replies of their own.
+    The context of a word is the tokenised text of those before it. Mostly it is a beginning of the reply's tokens, and
+    so costs nothing in a tree.
 
     Args:
         counts: the dictionary, word -> count (`metrics.count_words`).
@@ -117,11 +109,20 @@ class LabelScorer:
         """
         # far more than the model can see: to lay out each beginning of a label without end would fill memory
         words = [split_words(turn.label or "")[: 4 * model.n_positions] for turn in turns]
-        rows, places = self._lay_out(model, turns, words)
-        batch = pack(rows, self.tokenizer.pad_token_id)
-        positions = iter(_flat_positions(rows, places, batch.input_ids.size(1)))
-        at_words = [list(itertools.islice(positions, len(turn_words))) for turn_words in words]
-        labels = [row.replies[0] for row in rows]
+        beginnings = []
+        for row in words:
+            beginnings += [" ".join(row[:i]) for i in range(len(row) + 1)]
+        contexts = iter(tokenize(self.tokenizer, beginnings))
+        examples, forks = [], []
+        for turn, row in zip(turns, words):
+            *befores, whole = itertools.islice(contexts, len(row) + 1)
+            replies = [[*turn.label_ids, self.tokenizer.eos_token_id], *befores]
+            example, fork = self._fork(model, turn, whole, replies)
+            examples.append(example)
+            forks.append(fork)
+        batch = pack(forks, self.tokenizer.pad_token_id, sizes=list(map(len, make_trees(examples))))
+        at_words = [places[1 : 1 + len(row)] for places, row in zip(batch.last_positions.tolist(), words)]
+        labels = [fork.replies[0] for fork in forks]
         at_tokens = [part.tolist() for part in batch.lm_positions.split(list(map(len, labels)))]
         hidden = model.packed_hidden_states(batch.to(model.device))
         results = []
@@ -158,44 +159,18 @@ class LabelScorer:
         """Probability of every word of the dictionary as the next one after `words` of the turn's label."""
         text = " ".join(words if turn.label is None else split_words(turn.label))
         before, whole = tokenize(self.tokenizer, [" ".join(words), text])
-        batch = pack([self._row(model, turn, whole, [before])], self.tokenizer.pad_token_id).to(model.device)
+        _, fork = self._fork(model, turn, whole, [before])
+        batch = pack([fork], self.tokenizer.pad_token_id).to(model.device)
         next_piece = model.lm_logits(model.packed_hidden_states(batch)[-1]).float().softmax(-1)
         return (self.later if words else self.first).distribution(next_piece)
 
-    def _lay_out(
-        self, model: DoubleHeads, turns: Sequence[Turn], words: list[list[str]]
-    ) -> tuple[list[Row], list[tuple[int, int, int]]]:
-        """Rows that begin with the label's own tokens, and for each word its row, the reply in it and the token there.
-
-        The label's text as words, lower-cased and with spaces, mostly has the same tokens; else it is the next reply.
-        """
-        beginnings = []
-        for turn_words in words:
-            beginnings += [" ".join(turn_words[:i]) for i in range(len(turn_words) + 1)]
-        contexts = iter(tokenize(self.tokenizer, beginnings))
-        rows, places = [], []
-        for b, (turn, turn_words) in enumerate(zip(turns, words)):
-            *befores, whole = itertools.islice(contexts, len(turn_words) + 1)
-            replies = [[*turn.label_ids, self.tokenizer.eos_token_id]]
-            if whole != turn.label_ids:
-                replies.append(whole)
-            texts = len(replies)
-            for before in befores:
-                n = len(before)
-                k = next((k for k in range(texts) if replies[k][:n] == before and n < len(replies[k])), len(replies))
-                if k == len(replies):
-                    replies.append(before)
-                places.append((b, k, n))
-            rows.append(self._row(model, turn, whole, replies))
-        return rows, places
-
-    def _row(self, model: DoubleHeads, turn: Turn, whole: list[int], replies: list[list[int]]) -> Row:
-        """A row of replies after the turn's context, shortened as far as the whole label needs the room."""
+    def _fork(self, model: DoubleHeads, turn: Turn, whole: list[int], replies: list[list[int]]) -> tuple[Example, Fork]:
+        """Replies after the turn's context, which is shortened as far as the whole label needs the room."""
         example = turn.example._replace(candidates=[whole, turn.label_ids])
-        example = fit(example, model.n_positions, model.history_start)._replace(candidates=replies)
-        row = make_row(example, self.tokenizer, model.history_start, with_eos=False)
-        room = model.n_positions - row.positions[-1] - 1
-        return row._replace(replies=[reply[:room] for reply in replies], lm_reply=0)
+        example = fit(example, model.n_positions, model.history_start)
+        fork = make_fork(example._replace(candidates=replies), self.tokenizer, model.history_start, with_eos=False)
+        room = model.n_positions - fork.positions[-1] - 1
+        return example, fork._replace(replies=[reply[:room] for reply in replies], lm_reply=0)
 
     def _look_up(self, words: list[list[str]], next_piece: torch.Tensor) -> list[float | None]:
         """Probabilities of all words, of which a reply's first ones stand in a dictionary of their own."""
@@ -206,16 +181,6 @@ class LabelScorer:
             here, next_piece = next_piece[: len(row)], next_piece[len(row) :]
             found += self.first.probabilities(row[:1], here[:1]) + self.later.probabilities(row[1:], here[1:])
         return found
-
-
-def _flat_positions(rows: list[Row], places: list[tuple[int, int, int]], row_length: int) -> list[int]:
-    """Where in a packed batch stands the token before the n-th one of the k-th reply of row b."""
-    positions = []
-    for b, k, n in places:
-        replies = rows[b].replies
-        start = b * row_length + len(rows[b].context) + sum(map(len, replies[:k]))
-        positions.append(start + min(n, len(replies[k])) - 1)  # less than n where a reply is cut
-    return positions
 
 
 def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterator[list[int]]:

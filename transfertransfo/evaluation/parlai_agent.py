@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transfertransfo.cli import ArgumentParser, add_evaluation_flags, set_seed
 from transfertransfo.data.dialogs import read_dialogs
-from transfertransfo.data.inputs import Example
+from transfertransfo.data.inputs import Example, window
 from transfertransfo.data.parlai import PERSONA, SILENCE
 from transfertransfo.data.sources import dataset_files
 from transfertransfo.data.tokenization import tokenize
@@ -162,7 +162,7 @@ class TransformerAgent(Agent):
 
         turns = []
         for dialog in dialogs:
-            history = encode(dialog.history[-(2 * self.max_history + 1) :])
+            history = encode(window(dialog.history, self.max_history))
             example = Example(encode(dialog.persona), history, encode(dialog.candidates))
             turns.append(Turn(example, dialog.candidates, dialog.label, ids[dialog.label or ""]))
         return turns

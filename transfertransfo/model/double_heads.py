@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from transfertransfo.data.inputs import Batch
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
+from transfertransfo.data.trees import Batch
 from transfertransfo.errors import UserError
 from transfertransfo.model.heads import FAMILIES
 from transfertransfo.model.lora import (
@@ -135,16 +135,22 @@ class DoubleHeads(nn.Module):
         return head(hidden.unsqueeze(-2).to(next(head.parameters(), hidden).dtype)).squeeze(-1)
 
     def packed_hidden_states(self, batch: Batch) -> Tensor:
-        """Hidden states of packed rows, in one flat line, as its positions count: (B * T, C)."""
+        """Hidden states of trees, in one flat line, as a batch's positions count: (B * T, C)."""
         hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
         return hidden.flatten(0, 1)
 
+    def score_candidates(self, batch: Batch) -> Tensor:
+        """Choice scores of a batch's replies, (E, K), those of equal replies equal to the last digit."""
+        positions, places = batch.last_positions.unique(return_inverse=True)
+        scores = self.choice_scores(self.packed_hidden_states(batch.to(self.device))[positions.to(self.device)])
+        return scores[places.to(self.device)]
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both heads over packed rows, each only where it is asked for.
+        """Both heads over trees, each only where it is asked for.
 
         Returns:
-            lm_logits: (number of lm_positions, vocabulary).
-            choice_scores: (B, K), -inf where a row has fewer than K replies.
+            lm_logits: (N, vocabulary), N as in `Batch`.
+            choice_scores: (E, K), -inf where a fork has fewer than K replies.
         """
         hidden = self.packed_hidden_states(batch)
         scores = self.choice_scores(hidden[batch.last_positions])

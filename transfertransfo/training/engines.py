@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from transfertransfo.data.inputs import IGNORED, Batch
+from transfertransfo.data.trees import IGNORED, Batch
 from transfertransfo.model.lora import HEAD
 from transfertransfo.training.precision import Precision
 

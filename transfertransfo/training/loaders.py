@@ -1,8 +1,9 @@
-"""Loaders of packed batches, each process's share of the examples."""
+"""Loaders of batches of trees, each process's share of the examples."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import ignite.distributed as idist
 import torch
@@ -10,15 +11,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.inputs import (
-    IGNORED,
-    Batch,
     BucketSampler,
     Example,
     format_example,
     make_examples,
-    make_row,
-    pack,
+    make_fork,
+    make_trees,
+    tree_length,
 )
+from transfertransfo.data.trees import IGNORED, Batch, pack
 from transfertransfo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,18 +57,20 @@ def make_loaders(
     max_history: int,
     num_candidates: int,
     personality_permutations: int,
+    by_dialog: bool,
     train_batch_size: int,
     valid_batch_size: int,
     seed: int,
     multiple: int,
 ) -> Loaders:
-    """Loaders of packed batches, and their samplers: train, valid, train, valid; without valid dialogs None.
+    """Loaders of batches of trees, and their samplers: train, valid, train, valid; without valid dialogs None.
 
     Args:
         right_places: of each valid example the candidates that read like the gold one; any of them is a hit.
         num_candidates: of a training example (0 = all); a valid example has all.
+        by_dialog: whether a training batch holds whole dialogs; one of the valid split always does.
         seed: decides the order of the training examples.
-        multiple: of which the length of a packed row is one, in tokens.
+        multiple: of which the length of a tree is one, in tokens.
     """
     train = make_examples(
         train_dialogs, max_history, n_positions, num_candidates, personality_permutations, history_start
@@ -75,10 +78,11 @@ def make_loaders(
     collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
     # every process takes part in a training step, so where a share is empty one works on what does not count
     collate_or_fill = partial(collate, filler=train[0])
+    trees = make_trees(train) if by_dialog else [[example] for example in train]
     train_loader, train_sampler = make_loader(
-        train, collate_or_fill, batch_size=train_batch_size, shuffle=True, seed=seed
+        trees, collate_or_fill, batch_size=train_batch_size, shuffle=True, seed=seed
     )
-    log_examples("train", train, train_sampler)
+    log_examples("train", trees, train_sampler)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
     if valid_dialogs is None:
         return train_loader, None, train_sampler, None
@@ -87,30 +91,32 @@ def make_loaders(
     valid = [example._replace(right=places) for example, places in zip(valid, right_places, strict=True)]
     if sole := sum(len(example.candidates) == 1 for example in valid):
         logger.warning("accuracy: %d of %d valid replies are the only candidate, always a hit", sole, len(valid))
-    valid_loader, valid_sampler = make_loader(valid, collate, batch_size=valid_batch_size, shuffle=False)
-    log_examples("valid", valid, valid_sampler)
+    trees = make_trees(valid)
+    valid_loader, valid_sampler = make_loader(trees, collate, batch_size=valid_batch_size, shuffle=False)
+    log_examples("valid", trees, valid_sampler)
     return train_loader, valid_loader, train_sampler, valid_sampler
 
 
 def make_loader(
-    examples: list[Example],
-    collate: Callable[[list[Example]], Batch | None],
+    trees: list[list[Example]],
+    collate: Callable[[list[list[Example]]], Batch | None],
     *,
     batch_size: int,
     shuffle: bool,
     seed: int = 0,
 ) -> tuple[DataLoader, BucketSampler]:
-    """A loader of packed batches, of this process's share of the examples, and its sampler."""
+    """A loader of batches of about `batch_size` examples, of this process's share of the trees, and its sampler."""
     sampler = BucketSampler(
-        [example.row_length for example in examples],
+        list(map(tree_length, trees)),
         batch_size,
         shuffle=shuffle,
         seed=seed,
         rank=idist.get_rank(),
         world_size=idist.get_world_size(),
+        counts=list(map(len, trees)),
     )
     loader: DataLoader = DataLoader(
-        examples,  # type: ignore[arg-type]  # torch takes any sequence
+        trees,  # type: ignore[arg-type]  # torch takes any sequence
         batch_sampler=sampler,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -120,27 +126,29 @@ def make_loader(
 
 
 def pack_examples(
-    examples: list[Example],
+    trees: Sequence[Sequence[Example]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     history_start: int,
     multiple: int,
     filler: Example | None = None,
 ) -> Batch | None:
-    """A batch of examples; of none, as a process's share of a last batch may be, `filler` without labels, or None."""
-    rows = [make_row(example, tokenizer, history_start) for example in examples]
-    if not rows and filler:
-        rows = [make_row(filler, tokenizer, history_start)._replace(lm_reply=IGNORED)]
-    return pack(rows, tokenizer.pad_token_id, multiple) if rows else None
+    """A batch of trees; of none, as a process's share of a batch may be, `filler` without labels, or None."""
+    forks = [make_fork(example, tokenizer, history_start) for example in chain.from_iterable(trees)]
+    sizes = list(map(len, trees))
+    if not forks and filler:
+        forks, sizes = [make_fork(filler, tokenizer, history_start)._replace(lm_reply=IGNORED)], [1]
+    return pack(forks, tokenizer.pad_token_id, multiple, sizes) if forks else None
 
 
-def log_examples(split: str, examples: list[Example], sampler: BucketSampler) -> None:
-    candidates = max(len(example.candidates) for example in examples)
+def log_examples(split: str, trees: list[list[Example]], sampler: BucketSampler) -> None:
+    candidates = max(len(example.candidates) for example in chain.from_iterable(trees))
     logger.info(
-        "%s: %d examples of up to %d candidates, %d tokens in packed rows, the longest %d",
+        "%s: %d examples of up to %d candidates, %d tokens in %d trees, the longest %d",
         split,
-        len(examples),
+        sampler.counts.sum(),
         candidates,
         sampler.lengths.sum(),
+        len(trees),
         sampler.lengths.max(),
     )
