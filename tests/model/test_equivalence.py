@@ -173,3 +173,27 @@ def test_equal_candidates_have_equal_scores(model: DoubleHeads, tokenizer):
         scores = model.score_candidates(pack_trees(make_trees(examples), tokenizer, 0))
     assert len(scores[0].unique()) == 3 and (scores == scores[0]).all()
     assert scores[0, 0] == scores[0, 2] == scores[0, 5] and scores[0, 1] == scores[0, 4]
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("max_history", [0, 1, -1])
+def test_attention_by_blocks_is_attention(model: DoubleHeads, tokenizer, monkeypatch, block, max_history):
+    monkeypatch.setattr("transfertransfo.data.trees.BLOCK", block)
+    batch = pack_trees(make_trees(make_examples(dialogs(20), max_history, model.n_positions)), tokenizer, 0)
+    blocks = batch.blocks()
+    assert blocks is not None or block == 64
+    found = []
+    for mask in (blocks or batch.attention_mask(), batch.attention_mask()):
+        hidden = model.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, mask).flatten(0, 1)
+        read = hidden[batch.last_positions[:, -1]], hidden[batch.lm_positions]
+        model.zero_grad()
+        sum(part.pow(2).sum() for part in read).backward()
+        found.append([*read, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_that_need_most_keys_are_none(tokenizer):
+    """Of one turn, or one candidate and the whole history, they would cost more."""
+    assert pack([make_fork(Example([[5] * 60], [[6] * 60], [[7] * 60]), tokenizer)], 0).blocks() is None

@@ -20,8 +20,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
-from transfertransfo.data.trees import Batch
+from transfertransfo.data.trees import Batch, Blocks
 from transfertransfo.errors import UserError
+from transfertransfo.model.gpt import GPTModel
 from transfertransfo.model.heads import FAMILIES
 from transfertransfo.model.lora import (
     HEAD,
@@ -95,14 +96,15 @@ class DoubleHeads(nn.Module):
         input_ids: Tensor,
         token_type_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Blocks | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """Last hidden states.
 
         Args:
             input_ids, token_type_ids, position_ids: (B, T), int64.
-            attention_mask: (B, 1, T, past + T), True where a query attends to a key; None = causal.
+            attention_mask: (B, 1, T, past + T), True where a query attends to a key; None = causal. GPT takes it
+                by blocks too.
             past_key_values: a cache, extended in place by these T positions.
 
         Returns:
@@ -114,7 +116,7 @@ class DoubleHeads(nn.Module):
             embedded = embeddings(torch.stack([input_ids, token_type_ids])).sum(0)
         else:
             embedded = embeddings(input_ids)
-        if self.additive_mask and attention_mask is not None:
+        if self.additive_mask and isinstance(attention_mask, Tensor):
             lowest = torch.finfo(embedded.dtype).min
             attention_mask = torch.zeros_like(attention_mask, dtype=embedded.dtype).masked_fill(~attention_mask, lowest)
         return self.pretrained.base_model(
@@ -136,8 +138,10 @@ class DoubleHeads(nn.Module):
 
     def packed_hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states of trees, in one flat line, as a batch's positions count: (B * T, C)."""
-        hidden = self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.attention_mask())
-        return hidden.flatten(0, 1)
+        # on a GPU their number would make lengths that a compiled model is compiled for
+        by_blocks = isinstance(self.pretrained.base_model, GPTModel) and self.device.type == "cpu"
+        mask = (batch.blocks() if by_blocks else None) or batch.attention_mask()
+        return self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, mask).flatten(0, 1)
 
     def score_candidates(self, batch: Batch) -> Tensor:
         """Choice scores of a batch's replies, (E, K), those of equal replies equal to the last digit."""

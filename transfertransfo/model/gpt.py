@@ -6,12 +6,14 @@ Parameters keep transformers' names: a checkpoint is exchanged with transformers
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import Cache, OpenAIGPTConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.openai.modeling_openai import MLP, OpenAIGPTModel
 from transformers.pytorch_utils import Conv1D
+
+from transfertransfo.data.trees import Blocks
 
 
 class GPTAttention(nn.Module):
@@ -26,22 +28,44 @@ class GPTAttention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | Blocks | None, past_key_values: Cache | None) -> Tensor:
         # (B, T, 3 * C) -> 3 of (B, heads, T, C / heads)
         query, key, value = (
             part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1)
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)
-        attended = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=attention_mask is None and query.size(2) > 1,
-        )
+        dropout = self.attn_pdrop if self.training else 0.0
+        if isinstance(attention_mask, Blocks):
+            attended = attend_by_blocks(query, key, value, attention_mask, dropout)
+        else:
+            attended = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                dropout_p=dropout,
+                is_causal=attention_mask is None and query.size(2) > 1,
+            )
         return self.resid_dropout(self.c_proj(attended.transpose(1, 2).flatten(2)))
+
+
+def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, dropout: float) -> Tensor:
+    """Attention where each block of queries sees the keys gathered for it: (B, heads, T, D) -> (B, heads, T, D)."""
+    rows, _, length, _ = query.shape
+    n, most = blocks.keys.shape[1:]
+    size = blocks.mask.size(2)
+
+    def gathered(x: Tensor) -> Tensor:  # (B, heads, T, D) -> (B * n, heads, M, D)
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return flat.index_select(0, blocks.keys.flatten()).unflatten(0, (rows * n, most)).transpose(1, 2)
+
+    # (B, heads, T, D) -> (B * n, heads, Q, D)
+    cut = pad(query, (0, 0, 0, n * size - length)).unflatten(2, (n, size)).transpose(1, 2).flatten(0, 1)
+    attended = scaled_dot_product_attention(
+        cut, gathered(key), gathered(value), attn_mask=blocks.mask, dropout_p=dropout
+    )
+    return attended.unflatten(0, (rows, n)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 class GPTBlock(GradientCheckpointingLayer):
@@ -56,7 +80,7 @@ class GPTBlock(GradientCheckpointingLayer):
             self.mlp.act = nn.GELU(approximate="tanh")  # transformers' function, in one pass instead of eight
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | Blocks | None, past_key_values: Cache | None) -> Tensor:
         x = self.ln_1(x + self.attn(x, attention_mask, past_key_values))
         return self.ln_2(x + self.mlp(x))
 
@@ -74,14 +98,17 @@ class GPTModel(OpenAIGPTModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Blocks | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         **_: object,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, T, C). `attention_mask`: boolean (B, 1, T, keys), True where attended; None = causal."""
+        """Hidden states (B, T, C).
+
+        `attention_mask`: boolean (B, 1, T, keys), True where attended; or the same by blocks; None = causal.
+        """
         x = self.tokens_embed(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is not None:
             x = x + self.tokens_embed(token_type_ids)
