@@ -1,4 +1,4 @@
-"""A training step: forward, backward, clipping and AdamW, of packed rows, and of a sequence a candidate."""
+"""A training step: forward, backward, clipping and AdamW, of trees, and of a sequence a candidate."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +10,7 @@ from benchmarks import reference
 from benchmarks.measure import check_close, check_equal, figure, in_turn, ratio
 from benchmarks.setting import Setting, spread, training_args
 from train import make_optimisation
-from transfertransfo.data.inputs import BucketSampler, Example, make_fork
+from transfertransfo.data.inputs import BucketSampler, Example, make_fork, make_trees
 from transfertransfo.data.trees import Batch, pack
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.training.engines import create_trainer, distributed_losses, make_adamw
@@ -23,10 +23,12 @@ class PackedTraining:
     """This project's own trainer.
 
     Attributes:
-        multiple: of which the length of a packed row is one, in tokens.
+        multiple: of which the length of a tree is one, in tokens.
+        by_dialog: whether examples that follow one another in a dialog share a tree.
     """
 
     multiple = 1
+    by_dialog = False
 
     def __init__(self, setting: Setting, level: str = "", model: DoubleHeads | None = None):
         self.model, self.tokenizer = model or setting.model, setting.tokenizer
@@ -38,14 +40,15 @@ class PackedTraining:
         self.trainer = create_trainer(self.model, precision, optimisation, self.device)
 
     def step(self, examples: list[Example]) -> None:
-        self.trainer.run([self._batch(examples)])
+        self.trainer.run([self.batch(examples)])
 
     def losses(self, examples: list[Example]) -> torch.Tensor:
-        return distributed_losses(self.model, self._batch(examples).to(self.device))
+        return distributed_losses(self.model, self.batch(examples).to(self.device))
 
-    def _batch(self, examples: list[Example]) -> Batch:
-        rows = [make_fork(example, self.tokenizer) for example in examples]
-        return pack(rows, self.tokenizer.pad_token_id, self.multiple)
+    def batch(self, examples: list[Example]) -> Batch:
+        trees = make_trees(examples) if self.by_dialog else [[example] for example in examples]
+        forks = [make_fork(example, self.tokenizer) for example in examples]
+        return pack(forks, self.tokenizer.pad_token_id, self.multiple, [len(tree) for tree in trees])
 
 
 class PaddedTraining:

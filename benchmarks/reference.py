@@ -146,6 +146,54 @@ def training_step(
     return loss.item()
 
 
+def conversation_tensors(
+    dialogs: list[Example], tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """What a language model is trained on whole conversations with: a sequence each, all its own replies labelled.
+
+    Args:
+        dialogs: the last turn of each, with the whole history.
+    """
+    columns = defaultdict(list)
+    for dialog in dialogs:
+        instance = build_input_from_segments(
+            dialog.persona, dialog.history, dialog.candidates[-1], tokenizer, lm_labels=True
+        )
+        place = 1 + sum(map(len, dialog.persona))
+        for i, turn in enumerate(dialog.history):
+            place += 1  # its speaker
+            if (len(dialog.history) - i) % 2 == 0:
+                instance["lm_labels"][place : place + len(turn)] = turn
+            place += len(turn)
+        for name in PADDED_INPUTS:
+            columns[name].append(instance[name])
+    longest = max(map(len, columns["input_ids"]))
+    fillers = {"lm_labels": IGNORED}
+    rows = {
+        name: torch.tensor(
+            [
+                values + [fillers.get(name, tokenizer.pad_token_id)] * (longest - len(values))
+                for values in columns[name]
+            ],
+            device=device,
+        )
+        for name in PADDED_INPUTS
+    }
+    return {"input_ids": rows["input_ids"], "token_type_ids": rows["token_type_ids"], "labels": rows["lm_labels"]}
+
+
+def language_model_step(
+    lm: PreTrainedModel, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, args: Namespace
+) -> float:
+    """As `training_step`, of the language model's loss alone."""
+    loss = lm(**batch).loss
+    loss.backward()
+    clip_grad_norm_(lm.parameters(), args.max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 # ---- evaluation ----
 
 

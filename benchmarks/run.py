@@ -26,6 +26,7 @@ from benchmarks.bench_data import data, scaling  # noqa: E402
 from benchmarks.bench_distributed import distributed  # noqa: E402
 from benchmarks.bench_evaluation import f1, f1_gold_lengths, hits, small_word_ppl, word_ppl  # noqa: E402
 from benchmarks.bench_training import candidates, training  # noqa: E402
+from benchmarks.bench_trees import dialog_evaluation, dialog_memory, dialogs  # noqa: E402
 from benchmarks.measure import format_row, json_line  # noqa: E402
 from benchmarks.setting import FULL, QUICK, Setting  # noqa: E402
 from transfertransfo.cli import ArgumentParser, number, run_script  # noqa: E402
@@ -36,6 +37,9 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[dict]]] = {
     "scaling": scaling,
     "training": training,
     "candidates": candidates,
+    "dialogs": dialogs,
+    "dialogs-memory": dialog_memory,
+    "dialogs-evaluation": dialog_evaluation,
     "distributed": distributed,
     "hits@1": hits,
     "ppl": word_ppl,

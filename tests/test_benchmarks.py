@@ -12,7 +12,7 @@ from benchmarks import bench_data, bench_evaluation, gpu, reference, run
 from benchmarks.measure import Difference, Seconds, check_close, figure, in_child, in_turn, ratio
 from benchmarks.setting import QUICK, Setting, Shape
 
-losses = reference.losses
+losses, conversation_tensors = reference.losses, reference.conversation_tensors
 TINY = QUICK._replace(shape=Shape(1, 16, 2, 8192), small=Shape(1, 16, 2, 8192), turns=2, longest=0)
 
 
@@ -23,7 +23,7 @@ def setting(tmp_path, example_json) -> Setting:
     return Setting(str(path), str(ROOT / "example" / "model"), tmp_path, TINY)
 
 
-IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling", "distributed")]
+IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling", "distributed", "dialogs-memory")]
 
 
 @pytest.mark.parametrize("name", IN_ONE_PROCESS)
@@ -54,11 +54,17 @@ def test_repeated_dataset_is_the_dialogs_again(setting, tmp_path):
     assert repeated == {split: dialogs * 3 for split, dialogs in dataset.items()}
 
 
+def shifted(*arguments) -> dict[str, torch.Tensor]:
+    batch = conversation_tensors(*arguments)
+    return batch | {"labels": batch["labels"].roll(1, -1)}
+
+
 @pytest.mark.parametrize(("name", "function", "wrong"), [
     ("hits@1", "rank_candidates", lambda *_: list(range(20))),
     ("f1", "greedy_reply", lambda *_: [7] * 20),
     ("chat", "greedy_reply", lambda *_: [7] * 20),
     ("ppl", "next_token_logits", lambda *_: torch.zeros(8192)),
+    ("dialogs", "conversation_tensors", lambda *arguments: shifted(*arguments)),
     ("training", "losses", lambda plain, batch: losses(plain, batch | {"lm_labels": batch["lm_labels"].roll(1, -1)})),
 ])  # fmt: skip
 def test_a_side_that_differs_is_caught(name, function, wrong, setting, monkeypatch):

@@ -12,7 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import OpenAIGPTTokenizer
 
 from transfertransfo.data.dataset import load_dataset
-from transfertransfo.data.inputs import Example, build_input_from_segments
+from transfertransfo.data.inputs import (
+    Example,
+    build_input_from_segments,
+    context_length,
+    make_trees,
+    tree_length,
+)
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
 from transfertransfo.decoding import Decoding
 from transfertransfo.evaluation.evaluator import Evaluator, LabelScorer, Turn, by_length, make_turns, rank_candidates
@@ -263,9 +269,31 @@ def test_nothing_to_measure_asks_for_a_reply(model, tokenizer):
         assert [set(result) for result in evaluator([chat, measured, chat])] == [{"reply"}, keys, {"reply"}]
 
 
-def test_batches_hold_like_lengths_and_every_turn_once(turns):
-    batches = list(by_length(turns, 3))
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    lengths = [turns[i].example.row_length for batch in batches for i in batch]
-    assert lengths == sorted(lengths, reverse=True)
+@pytest.mark.parametrize("measured", ["all", "hits@1", "ppl", "f1"])
+def test_batches_hold_every_turn_once_and_the_turns_of_a_dialog_together(turns, measured):
+    batches = list(by_length(turns, 3, measured))
     assert sorted(i for batch in batches for i in batch) == list(range(7))
+    examples = [turn.example for turn in turns]
+    trees = [tree for batch in batches for tree in make_trees([examples[i] for i in batch])]
+    if measured == "f1":
+        assert [len(batch) for batch in batches] == [1, 3, 3]
+        lengths = [context_length(examples[i].persona, examples[i].history) for batch in batches for i in batch]
+        assert lengths == sorted(lengths, reverse=True)
+    else:
+        assert sorted(map(len, trees)) == sorted(map(len, make_trees(examples)))
+        if measured != "ppl":
+            lengths = [tree_length(tree) for tree in trees]
+            assert lengths == sorted(lengths, reverse=True)
+
+
+def test_figures_do_not_depend_on_what_shares_a_tree(model, tokenizer, turns):
+    """Turns of one dialog in one tree, or each in a batch of its own."""
+    evaluator = Evaluator(model, tokenizer, "all", GREEDY, counts=lambda: {"yes": 1, "do": 2, "i": 3})
+    examples = [turn.example._replace(candidates=turn.example.candidates[-5:]) for turn in turns]
+    turns = [turn._replace(example=example) for turn, example in zip(turns, examples)]
+    assert len(make_trees([turn.example for turn in turns])) < len(turns)
+    for together, turn in zip(evaluator(turns), turns, strict=True):
+        (alone,) = evaluator([turn])
+        assert together["ranking"] == alone["ranking"] and together["reply"] == alone["reply"]
+        assert_same_words(together["words"], split_words(turn.label), [p for _, p in alone["words"]])
+        assert together["token_nll"] == pytest.approx(alone["token_nll"], rel=1e-5)

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from transfertransfo.data.inputs import Example, context_length, fit, make_fork, make_trees, window
+from transfertransfo.data.inputs import (
+    BucketSampler,
+    Example,
+    context_length,
+    fit,
+    make_fork,
+    make_trees,
+    tree_length,
+    window,
+)
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.data.trees import Fork, pack
 from transfertransfo.decoding import Context, Decoding, generate
@@ -184,20 +193,26 @@ class LabelScorer:
 
 
 def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterator[list[int]]:
-    """Indices of turns in batches of like length, the longest first, so that memory that is too small shows at once.
+    """Indices of turns in batches of about `size`, those of a dialog together, the longest first.
+
+    Memory that is too small then shows at once, and a batch has rows of like length.
 
     Args:
-        measured: as in `Evaluator`. It decides which tokens of a turn the model reads. If the candidates were counted
-            where it does not read them, a fifth of a batch would be padding.
+        measured: as in `Evaluator`. It decides which tokens of a turn the model reads. Replies share none.
     """
+    examples = [turn.example for turn in turns]
     if measured in ("ppl", "f1"):
-        lengths = [context_length(turn.example.persona, turn.example.history) for turn in turns]
-        if measured == "ppl":
-            lengths = [length + len(turn.label_ids) for length, turn in zip(lengths, turns)]
+        examples = [turn.example._replace(candidates=[turn.label_ids]) for turn in turns]
+    if measured == "f1":
+        trees = [[example] for example in examples]
+        lengths = [context_length(example.persona, example.history) for example in examples]
     else:
-        lengths = [turn.example.row_length for turn in turns]
-    order = sorted(range(len(turns)), key=lambda i: -lengths[i])
-    return (order[start : start + size] for start in range(0, len(order), size))
+        trees = make_trees(examples)
+        lengths = list(map(tree_length, trees))
+    counts = list(map(len, trees))
+    starts = [0, *itertools.accumulate(counts)]
+    for batch in reversed(list(BucketSampler(lengths, size, shuffle=False, counts=counts))):
+        yield [i for tree in reversed(batch) for i in range(starts[tree], starts[tree + 1])]
 
 
 class Evaluator:
