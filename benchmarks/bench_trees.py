@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from benchmarks import reference
 from benchmarks.bench_training import PackedTraining
 from benchmarks.measure import check_close, check_equal, figure, in_child, in_turn, ratio
-from benchmarks.setting import Setting, Sizes, spread, training_args
+from benchmarks.setting import DECODING, Setting, Sizes, spread, training_args
 from transfertransfo.data.inputs import Example, make_examples
 from transfertransfo.evaluation.evaluator import Evaluator, Turn
 from transfertransfo.evaluation.metrics import count_words
@@ -108,9 +108,7 @@ def dialog_evaluation(setting: Setting) -> Iterator[dict]:
     dataset = setting.dataset
     counts = count_words(dataset.all_dialogs(dataset.texts))
     for measured, goal in (("hits@1", ">= 1.1"), ("ppl", ">= 1.5")):
-        evaluator = Evaluator(
-            setting.model, setting.tokenizer, Namespace(eval_type=measured, gpt2_ppl="spaced"), lambda: counts
-        )
+        evaluator = Evaluator(setting.model, setting.tokenizer, measured, DECODING, counts=lambda: counts)
         groups = list(conversations(setting.turns))
         batches = [groups[start : start + DIALOGS] for start in range(0, len(groups) - DIALOGS + 1, DIALOGS)]
         batches = spread(batches, setting.sizes.repetitions)
