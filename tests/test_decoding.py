@@ -18,6 +18,7 @@ from transfertransfo.decoding import (
     CachedRows,
     Context,
     Decoding,
+    Memory,
     beam_search,
     candidate_replies,
     decode,
@@ -395,3 +396,116 @@ def test_rows_that_have_ended_say_so(model, tokenizer):
     steps = list(decode(model, CONTEXTS, tokenizer, args))
     assert [list(itertools.chain(*gained)) for gained in zip(*steps)] == want
     assert len(steps) == max(map(len, want))
+
+
+# A chat's turns, one after another
+
+
+def chat_contexts(replies_of, max_history: int, turns: int = 4):
+    """The contexts of a chat in which each reply joins the history."""
+    persona, history = [[10, 11, 12], [13, 14]], []
+    for turn in range(turns):
+        history = [*history, [20 + turn, 21, 22]]
+        context = (persona, history if max_history < 0 else history[-(2 * max_history + 1) :])
+        yield context
+        history = [*history, replies_of(context)]
+
+
+@of_every_family
+@pytest.mark.parametrize("changed", [
+    {}, {"num_beams": 3}, {"no_sample": False, "num_samples": 3, "rank": True}, {"no_sample": False},
+])  # fmt: skip
+@pytest.mark.parametrize("max_history", [1, -1])
+def test_a_chat_with_a_memory_is_one_without(model, tokenizer, changed, max_history):
+    memory, decoding = Memory(), options(min_length=3, **changed)
+
+    def replies_of(context) -> list[int]:
+        found = []
+        for given in (None, memory):
+            torch.manual_seed(len(context[1]))
+            found.append(candidate_replies(model, [context], tokenizer, decoding, memory=given)[0])
+        assert found[0] == found[1] and found[0][0]
+        return found[0][0]
+
+    assert len(list(chat_contexts(replies_of, max_history))) == 4
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_a_turn_encodes_what_the_memory_does_not_serve(model, tokenizer, monkeypatch):
+    """With the whole history: the partner's words, two speakers, and the reply's last word if the cache lacks it."""
+    encoded, memory = [], Memory()
+    hidden_states = type(model).hidden_states
+    monkeypatch.setattr(
+        type(model),
+        "hidden_states",
+        lambda self, ids, *rest: encoded.append(ids.size(1)) or hidden_states(self, ids, *rest),
+    )
+
+    def replies_of(context) -> list[int]:
+        return candidate_replies(model, [context], tokenizer, options(min_length=8), memory=memory)[0][0]
+
+    *_, (persona, history) = chat_contexts(replies_of, -1)
+    first, *later = [count for count in encoded if count > 1]
+    assert first == 1 + 5 + 1 + 3 + 1 and later == [1 + 1 + 3 + 1] * 3
+    encoded.clear()
+    candidate_replies(model, [([[9], *persona[1:]], history)], tokenizer, options(), memory=memory)
+    assert (
+        encoded[0]
+        == len(build_input_from_segments([[9], *persona[1:]], history, [], tokenizer, with_eos=False)["input_ids"]) - 1
+    )
+
+
+def test_logits_after_a_memory_are_those_of_the_whole_sequence(model, tokenizer):
+    memory = Memory()
+    for persona, history in chat_contexts(
+        lambda context: candidate_replies(model, [context], tokenizer, options(), memory=memory)[0][0], -1
+    ):
+        sequence = build_input_from_segments(persona, history, [], tokenizer, with_eos=False)
+        sequence["position_ids"] = context_positions(persona, history)
+        with torch.inference_mode():
+            rows = memory.encode(model, [sequence], 8)
+        assert_close(rows.logits[0], next_logits(model, (persona, history), [], tokenizer), atol=1e-5, rtol=1e-5)
+
+
+def test_an_interrupted_reply_leaves_a_memory_that_serves(model, tokenizer, monkeypatch):
+    """Ctrl-C may come between two layers of a forward."""
+    memory, context = Memory(), CONTEXTS[2]
+    wanted = candidate_replies(model, [context], tokenizer, options(min_length=8))[0]
+    lm_logits, calls = type(model).lm_logits, []
+
+    def interrupted(self, hidden):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return lm_logits(self, hidden)
+
+    monkeypatch.setattr(type(model), "lm_logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        candidate_replies(model, [context], tokenizer, options(min_length=8), memory=memory)
+    assert candidate_replies(model, [context], tokenizer, options(min_length=8), memory=memory)[0] == wanted
+
+
+@of_every_family
+def test_rows_leave_a_batch_of_greedy_replies_when_they_have_ended(model, tokenizer, monkeypatch):
+    """The others go on as if they had been alone; n-grams of a context stay with it."""
+    sizes, hidden_states = [], type(model).hidden_states
+
+    def counted(self, ids, *rest):
+        sizes.append(len(ids))
+        return hidden_states(self, ids, *rest)
+
+    # each token once in a reply, so that there are many; then one of them ends replies
+    contexts = [(persona, [[20 + i], *history]) for i in range(3) for persona, history in CONTEXTS]
+    decoding = options(block_history_ngram=1, no_repeat_ngram_size=1, max_length=12, min_length=0)
+    monkeypatch.setattr("transfertransfo.decoding.special_ids", lambda tokenizer: [tokenizer.eos_token_id])
+    endless = [generate(model, [context], tokenizer, decoding)[0] for context in contexts]
+    lengths = {end: [[*reply, end].index(end) for reply in endless] for end in set(itertools.chain(*endless))}
+    end = max(lengths, key=lambda end: len(set(lengths[end])))
+    assert len(set(lengths[end])) > 1
+    monkeypatch.setattr("transfertransfo.decoding.special_ids", lambda tokenizer: [end, tokenizer.eos_token_id])
+    monkeypatch.setattr(type(model), "hidden_states", counted)
+    replies = generate(model, contexts, tokenizer, decoding)
+    assert replies == [reply[:length] for reply, length in zip(endless, lengths[end])]
+    assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True)
+    if sum(length < 8 for length in lengths[end]) > 3:
+        assert sizes[-1] < 12

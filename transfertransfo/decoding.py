@@ -23,6 +23,8 @@ from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads
 
+LEAVE = 4  # a batch of greedy replies is made smaller when one row in so many has ended
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
@@ -103,6 +105,7 @@ def candidate_replies(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     prefix: list[int] | None = None,
+    memory: "Memory | None" = None,
 ) -> list[list[list[int]]]:
     """All replies to each context. The first of them is the one to give.
 
@@ -111,12 +114,13 @@ def candidate_replies(
 
     Args:
         prefix: the first tokens of every reply, if they are given already.
+        memory: as in `decode`.
     """
     if decoding.num_beams:
-        found = beam_search(model, contexts, tokenizer, decoding, prefix)
+        found = beam_search(model, contexts, tokenizer, decoding, prefix, memory)
     else:
         rows = [list(prefix or []) for _ in range(len(contexts) * decoding.num_samples)]
-        for step in decode(model, contexts, tokenizer, decoding, prefix):
+        for step in decode(model, contexts, tokenizer, decoding, prefix, memory):
             for reply, tokens in zip(rows, step):
                 reply += tokens
         found = [rows[start : start + decoding.num_samples] for start in range(0, len(rows), decoding.num_samples)]
@@ -204,6 +208,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self._extended("keys", key_states), self._extended("values", value_states)
         return self.keys, self.values
 
+    def cut_(self, length: int) -> None:
+        """Keep the first tokens only."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+
     def _extended(self, name: str, new: Tensor) -> Tensor:
         kept, room = getattr(self, name), self.rooms.get(name)
         start = kept.size(-2) if kept.numel() else 0
@@ -222,10 +231,14 @@ class CachedRows:
 
     Attributes:
         logits: of each row's next token, (R, vocabulary), float32.
+        held: of one sequence and its copies, the tokens, types and positions that the first row's cache begins with.
     """
 
-    def __init__(self, model: DoubleHeads, sequences: list[dict], new_tokens: int):
-        """Encode sequences of `input_ids`, `token_type_ids` and `position_ids`, for `new_tokens` more at most."""
+    def __init__(self, model: DoubleHeads, sequences: list[dict], new_tokens: int, earlier: "CachedRows | None" = None):
+        """Encode sequences of `input_ids`, `token_type_ids` and `position_ids`, for `new_tokens` more at most.
+
+        `earlier` rows serve a sequence as far as it begins as their first one does. They are of no use from then on.
+        """
         self.model = model
         # aligned on the right, so that every row goes on in the same column
         lengths = torch.tensor([len(row["input_ids"]) for row in sequences], device=model.device)[:, None]  # (R, 1)
@@ -236,17 +249,39 @@ class CachedRows:
             return torch.tensor(rows, device=model.device)
 
         ids, types, positions = map(aligned, ("input_ids", "token_type_ids", "position_ids"))
+        self.held: list[tuple[int, int, int]] = []
+        if len(sequences) == 1:
+            self.held = list(zip(*(sequences[0][name] for name in ("input_ids", "token_type_ids", "position_ids"))))
         column = torch.arange(columns + new_tokens, device=model.device)
         self.attended = column >= columns - lengths  # (R, all columns)
         self.ragged = bool((lengths < columns).any())
-        causal = column[:columns, None] >= column[:columns]
-        # a padding column attends to itself alone, so that no softmax is empty
-        itself = column[:columns, None] == column[:columns]
-        mask = (causal & self.attended[:, None, None, :columns]) | itself if self.ragged else None
-        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
-        hidden = model.hidden_states(ids, types, positions, mask, self.cache)[:, -1]
+        served = earlier.serve_(self.held) if earlier else 0
+        self.cache: Cache = earlier.cache if earlier and served else Cache(layer_class_to_replicate=RoomyLayer)
+        mask = None
+        if self.ragged or served:
+            causal = column[served:columns, None] >= column[:columns]
+            # a padding column attends to itself alone, so that no softmax is empty
+            itself = column[served:columns, None] == column[:columns]
+            mask = (causal & self.attended[:, None, None, :columns]) | itself
+        new = slice(served, columns)
+        hidden = model.hidden_states(ids[:, new], types[:, new], positions[:, new], mask, self.cache)[:, -1]
         self.logits = model.lm_logits(hidden).float()
         self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token
+        self.certain = columns  # that all copies of a row have in common
+
+    def serve_(self, wanted: list[tuple[int, int, int]]) -> int:
+        """Cut the cache down to what a sequence begins with; returns the number of tokens, less than its length."""
+        pairs = zip(self.held, wanted[:-1])  # the last one's hidden state is needed
+        length = next(
+            (i for i, (held, other) in enumerate(pairs) if held != other), min(len(self.held), len(wanted) - 1)
+        )
+        if length:
+            if len(self.logits) > 1:
+                self.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=self.logits.device))
+            for layer in self.cache.layers:
+                assert isinstance(layer, RoomyLayer)
+                layer.cut_(length)
+        return length
 
     def repeat_(self, times: int) -> None:
         """Put `times` copies of each row in its place, one after the other."""
@@ -257,17 +292,35 @@ class CachedRows:
 
     def select_(self, rows: Tensor) -> None:
         """Keep the rows of these indices; one may be taken several times."""
+        if self.held and rows[0] != 0:  # of the same context, and another reply
+            del self.held[self.certain :]
         self.cache.batch_select_indices(rows)
         for name in ("logits", "types", "positions", "attended"):
             setattr(self, name, getattr(self, name)[rows])
 
     def append_(self, tokens: Tensor) -> None:
         """Go on by one token a row: (R,)."""
+        token = int(tokens[0]), int(self.types[0]), int(self.positions[0])
         self.columns += 1
         keys = self.attended[:, None, None, : self.columns] if self.ragged else None
         hidden = self.model.hidden_states(tokens[:, None], self.types, self.positions, keys, self.cache)[:, -1]
         self.logits = self.model.lm_logits(hidden).float()
         self.positions = self.positions + 1
+        if len(self.held) == self.columns - 1:  # not before: a forward may be interrupted
+            self.held.append(token)
+
+
+class Memory:
+    """What the last reply of a chat was made with: the next context mostly begins with the same tokens."""
+
+    def __init__(self) -> None:
+        self.rows: CachedRows | None = None
+
+    def encode(self, model: DoubleHeads, sequences: list[dict], new_tokens: int) -> CachedRows:
+        """Rows of sequences, of which only what the last ones do not serve is computed."""
+        earlier, self.rows = self.rows, None  # which an interruption would leave in pieces
+        self.rows = CachedRows(model, sequences, new_tokens, earlier)
+        return self.rows
 
 
 class AgainstRepetition:
@@ -291,6 +344,11 @@ class AgainstRepetition:
                 processors = (EncoderNoRepeatNGramLogitsProcessor(size, torch.LongTensor(turn)) for turn in turns)
                 self.history.append(LogitsProcessorList(processors))
 
+    def select_(self, rows: Tensor) -> None:
+        """Keep the rows of these indices, of replies of which there is one to a context."""
+        if self.history:
+            self.history = [self.history[i] for i in rows.tolist()]
+
     def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
         """Logits of the next tokens, (R, vocabulary), after `tokens` of the replies, (R, T)."""
         logits = self.reply(tokens, logits)  # type: ignore[arg-type]  # takes any tensor of whole numbers
@@ -308,6 +366,7 @@ def _begin(
     decoding: Decoding,
     prefix: list[int],
     copies: int,
+    memory: Memory | None,
 ) -> tuple[CachedRows, Tensor, AgainstRepetition]:
     """Encode each context once, for `copies` rows.
 
@@ -324,7 +383,7 @@ def _begin(
         if sequence["position_ids"][-1] + decoding.max_length >= model.n_positions:
             message = f"max_length {decoding.max_length}: more than the model's {model.n_positions} positions hold"
             raise SettingError(message, "max_length")
-    rows = CachedRows(model, sequences, decoding.max_length)
+    rows = (memory or Memory()).encode(model, sequences, decoding.max_length)
     rows.repeat_(copies)
     tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
     return rows, tokens, AgainstRepetition(contexts, decoding)
@@ -337,6 +396,7 @@ def decode(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     prefix: list[int] | None = None,
+    memory: Memory | None = None,
 ) -> Generator[list[list[int]]]:
     """Each reply's next token, step by step, sampled or greedy: a list of one token, or of none if it has ended.
 
@@ -345,24 +405,39 @@ def decode(
 
     Args:
         prefix: the first tokens of every reply, if they are given already.
+        memory: of a chat whose replies are made with it one after another; it changes nothing but the time they take.
 
     Raises:
         SettingError: `max_length` is more than the model has room for.
     """
     special = torch.tensor(special_ids(tokenizer), device=model.device)
     # 1) prefill 2) repeat the cache
-    rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix or [], decoding.num_samples)
-    # 3) state of the rows
+    rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix or [], decoding.num_samples, memory)
+    # 3) state of the rows, and which reply each of them is
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=model.device)
+    replies = list(range(len(tokens)))
+    n_replies = len(replies)
     # 4) a token a step
     for step in range(decoding.max_length):
         chosen = _choose(penalize(tokens, rows.logits), decoding, special, go_on=step < decoding.min_length)
         ended |= torch.isin(chosen, special)
         if ended.all():
             return
-        yield [[] if done else [token] for token, done in zip(chosen.tolist(), ended.tolist())]
+        gained: list[list[int]] = [[] for _ in range(n_replies)]
+        for reply, token, done in zip(replies, chosen.tolist(), ended.tolist()):
+            if not done:
+                gained[reply] = [token]
+        yield gained
         if step + 1 == decoding.max_length:
             return
+        # 5) rows that have ended leave, some at a time since the cache of the others is copied. Not where tokens are
+        # drawn: the others would get other ones
+        if decoding.no_sample and len(ended) <= LEAVE * ended.sum():
+            stay = (~ended).nonzero().flatten()
+            rows.select_(stay)
+            penalize.select_(stay)
+            replies = [replies[i] for i in stay.tolist()]
+            tokens, chosen, ended = tokens[stay], chosen[stay], ended[stay]
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         rows.append_(chosen)
 
@@ -395,6 +470,7 @@ def beam_search(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     prefix: list[int] | None = None,
+    memory: Memory | None = None,
 ) -> list[list[list[int]]]:
     """The `num_beams` best replies that the search meets for each context, best first, without special tokens.
 
@@ -408,7 +484,7 @@ def beam_search(
     special = torch.tensor(special_ids(tokenizer), device=model.device)
     n, width, prefix = len(contexts), decoding.num_beams, prefix or []
     # 1) prefill 2) repeat the cache
-    rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix, width)
+    rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix, width, memory)
     vocabulary = rows.logits.size(-1)
     # 3) state of the beams, (n, width); a context's copies are equal at first, so that only one of them counts
     sums = torch.full((n, width), -torch.inf, dtype=torch.double, device=model.device)

@@ -1,6 +1,7 @@
 """Packed rows give what transformers' own models give, one padded sequence a candidate."""
 
 import json
+import os
 import random
 import shutil
 
@@ -20,7 +21,13 @@ from transfertransfo.data.inputs import (
 )
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
-from transfertransfo.model.double_heads import add_special_tokens_, enable_gradient_checkpointing_, halve_
+from transfertransfo.model.double_heads import (
+    add_special_tokens_,
+    enable_gradient_checkpointing_,
+    halve_,
+    has_bfloat16_units,
+    prepare_bfloat16,
+)
 from transfertransfo.model.loading import SHORTEST, load_model, save_model, use_eager_attention_
 from transfertransfo.model.sources import load_tokenizer
 
@@ -169,6 +176,19 @@ def test_bfloat16_has_words_rounded_but_not_scores(family, model, tokenizer):
     torch.testing.assert_close(logits.float(), want_logits, atol=0.1 * want_logits.std().item(), rtol=0)
     torch.testing.assert_close(scores, want_scores, atol=0.01, rtol=0.02)
     assert (scores.bfloat16() != scores).any()
+
+
+@pytest.mark.parametrize(("line", "has"), [
+    ("flags\t\t: fpu avx2 avx512f", False), ("flags\t\t: fpu avx512_bf16", True), ("flags\t: amx_bf16", True),
+    ("Features\t: fp asimd bf16", True), ("Features\t: fp asimd", False), ("vendor_id: x", True),
+])  # fmt: skip
+def test_a_processor_without_bfloat16_units_is_told_of(line, has, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert has_bfloat16_units(str(tmp_path / "cpuinfo")) == has and has_bfloat16_units(str(tmp_path / "none"))
+    monkeypatch.setattr("transfertransfo.model.double_heads.has_bfloat16_units", lambda: has)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    prepare_bfloat16(torch.device("cpu"))
+    assert len(caplog.records) == (not has)
 
 
 def test_where_eager_attention_is_another_function_the_model_keeps_its_own(checkpoints, tokenizer, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.inputs import window
 from transfertransfo.data.tokenization import count_unknown, tokenize
-from transfertransfo.decoding import Context, Decoding, candidate_replies, decode, fit_context
+from transfertransfo.decoding import Context, Decoding, Memory, candidate_replies, decode, fit_context
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads
 
@@ -52,6 +52,7 @@ class Chat:
         self.model, self.tokenizer, self.decoding, self.max_history = model, tokenizer, decoding, max_history
         self.draw, self.tell, self.transcript = draw, tell, transcript
         self.told_of_cut = self.told_of_unknown = False
+        self.memory = Memory()
         self.begin(persona)
 
     def begin(self, persona: list[str]) -> str:
@@ -114,7 +115,9 @@ class Chat:
         stopped = {"stopped": True}
         try:
             if self.decoding.num_beams or self.decoding.num_samples > 1:
-                (candidates,) = candidate_replies(self.model, [context], self.tokenizer, self.decoding)
+                (candidates,) = candidate_replies(
+                    self.model, [context], self.tokenizer, self.decoding, memory=self.memory
+                )
                 reply = candidates[0]
                 yield self.text_of(reply)
             else:
@@ -144,7 +147,7 @@ class Chat:
         join the word before.
         """
         shown = ""
-        with closing(decode(self.model, [context], self.tokenizer, self.decoding)) as steps:
+        with closing(decode(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)) as steps:
             for (tokens,) in steps:
                 reply += tokens
                 certain = re.sub(r"( n)? \S*$|^\S*$", "", self.text_of(reply))

@@ -6,8 +6,10 @@ exchanged with transformers' own classes in both directions.
 """
 
 import hashlib
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from transfertransfo.model.lora import (
     rank_of,
     text_parts,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class DoubleHeads(nn.Module):
@@ -166,16 +170,31 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def limit_kernel_caches(device: torch.device) -> None:
-    """Limit the bfloat16 kernels that a CPU keeps, one for each shape: those of rows of all lengths filled 8 GB."""
+def prepare_bfloat16(device: torch.device) -> None:
+    """Prepare a device for a model in bfloat16, and say where that is slow.
+
+    A CPU is to keep fewer of its bfloat16 kernels, of which there is one a shape: rows of all lengths filled 8 GB.
+    """
     if device.type == "cpu":
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "64")  # not 1024
+        if not has_bfloat16_units():
+            logger.warning("this processor has no units for bfloat16, so that float32 is faster here: five times or so")
+
+
+def has_bfloat16_units(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether the CPU multiplies bfloat16 matrices by itself; True where the system does not say."""
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:
+        return True
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is ARM's
 
 
 def halve_(model: DoubleHeads) -> None:
     """Hold the weights of a model that is not trained in bfloat16."""
-    limit_kernel_caches(model.device)
+    prepare_bfloat16(model.device)
     # but for the choice head: of scores that are rounded so, some are equal
     for part in (model.pretrained.base_model, model.pretrained.get_output_embeddings()):
         for parameter in part.parameters():

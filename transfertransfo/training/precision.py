@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from transfertransfo.errors import UserError
-from transfertransfo.model.double_heads import limit_kernel_caches
+from transfertransfo.model.double_heads import prepare_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def make_precision(
             logger.info("Precision %s: by apex's amp", level)
             return ApexPrecision(level, model, make_optimizer, amp)
     if level == "bf16":
-        limit_kernel_caches(device)
+        prepare_bfloat16(device)
     return NativePrecision(level, model, make_optimizer, device)
 
 
