@@ -43,7 +43,7 @@ def ours_warm(path: str, tokenizer_path: str, cache: str) -> Callable:
     def finish() -> list[tuple[int, int]]:
         lengths = [
             [context_length(example.persona, example.history) + len(candidate) + 1
-             for example in loader.dataset for candidate in example.candidates]
+             for example in itertools.chain(*loader.dataset) for candidate in example.candidates]
             for loader in loaders if loader
         ]  # fmt: skip
         return [(len(row), sum(row)) for row in lengths]

@@ -75,7 +75,7 @@ def test_a_reply_is_streamed_word_by_word(chat, tokenizer):
     for text, ids in zip(sentences, tokenize(tokenizer, sentences)):
         reply = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(conversation, "decode", lambda *args, ids=ids: ([[token]] for token in ids))
+            patch.setattr(conversation, "decode", lambda *args, ids=ids, **_: ([[token]] for token in ids))
             pieces = list(chat.stream(None, reply))
         assert reply == ids
         assert "".join(pieces) == chat.text_of(ids), text
@@ -100,7 +100,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
     assert transcript(chat)[-1]["stopped"]
     monkeypatch.undo()
     (words,) = tokenize(chat.tokenizer, ["i like dogs and cats"])
-    monkeypatch.setattr(conversation, "decode", lambda *args: ([[token]] for token in words))
+    monkeypatch.setattr(conversation, "decode", lambda *args, **_: ([[token]] for token in words))
     with closing(answer(chat, "go on")) as pieces:
         next(pieces)
     assert 0 < len(chat.exchanges[1].reply) < len(words)
@@ -108,7 +108,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
 
 
 def test_a_reply_stopped_before_its_first_token_leaves_nothing(chat, model, monkeypatch):
-    monkeypatch.setattr(conversation, "candidate_replies", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(conversation, "candidate_replies", lambda *args, **_: (_ for _ in ()).throw(KeyboardInterrupt))
     chat.decoding = replace(chat.decoding, num_beams=2)
     with pytest.raises(KeyboardInterrupt):
         say(chat, "hello")

