@@ -56,13 +56,13 @@ figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN
 
 .venv/base.stamp: requirements.txt
 .venv/extra.stamp: requirements/extra.txt requirements.txt
-.venv/dev.stamp: requirements/dev.txt requirements/data.txt requirements/extra.txt requirements.txt
+.venv/dev.stamp: requirements/dev.txt requirements/extra.txt requirements/data.txt requirements.txt
 .venv/base.stamp .venv/extra.stamp .venv/dev.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3'; exit 1; }
 	@echo 'Installing $< into .venv: about a minute, more with a slow network'
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install --disable-pip-version-check -q -r $<
+	@$(PY) -m pip install --disable-pip-version-check -q $(addprefix -r ,$^)
 	@touch $@
 
 .venv/smollm2.stamp: .venv/extra.stamp
