@@ -75,6 +75,7 @@ figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN
 	@echo 'Installing $< into .venv-$*: about a minute, more with a slow network'
 	@$(PYTHON) -m venv .venv-$*
 	@export PATH="$(CURDIR)/.venv-$*/bin:$$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 && set -e && \
-	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && pip install -c requirements/dev.txt pytest pytest-xdist hypothesis
+	eval "$$(sed -n 's/^# *pip /pip /p' $<)" && \
+	pip install $$(grep -E '^(pytest|hypothesis)' requirements/dev.txt)
 	@pwd > "$$(echo .venv-$*/lib/python*/site-packages)/convai.pth"  # `parlai` does not look for agents where it is run
 	@touch $@
