@@ -15,11 +15,14 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -47,12 +50,14 @@ from transfertransfo.data.inputs import (
     MODEL_INPUTS,
     PADDED_INPUTS,
     BucketSampler,
+    Example,
     build_input_from_segments,
     pad_dataset,
 )
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation.metrics import right_places
+from transfertransfo.evaluation.samples import choose_turns, reply_to_turns
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_adapter_,
@@ -77,8 +82,15 @@ from transfertransfo.training.distribution import (
     share_weights_,
 )
 from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
-from transfertransfo.training.handlers import NoFiniteGradient, attach_checkpoints, attach_figures, attach_validation
+from transfertransfo.training.handlers import (
+    NoFiniteGradient,
+    attach_checkpoints,
+    attach_figures,
+    attach_replies,
+    attach_validation,
+)
 from transfertransfo.training.loaders import Loaders, first_share, hold_out, make_loaders
+from transfertransfo.training.outcome import FEW_STEPS, Outcome, Plan
 from transfertransfo.training.precision import LEVELS, make_precision
 from transfertransfo.training.runs import (
     NOT_RESUMED,
@@ -322,6 +334,7 @@ def attach_handlers(
     trainer: Engine,
     evaluator: Engine,
     model: DoubleHeads,
+    tokenizer: PreTrainedTokenizerBase,
     to_save: dict,
     sampler: BucketSampler,
     valid_loader: DataLoader | None,
@@ -345,6 +358,13 @@ def attach_handlers(
         done = engine.state.iteration % len(sampler)  # more than 0 where a resumed run goes on within an epoch
         sampler.set_epoch(engine.state.epoch, done)
 
+    def make_replies(turns: list[Example]) -> list[dict[str, str]]:
+        with to_save["precision"].autocast():
+            return reply_to_turns(model, tokenizer, turns)
+
+    if valid_loader is not None and folder is not None:
+        trees: Any = valid_loader.dataset  # torch knows no sequence
+        attach_replies(evaluator, partial(make_replies, choose_turns([*chain(*trees)])))
     attach_figures(
         trainer, evaluator, to_save["precision"], folder, log_every=log_every, batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -360,6 +380,50 @@ def attach_handlers(
         trainer, partial(save_checkpoint, folder, trainer, to_save, n_saved=args.n_saved), n_epochs=args.n_epochs,
         save_every=args.save_every, gradient_accumulation_steps=args.gradient_accumulation_steps,
     )  # fmt: skip
+
+
+def tell_plan(args: Namespace, plan: Plan) -> None:
+    """Say how much a run is going to learn from, and where that is little, which flags make it more."""
+    logger.info(
+        "Training: %d optimizer steps, %d epochs of %d examples, %d examples a step",
+        plan.n_steps, plan.n_epochs, plan.n_examples,
+        args.train_batch_size * plan.micro_steps * idist.get_world_size(),
+    )  # fmt: skip
+    if plan.n_steps >= FEW_STEPS:
+        return
+    accumulated = "--gradient_accumulation_steps 1 " if plan.micro_steps > 1 else ""
+    epochs = max(plan.epochs_for_enough, plan.n_epochs)
+    logger.warning(
+        "%d optimizer steps are few: the model may learn little. %s--n_epochs %d makes %d; a greater --lr learns more"
+        " in a step (here %g)",
+        plan.n_steps, accumulated, epochs, epochs * plan.n_batches, args.lr,
+    )  # fmt: skip
+
+
+def tell_outcome(args: Namespace, outcome: Outcome, seconds: float) -> None:
+    """Say what a run came to, and warn where its last epoch is not its best, or where it learnt nothing."""
+    minutes = f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    if outcome.losses:
+        logger.info("Trained in %s: loss %.2f at first, %.2f at last", minutes, outcome.losses[0], outcome.losses[-1])
+    if outcome.nll:
+        lowest, most, last = outcome.lowest_nll, outcome.most_hits, max(outcome.nll)
+        exported = last if args.export == "last" else lowest if args.best_metric == "nll" else most
+        logger.info(
+            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d; exported: epoch %d, %s, nll %.4f, hits@1 %.4f",
+            outcome.nll[lowest], lowest, outcome.hits[most], most, exported,
+            "the last" if exported == last else "the best", outcome.nll[exported], outcome.hits[exported],
+        )  # fmt: skip
+        if outcome.nll[exported] > outcome.nll[lowest] and args.export == "last":
+            logger.warning(
+                "The last epoch is worse than the best: best nll %.2f at epoch %d; exported: the last, %.2f;"
+                " --export best --best_metric nll exports the best",
+                outcome.nll[lowest], lowest, outcome.nll[last],
+            )  # fmt: skip
+    if outcome.losses and not outcome.learnt:
+        logger.warning(
+            "The model has learnt nothing: its loss did not fall. More steps (--n_epochs, --gradient_accumulation_steps"
+            " 1) or a greater --lr may help; do not expect it to be in character"
+        )
 
 
 @contextlib.contextmanager
@@ -395,13 +459,16 @@ def train(argv: list[str] | None = None) -> str:
     if saved.get("base_digest", base) != base:
         raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
     optimisation = make_optimisation(args)
-    n_steps = args.n_epochs * len(train_loader) / args.gradient_accumulation_steps
+    plan = Plan(
+        n_examples=int(sampler.counts.sum()), n_batches=len(sampler), n_epochs=args.n_epochs,
+        micro_steps=args.gradient_accumulation_steps,
+    )  # fmt: skip
     found = Found(
         gpt_tokenization=tokenizer.init_kwargs.get("gpt_tokenization"),
         history_start=model.history_start,
         token_types="on" if model.token_types else "off",
         lora_rank=rank_of(model.network),
-        log_every=args.log_every or (1 if n_steps < 200 else 10),
+        log_every=args.log_every or (1 if plan.n_steps < 200 else 10),
         dataset_digest=digest,
         base_digest=base,
     )
@@ -440,15 +507,19 @@ def train(argv: list[str] | None = None) -> str:
 
     with naming_flags_that_help():
         stopped = attach_handlers(
-            args, found.log_every, folder, trainer, evaluator, model, to_save, sampler, valid_loader
+            args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )
+        tell_plan(args, plan)
         model.train()
+        began = time.monotonic()
         if not done:  # else a launcher has restarted a run at its very end
             trainer.run(train_loader, max_epochs=args.n_epochs)
     idist.finalize()
     if stopped:
         logger.info("Stopped; go on with: python train.py --resume %s", folder)
         sys.exit(128 + stopped[0])
+    if folder is not None and not done:
+        tell_outcome(args, Outcome.of(folder), time.monotonic() - began)
     logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
     return str(folder)
 

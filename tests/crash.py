@@ -134,7 +134,7 @@ def result(cwd: Path) -> Result:
     return Result((folder / "model.safetensors").read_bytes(), lines, events)
 
 
-def read_events(folder: Path) -> list[tuple[int, str, float]]:
+def read_events(folder: Path) -> list[tuple[int, str, float | str]]:
     """Step, tag and value of all that a run folder has for TensorBoard; records of length, checksum, content, again."""
     found = []
     for path in folder.glob("events.out.tfevents.*"):
@@ -142,7 +142,9 @@ def read_events(folder: Path) -> list[tuple[int, str, float]]:
         while content:
             length = int.from_bytes(content[:8], "little")
             event = event_pb2.Event.FromString(content[12 : 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            for value in event.summary.value:
+                (text,) = value.tensor.string_val or [b""]
+                found.append((event.step, value.tag, text.decode() or value.simple_value))
             content = content[16 + length :]
     return found
 

@@ -1,6 +1,7 @@
 """Training from outside: what a run writes, its numbers against plain computations, and checkpoints of 2019."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -20,14 +21,17 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
 
 import convai_evaluation
-from train import get_data_loaders, make_parser, train
+import train as trainer
+from train import get_data_loaders, make_parser, tell_outcome, tell_plan, train
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.decoding import Decoding, sample_sequence
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.training.outcome import Outcome, Plan
 
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 LANGUAGE_MODELS = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}
@@ -127,7 +131,7 @@ def test_log_of_a_run(run, family):
     before = run.log.partition("Validation: ")[0]
     tokenizer = load_tokenizer(run.folder)
     parameters = sum(map(torch.numel, load_model(run.folder).parameters()))
-    for wanted in ("Arguments: {", '"lr": 0.03', f"{parameters} parameters", "24 examples", "holds no weights"):
+    for wanted in ("Arguments: {", '"lr": 0.03', f"{parameters} parameters", "train: 24 examples", "holds no weights"):
         assert before.count(wanted) == 1, wanted
     assert f"Run folder: {run.folder.relative_to(run.folder.parent.parent)}" in before
     dataset = get_dataset(tokenizer, run.folder.parent.parent / "dataset.json", "")
@@ -256,6 +260,89 @@ def test_the_best_epoch_is_exported_and_the_run_ends_without_progress(base_check
         report = convai_evaluation.run(["--eval_type", "ppl", "--model", str(run.folder), "--device", "cpu",
                                         "--dataset_path", "dataset.json"])  # fmt: skip
     assert report["token_ppl"] == pytest.approx(min(ppl), rel=1e-5) != pytest.approx(ppl[-1], rel=1e-3)
+
+
+# What a run tells of itself
+
+
+def test_a_run_says_how_long_it_is_and_what_came_of_it(run):
+    before, _, after = run.log.partition("Validation: ")
+    assert "Training: 15 optimizer steps, 5 epochs of 24 examples, 8 examples a step" in before
+    assert "15 optimizer steps are few" in before
+    assert "--gradient_accumulation_steps 1 --n_epochs 9 makes 108" in before and "(here 0.03)" in before
+    first, last = run.steps[0]["loss"], run.steps[-1]["loss"]
+    assert re.search(rf"Trained in 0 min \d+ s: loss {first:.2f} at first, {last:.2f} at last", after)
+    nll = [line["nll"] for line in run.validations]
+    assert f"Best nll {min(nll):.4f} at epoch {nll.index(min(nll))}, " in after
+    assert f"exported: epoch 5, the last, nll {nll[-1]:.4f}" in after
+    assert ("The last epoch is worse" in after) == (nll[-1] > min(nll))
+    assert "learnt nothing" not in after
+
+
+def test_a_run_of_enough_steps_is_not_warned_of(caplog):
+    plan = Plan(n_examples=100, n_batches=25, n_epochs=4, micro_steps=1)
+    tell_plan(make_parser().parse_args([]), plan)
+    tell_plan(make_parser().parse_args([]), dataclasses.replace(plan, n_batches=24))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("96 optimizer steps are few: the model may learn little. --n_epochs 5 makes 120;")
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval_before_start"]])
+def test_a_run_that_learnt_nothing_says_so(base_checkpoints, tmp_path, flags):
+    """At a rate of 0 losses differ by the order of the examples alone; the run ended with an invitation to chat."""
+    run = run_training(tmp_path, base_checkpoints["gpt2"], "--lr", 0, *flags)
+    assert run.log.count("The model has learnt nothing") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "exported", "warned"),
+    [
+        ([], "epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
+        (["--export", "best"], "epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
+        (["--export", "best", "--best_metric", "nll"], "epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
+    ],
+)
+def test_the_epoch_that_is_exported_is_compared_with_the_best(tmp_path, caplog, flags, exported, warned):
+    lines = [{"step": 1, "epoch": 1, "loss": 6.0}, {"step": 3, "epoch": 3, "loss": 2.0}]
+    lines += [{"step": i, "epoch": i, "split": "valid", "nll": nll, "accuracy": hits}
+              for i, (nll, hits) in enumerate([(9.0, 0.1), (3.99, 0.4), (4.1, 0.7), (4.33, 0.5)])]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    caplog.set_level("INFO")
+    tell_outcome(make_parser().parse_args(flags), Outcome.of(tmp_path), 148.2)
+    assert "Trained in 2 min 28 s: loss 6.00 at first, 2.00 at last" in caplog.text
+    assert f"Best nll 3.9900 at epoch 1, best hits@1 0.7000 at epoch 2; exported: {exported}" in caplog.text
+    assert ("best nll 3.99 at epoch 1; exported: the last, 4.33; --export best --best_metric nll" in caplog.text) == (
+        warned
+    )
+
+
+def test_replies_to_validation_turns_are_those_of_the_model(run):
+    """After each validation, in the log and in the line of the figures: the exported model's likeliest replies."""
+    for line in run.validations:
+        assert len(line["replies"]) == 3
+        for reply in line["replies"]:
+            assert f"{json.dumps(reply['heard'])} -> {json.dumps(reply['reply'])}" in run.log
+    with process_as_it_was(), contextlib.redirect_stdout(io.StringIO()):
+        model, tokenizer = load_finetuned(run.folder, device="cpu")
+    dialogs = get_dataset(tokenizer, run.folder.parent.parent / "dataset.json", "")["valid"]
+    turns = [(dialog["personality"], turn) for dialog in dialogs for turn in dialog["utterances"]]
+    for (persona, turn), told in zip((turns[0], turns[2], turns[5]), run.validations[-1]["replies"], strict=True):
+        reply = sample_sequence(persona, turn["history"], tokenizer, model, Decoding(no_sample=True))
+        texts = {"heard": turn["history"][-1], "reply": reply, "gold": turn["candidates"][-1]}
+        for name, ids in texts.items():
+            assert told[name].replace(" ", "") == tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "")
+
+
+def test_replies_leave_the_training_as_it_is(base_checkpoints, tmp_path, monkeypatch):
+    """Dropout draws the same numbers after them, and is on again."""
+    flags = ["--n_epochs", 3, "--train_batch_size", 2, "--lr", 0.01]
+    with_replies = run_training(tmp_path / "with", base_checkpoints["gpt"], *flags)
+    monkeypatch.setattr(trainer, "reply_to_turns", lambda *_: [])
+    without = run_training(tmp_path / "without", base_checkpoints["gpt"], *flags)
+    losses = [[[line["loss"] for line in run.steps], [line["nll"] for line in run.validations]]
+              for run in (with_replies, without)]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert with_replies.validations[0]["replies"] and not without.validations[0]["replies"]
 
 
 # The data of a run

@@ -166,9 +166,16 @@ def test_tensorboard_shows_the_lines_of_the_run(alone):
     lines = Run(run, "").lines
     want = [
         (line["step"], f"{'validation' if 'split' in line else 'training'}/{name}", pytest.approx(value))
-        for line in lines for name, value in line.items() if name not in ("step", "epoch", "split")
+        for line in lines for name, value in line.items() if name not in ("step", "epoch", "split", "replies")
     ]  # fmt: skip
-    assert read_events(run) == want and len(want) > 20
+    assert [event for event in read_events(run) if "text_summary" not in event[1]] == want and len(want) > 20
+    shown = [event for event in read_events(run) if "text_summary" in event[1]]
+    assert [event[:2] for event in shown] == [
+        (line["step"], "validation/replies/text_summary") for line in lines if "split" in line
+    ]
+    for (_, _, text), line in zip(shown, [line for line in lines if "split" in line]):
+        assert len(line["replies"]) == 3 and text.count("\n") == 2
+        assert all(json.dumps(part) in text for reply in line["replies"] for part in reply.values())
 
 
 def test_more_epochs(gpt2, ended, tmp_path):

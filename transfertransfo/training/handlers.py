@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import text as text_summary
 from torch.utils.data import DataLoader
 
 from transfertransfo.errors import UserError
@@ -55,7 +56,7 @@ class FigureWriter:
             self._records.flush()
 
     def write(self, figures: dict) -> None:
-        """Write a line: `step`, `epoch`, numbers by name, and `split` if they are of a validation.
+        """Write a line: `step`, `epoch`, numbers by name, and `split` and `replies` if they are of a validation.
 
         Raises:
             UserError: the disk is full.
@@ -70,8 +71,11 @@ class FigureWriter:
         group = "validation" if "split" in figures else "training"
         values = [
             summary_pb2.Summary.Value(tag=f"{group}/{name}", simple_value=value)
-            for name, value in figures.items() if name not in ("step", "epoch", "split")
+            for name, value in figures.items() if name not in ("step", "epoch", "split", "replies")
         ]  # fmt: skip
+        if replies := figures.get("replies"):
+            lines = "\n".join("* " + format_reply(reply) for reply in replies)  # TensorBoard shows Markdown
+            values += text_summary(f"{group}/replies", lines).value
         self._add_event(step=figures["step"], summary=summary_pb2.Summary(value=values))
 
     def _add_event(self, **content: object) -> None:
@@ -84,6 +88,23 @@ class FigureWriter:
             yield
         except OSError as error:
             raise UserError(f"{path}: not written ({error.strerror})") from error
+
+
+def format_reply(reply: dict[str, str]) -> str:
+    heard, said, gold = (json.dumps(reply[name], ensure_ascii=False) for name in ("heard", "reply", "gold"))
+    return f"{heard} -> {said} (in the data: {gold})"
+
+
+def attach_replies(evaluator: Engine, make_replies: Callable[[], list[dict[str, str]]]) -> None:
+    """Have the model reply to a few turns after each validation; to be attached before what writes its figures.
+
+    Args:
+        make_replies: must leave the random state as it is. Each reply has `heard`, `reply` and `gold`.
+    """
+
+    @evaluator.on(Events.COMPLETED)
+    def reply(engine: Engine) -> None:
+        engine.state.replies = make_replies()
 
 
 def attach_validation(
@@ -108,6 +129,8 @@ def attach_validation(
         evaluator.run(loader)
         metrics = evaluator.state.metrics
         logger.info("Validation: nll %.4f, ppl %.4f, hits@1 %.4f", metrics["nll"], metrics["ppl"], metrics["accuracy"])
+        for reply in getattr(evaluator.state, "replies", ()):
+            logger.info("  %s", format_reply(reply))
 
     def judge(engine: Engine) -> None:
         if best.update(evaluator.state.metrics) and export_best:
@@ -177,7 +200,11 @@ def attach_figures(
         writer.write({"step": trainer.state.optimizer_step, "epoch": trainer.state.epoch} | figures)
 
     trainer.add_event_handler(logged, lambda engine: write(engine.state.metrics))
-    evaluator.add_event_handler(Events.COMPLETED, lambda engine: write({"split": "valid"} | engine.state.metrics))
+
+    @evaluator.on(Events.COMPLETED)
+    def write_validation(engine: Engine) -> None:
+        replies = {"replies": engine.state.replies} if hasattr(engine.state, "replies") else {}
+        write({"split": "valid"} | engine.state.metrics | replies)
 
     bar = ProgressBar(persist=True, disable=None)  # None = only on a terminal
     shown = ("loss", "lr")
