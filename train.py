@@ -54,7 +54,7 @@ from transfertransfo.data.inputs import (
     build_input_from_segments,
     pad_dataset,
 )
-from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, make_chat_template
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation.metrics import right_places
 from transfertransfo.evaluation.samples import choose_turns, reply_to_turns
@@ -294,6 +294,7 @@ def prepare_model(
     tokenizer = load_tokenizer(source, args.gpt_tokenization)
     model = load_model(source, device, from_scratch=not args.lora_rank)
     add_special_tokens_(model, tokenizer)
+    tokenizer.chat_template = make_chat_template(tokenizer, args.max_history)
     if args.lora_rank:
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:

@@ -34,6 +34,7 @@ NEEDS = {
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
     r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
     r"python -m parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
+    r"transformers serve .*": "a server that goes on; test_chat_template.py compares what it would be given",
     r"pip install .*": "a package index",
     r"docker .*": "Docker; test_docker.py runs what the image is made by",
 }
@@ -269,6 +270,8 @@ def test_a_command_that_needs_more_is_one(command):
         assert any(f"#   {command}" in path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
     elif program == "docker":
         assert argv[0] in ("build", "run") and "convai" in argv
+    elif program == "transformers":
+        assert argv[:2] == ["serve", "runs/NAME"]
     elif argv[:2] == ["-m", "parlai"]:
         parse_agent(argv[2:])
     else:

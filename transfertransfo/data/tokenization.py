@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -119,3 +120,31 @@ def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of `SPECIAL_TOKENS`."""
     return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # type: ignore[return-value]  # of a list it is a list
+
+
+def make_chat_template(tokenizer: PreTrainedTokenizerBase, max_history: int) -> str:
+    """The Jinja template by which transformers, vLLM and llama.cpp make what `build_input_from_segments` makes.
+
+    The system message is the persona, a sentence a line; the last `2 * max_history + 1` turns before the reply count,
+    of -1 all. Each sentence of the persona is tokenised by itself here, and all of them together there. What stands
+    between them is what makes that the same, if anything does: a blank for words as GPT's, else nothing.
+    """
+    sentences = ["i like tea", "we have a dog"]  # letters meet: between a stop and a letter most tokenizers cut anyway
+    apart = list(chain(*tokenize(tokenizer, sentences)))
+    between = next((text for text in ("", " ") if tokenize(tokenizer, [text.join(sentences)]) == [apart]), "")
+    window = 2 * max_history + 1
+    kept = f"(turns[-{window}:] if add_generation_prompt else turns[-{window + 1}:])" if max_history >= 0 else "turns"
+    return (
+        "{{ '<bos>' }}"
+        "{% for message in messages if message.role == 'system' %}"
+        "{% set text = message.content if message.content is string"
+        " else message.content | map(attribute='text') | join('\\n') %}"
+        f"{{{{ text.split('\\n') | join('{between}') }}}}"
+        "{% endfor %}"
+        "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}"
+        f"{{% for message in {kept} %}}"
+        "{{ '<speaker2>' if message.role == 'user' else '<speaker1>' }}"
+        "{{ message.content if message.content is string else message.content | map(attribute='text') | join('') }}"
+        "{% endfor %}"
+        "{{ '<speaker1>' if add_generation_prompt else '<eos>' }}"
+    )

@@ -1,5 +1,6 @@
 """Replies of a model in training to a few turns of its dataset, to be read by whoever trains it."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ def reply_to_turns(
 
     def text_of(ids: list[int]) -> str:
         text = tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
-        return " ".join(tokenizer.clean_up_tokenization(text).split())
+        return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", tokenizer.clean_up_tokenization(text)).split())
 
     return [
         {
