@@ -17,11 +17,12 @@ import convai_evaluation
 import interact
 from train import train
 from transfertransfo.data.inputs import Example, make_fork
-from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, nearest_tokens, special_ids, tokenize
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError, require
 from transfertransfo.evaluation.evaluator import LabelScorer
 from transfertransfo.evaluation.metrics import split_words
+from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training.checkpoints import list_checkpoints
@@ -52,6 +53,64 @@ def replies_of(run, monkeypatch, capsys) -> list[str]:
     with process_as_it_was():
         interact.run(["--model_checkpoint", str(run.folder), "--personality", "i like tea .", "--min_length", "3"])
     return capsys.readouterr().out.splitlines()
+
+
+# Dialog tokens
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_dialog_tokens_begin_where_the_tokenizers_own_are(family, base_checkpoints):
+    """Drawn anew they said nothing to a model that has learnt its control tokens, and were a sixth as long."""
+    tokenizer, model = load_tokenizer(base_checkpoints[family]), load_model(base_checkpoints[family], from_scratch=True)
+    end, line_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("Ċ")
+    add_special_tokens_(model, tokenizer)
+    bos, eos, speaker1, speaker2, pad = special_ids(tokenizer)
+    assert end not in (bos, eos)
+    for layer in (model.pretrained.get_input_embeddings(), model.pretrained.get_output_embeddings()):
+        for token, source in ((bos, end), (eos, end), (speaker1, line_end), (speaker2, line_end)):
+            assert torch.equal(layer.weight[token], layer.weight[source])
+        assert not any(torch.equal(layer.weight[pad], row) for i, row in enumerate(layer.weight) if i != pad)
+    model.pretrained.get_input_embeddings().weight.data[bos] = 7.0
+    add_special_tokens_(model, tokenizer)  # a second time nothing is left to add, and what was trained stays
+    assert (model.pretrained.get_input_embeddings().weight[bos] == 7).all()
+
+
+def test_a_token_that_a_model_has_already_stays(base_checkpoints, tmp_path):
+    """As Gemma's <bos> and <eos>."""
+    tokenizer = load_tokenizer(base_checkpoints["llama"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>", "<eos>"]})
+    model = load_model(base_checkpoints["llama"], from_scratch=True)
+    model.pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    known = tokenizer.convert_tokens_to_ids("<eos>")
+    before = model.pretrained.get_input_embeddings().weight[known].clone()
+    add_special_tokens_(model, tokenizer)
+    assert special_ids(tokenizer)[1] == known
+    assert torch.equal(model.pretrained.get_input_embeddings().weight[known], before)
+
+
+@pytest.mark.parametrize(
+    ("added", "bos", "eos"),
+    [
+        ({}, "<|endoftext|>", "<|endoftext|>"),
+        (
+            {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "bos_token": None},
+            "<|im_start|>",
+            "<|im_end|>",
+        ),
+        (
+            {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"], "bos_token": "<s>"},
+            "<s>",
+            "<end_of_turn>",
+        ),
+    ],
+)
+def test_control_tokens_are_found(base_checkpoints, added, bos, eos):
+    tokenizer = load_tokenizer(base_checkpoints["llama"])
+    if "bos_token" in added:
+        tokenizer.bos_token = None
+    tokenizer.add_special_tokens({name: value for name, value in added.items() if value})
+    found = {token: tokenizer.convert_ids_to_tokens(source) for token, source in nearest_tokens(tokenizer).items()}
+    assert found == {"<bos>": bos, "<eos>": eos, "<speaker1>": "Ċ", "<speaker2>": "Ċ"}
 
 
 # Runs

@@ -122,6 +122,32 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # type: ignore[return-value]  # of a list it is a list
 
 
+# Names of the control tokens that begin and end a turn of a chat: ChatML, Llama 3, Gemma, Phi.
+BEGIN_TURN = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
+END_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+
+
+def nearest_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """For the dialog tokens, but for `<pad>`, those of the tokenizer's own that do what they will do.
+
+    To be asked before the dialog tokens are added, which take the names `bos_token` and `eos_token` over.
+    """
+    known = tokenizer.get_vocab()
+
+    def first(*names: str | None) -> int | None:
+        return next((known[name] for name in names if name in known), None)
+
+    (line_end,) = tokenize(tokenizer, ["\n"])
+    speaker = line_end[-1] if line_end else first(*BEGIN_TURN, tokenizer.eos_token)
+    nearest = {
+        "<bos>": first(tokenizer.bos_token, *BEGIN_TURN, tokenizer.eos_token),
+        "<eos>": first(*END_TURN, tokenizer.eos_token),
+        "<speaker1>": speaker,
+        "<speaker2>": speaker,
+    }
+    return {token: source for token, source in nearest.items() if source is not None}
+
+
 def make_chat_template(tokenizer: PreTrainedTokenizerBase, max_history: int) -> str:
     """The Jinja template by which transformers, vLLM and llama.cpp make what `build_input_from_segments` makes.
 

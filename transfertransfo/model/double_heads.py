@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, special_ids
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, nearest_tokens, special_ids
 from transfertransfo.data.trees import Batch, Blocks
 from transfertransfo.errors import UserError
 from transfertransfo.model.gpt import GPTModel
@@ -284,16 +285,30 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
         UserError: the tokenizer has tokens that the model does not have.
     """
     pretrained = model.pretrained if isinstance(model, DoubleHeads) else model
-    before = len(tokenizer)
+    before, nearest = len(tokenizer), nearest_tokens(tokenizer)
     if tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN):
         if embedding_rows(pretrained) > before:  # rows that no token has, as Qwen's
             pretrained.resize_token_embeddings(before)
         # original: new rows are drawn as any embedding is, not around the mean of the old ones
         pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if pretrained.config.model_type not in FAMILIES:
+            ids = zip(SPECIAL_TOKENS, special_ids(tokenizer))  # of which Gemma has some already
+            copy_rows_(pretrained, {new: nearest[token] for token, new in ids if new >= before and token in nearest})
     name_special_tokens_(pretrained, tokenizer)
     rows = embedding_rows(pretrained)
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")
+
+
+@torch.no_grad()
+def copy_rows_(pretrained: PreTrainedModel, sources: Mapping[int, int]) -> None:
+    """Give tokens, by their ids, the input and output embeddings of others.
+
+    Drawn ones are a sixth as long as SmolLM2's own, and to a model that has learnt its control tokens they say nothing.
+    """
+    layers: tuple[Any, ...] = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
+    for layer in layers:
+        layer.weight[list(sources)] = layer.weight[list(sources.values())]
 
 
 def name_special_tokens_(pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
