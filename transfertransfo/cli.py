@@ -349,9 +349,12 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger(PACKAGE).setLevel(logging.DEBUG if debugging() else logging.NOTSET)
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+    disable_progress_bar()  # of weights that are read or written, which takes a second
+    if sys.stderr.isatty():
+        from huggingface_hub.utils import enable_progress_bars
+
+        enable_progress_bars()  # of downloads, which that silences too
     for library in ("ignite", "transformers.utils.hub"):  # they log an exception that the script goes on to report
         logging.getLogger(library).setLevel(logging.CRITICAL)

@@ -115,6 +115,17 @@ def test_format_example_shows_each_token_its_type_and_its_label(tokenizer):
     ]
 
 
+@pytest.mark.parametrize(("before", "reply"), [(40, 20), (40, 1), (1, 60), (3, 2)])
+def test_format_example_shows_ten_lines_around_the_reply(tokenizer, before, reply):
+    """It were 72 in the log of a run, of which most were the persona's."""
+    example = Example([[5] * before], [[6]], [[7] * reply])
+    whole, shown = (format_example(example, tokenizer, rows).splitlines() for rows in (None, 10))
+    assert shown == whole if len(whole) <= 10 else len(shown) == 10
+    assert shown[:2] == whole[:2] and shown[-1] == whole[-1]
+    assert whole[before + 4] in shown and whole[before + 5] in shown  # the reply's speaker and its first word
+    assert all(line in whole or line.strip() == "..." for line in shown)
+
+
 # Examples
 
 

@@ -305,12 +305,23 @@ class BucketSampler(Sampler[list[int]]):
         return np.split(order, np.minimum(ends, len(order) - np.arange(n - 1, 0, -1)))
 
 
-def format_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sequence of an example's gold reply as a table: each token, its type, and the label to be predicted there."""
+def format_example(example: Example, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> str:
+    """The sequence of an example's gold reply as a table: each token, its type, and the label to be predicted there.
+
+    Args:
+        rows: lines of the table at most (None = all): those around the beginning of the reply, and both ends.
+    """
     instance = build_input_from_segments(
         example.persona, example.history, example.candidates[-1], tokenizer, lm_labels=True
     )
     columns = [tokenizer.convert_ids_to_tokens(instance[name]) for name in ("input_ids", "token_type_ids")]
     labels = ["" if label == IGNORED else tokenizer.convert_ids_to_tokens(label) for label in instance["lm_labels"]]
-    lines = [("position", "token", "type", "label"), *zip(map(str, range(len(labels))), *columns, labels)]
-    return "\n".join(f"{place:>8}  {token:<16} {kind:<11} {label}".rstrip() for place, token, kind, label in lines)
+    lines = [*zip(map(str, range(len(labels))), *columns, labels)]
+    if rows is not None and len(lines) >= rows:
+        # the header and both ends with a gap beside them are five lines of it
+        first = next(i for i, label in enumerate(labels) if label) - (rows - 5) // 2 - 1
+        first = min(max(first, 1), len(lines) - 1 - (rows - 5))
+        gap = ("...", "", "", "")
+        lines = [lines[0], gap, *lines[first : first + rows - 5], gap, lines[-1]]
+    table = [("position", "token", "type", "label"), *lines]
+    return "\n".join(f"{place:>8}  {token:<16} {kind:<11} {label}".rstrip() for place, token, kind, label in table)

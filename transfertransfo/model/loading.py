@@ -5,7 +5,6 @@ import copy
 import io
 import logging
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -148,8 +147,8 @@ def read_weights(
         separate_(pretrained)
         return pretrained, new_head
     unpacked = transformers.GgufConfig(dequantize=True)
-    # transformers shows a bar here that it has no switch for
-    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+    logger.info("Unpacking %s", arguments["gguf_file"])
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers shows a bar that it has no switch for
         loaded = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
     quantized, found = loaded
     new_head = check_fit(quantized, found["missing_keys"], found["unexpected_keys"])

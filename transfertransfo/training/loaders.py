@@ -83,7 +83,7 @@ def make_loaders(
         trees, collate_or_fill, batch_size=train_batch_size, shuffle=True, seed=seed
     )
     log_examples("train", trees, train_sampler)
-    logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer))
+    logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer, rows=10))
     if valid_dialogs is None:
         return train_loader, None, train_sampler, None
     # original: the persona rotates in validation too; here each validation example counts once

@@ -138,8 +138,7 @@ def open_run_folder(
     """
     resumed = folder is not None
     folder = folder or Path(make_logdir(record["model_checkpoint"]))
-    logger.info("Arguments: %s", json.dumps(record))
-    logger.info("Run folder: %s", folder)
+    logger.info("Run folder: %s, with the arguments in %s", folder, ARGUMENTS)
     try:
         remove_leftovers(folder)
         cut_metrics(folder, state)
