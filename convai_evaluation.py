@@ -10,12 +10,14 @@ import json
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transfertransfo.cli import (
     ArgumentParser,
     add_data_flags,
-    add_debug_flag,
     add_evaluation_flags,
+    add_program_flags,
+    begin_section,
     number,
     run_script,
     set_seed,
@@ -23,6 +25,11 @@ from transfertransfo.cli import (
 )
 from transfertransfo.errors import UserError, flags_named
 from transfertransfo.files import write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from transfertransfo.data.dataset import TokenizedDataset
 
 
 def __getattr__(name: str) -> type:
@@ -45,8 +52,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     add_data_flags(parser)
     parser.add_argument(
+        "--valid_share",
+        type=number(float, 0, 0.9),
+        help="share of the training dialogs to measure on, the last ones, where the dataset has no valid split"
+        " (0 = off; unset = as in the model's training, if it was on this dataset)",
+    )
+    parser.add_argument(
         "--datapath", help="ParlAI's data folder, in place of --dataset_path: its ConvAI2 is read, never written"
     )
+    begin_section(parser, "measurement")
     parser.add_argument(
         "--batchsize",
         type=number(int, 1),
@@ -55,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")
-    add_debug_flag(parser)
+    add_program_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -77,6 +91,10 @@ def run(argv: list[str] | None = None) -> dict:
     set_seed(args.seed)
     if args.datapath:
         use_datapath_(args)
+    elif not args.dataset_path:
+        from transfertransfo.data.sources import recorded_dataset
+
+        args.dataset_path = recorded_dataset(args.model_checkpoint)
     details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
     report = {"examples": len(details)} | figures | extra_figures(details)
     measured_on = domains(report)
@@ -106,18 +124,29 @@ def use_datapath_(args: Namespace) -> None:
         args.dict_file = str(dictionary)
 
 
+def load_split(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TokenizedDataset":
+    """The dataset to measure on; with the validation split of the training where it has none of its own."""
+    from transfertransfo.data.sources import recorded
+    from transfertransfo.evaluation.native import load_validation
+
+    return load_validation(
+        tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs,
+        valid_share=args.valid_share, run=recorded(args.model_checkpoint),
+    )  # fmt: skip
+
+
 def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
     """Each example's results, and the figures, by this project alone."""
     from transfertransfo.decoding import Decoding
     from transfertransfo.evaluation.evaluator import Evaluator
-    from transfertransfo.evaluation.native import evaluate, load_validation, word_counts
+    from transfertransfo.evaluation.native import evaluate, word_counts
     from transfertransfo.model.loading import load_finetuned
 
     decoding = Decoding.of(args)
     model, tokenizer = load_finetuned(
         args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
     )
-    dataset = load_validation(tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs)
+    dataset = load_split(args, tokenizer)
     counts = partial(word_counts, dataset, args.dict_file)
     evaluator = Evaluator(model, tokenizer, args.eval_type, decoding, counts=counts, gpt2_words=args.gpt2_ppl)
     return evaluate(evaluator, dataset, max_history=args.max_history, batchsize=args.batchsize)
@@ -125,13 +154,13 @@ def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
 
 def evaluate_in_backend(args: Namespace) -> tuple[list[dict], dict]:
     """The same in ParlAI, which loads the model in an agent of its own, by the same flags."""
-    from transfertransfo.evaluation.native import load_validation, word_counts
+    from transfertransfo.evaluation.native import word_counts
     from transfertransfo.evaluation.parlai_backend import check_installed, evaluate_in_parlai
     from transfertransfo.model.sources import download_pretrained_model, load_tokenizer
 
     check_installed(args.backend)
     tokenizer = load_tokenizer(args.model_checkpoint or download_pretrained_model(), args.gpt_tokenization)
-    dataset = load_validation(tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs)
+    dataset = load_split(args, tokenizer)
     counts = partial(word_counts, dataset, args.dict_file)
     own_data = Path(args.dataset_path) if args.datapath else None
     return evaluate_in_parlai(args.backend, dataset, counts, vars(args), own_data=own_data)

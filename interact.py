@@ -7,9 +7,7 @@ python interact.py --model_checkpoint runs/... --num_samples 8 --rank   # the be
 printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
 """
 
-import json
 import logging
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,11 +16,12 @@ from pathlib import Path
 from transfertransfo.cli import (
     ArgumentParser,
     add_data_flags,
-    add_debug_flag,
     add_decoding_flags,
     add_model_flags,
     add_precision_flag,
+    add_program_flags,
     add_seed_flag,
+    begin_section,
     run_script,
     set_seed,
     set_up_logging,
@@ -45,23 +44,22 @@ def __getattr__(name: str) -> Callable:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser("Chat with a fine-tuned model that has a persona.")
-    # persona
+    begin_section(parser, "persona")
     parser.add_argument(
         "--personality", nargs="+", metavar="SENTENCE", help="the model's persona (unset = one drawn from the dataset)"
     )
     parser.add_argument("--personality_file", metavar="FILE", help="the same, a sentence a line")
-    add_data_flags(parser, default="the one the model was trained on, else PersonaChat, downloaded")
-    # model and decoding
+    add_data_flags(parser)
     add_model_flags(parser, default="")
     add_precision_flag(parser)
     parser.add_argument("--force", action="store_true", help="chat with a model that was not fine-tuned on dialogs too")
     add_decoding_flags(parser)
-    # session
+    begin_section(parser, "session")
     parser.add_argument(
         "--transcript", metavar="FILE", help="file to which each turn is added as it is said, a JSON object a line"
     )
     add_seed_flag(parser)
-    add_debug_flag(parser)
+    add_program_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -126,6 +124,7 @@ def draw_from_dataset(args: Namespace, tell: Callable[[str], None]) -> list[str]
     """A persona out of the dataset: `--dataset_path`, else the one that the model was trained on, else PersonaChat."""
     from transfertransfo.data.dataset import locate_dataset
     from transfertransfo.data.personas import draw_persona
+    from transfertransfo.data.sources import recorded_dataset
 
     path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if path and not args.dataset_path:
@@ -134,18 +133,6 @@ def draw_from_dataset(args: Namespace, tell: Callable[[str], None]) -> list[str]
         return draw_persona(locate_dataset(path), args.skip_bad_dialogs)
     except UserError as error:
         raise UserError(f"{error}; or {GIVE_PERSONA}") from error
-
-
-def recorded_dataset(checkpoint: str) -> str:
-    """The dataset that a run folder was trained on, a URL, hf:NAME or a path that is still there; "" = PersonaChat."""
-    from transfertransfo.data.sources import HUB
-    from transfertransfo.download import is_url
-
-    try:
-        recorded = json.loads(Path(checkpoint, "training_args.json").read_text())["dataset_path"]
-        return recorded if is_url(recorded) or recorded.startswith(HUB) or os.path.exists(recorded) else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no run folder of this project
-        return ""
 
 
 if __name__ == "__main__":

@@ -24,93 +24,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
-import torch
-from ignite.engine import Engine, Events
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
-
 from transfertransfo.cli import (
     ArgumentParser,
     add_data_flags,
-    add_debug_flag,
     add_model_flags,
     add_optimisation_flags,
+    add_program_flags,
     add_run_flags,
     add_seed_flag,
     amend_errors,
+    begin_section,
     number,
     run_script,
     set_seed,
     set_up_logging,
 )
-from transfertransfo.data.dataset import TokenizedDataset, load_dataset
-from transfertransfo.data.inputs import (
-    MODEL_INPUTS,
-    PADDED_INPUTS,
-    BucketSampler,
-    Example,
-    build_input_from_segments,
-    pad_dataset,
-)
-from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, make_chat_template
 from transfertransfo.errors import UserError
-from transfertransfo.evaluation.metrics import right_places
-from transfertransfo.evaluation.samples import choose_turns, reply_to_turns
-from transfertransfo.model.double_heads import (
-    DoubleHeads,
-    add_adapter_,
-    add_special_tokens_,
-    base_digest,
-    default_device,
-    enable_gradient_checkpointing_,
-    freeze_embeddings_,
-    freeze_unread_,
-    halve_frozen_,
-    merge_adapter_,
-)
-from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
-from transfertransfo.model.lora import rank_of
-from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.training.checkpoints import Best, RandomState, TrainedParameters, load_checkpoint, save_checkpoint
-from transfertransfo.training.distribution import (
-    average_distributed_scalar,
-    check_same_run,
-    one_line_for_a_lost_process,
-    setup_distributed,
-    share_weights_,
-)
-from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
-from transfertransfo.training.handlers import (
-    NoFiniteGradient,
-    attach_checkpoints,
-    attach_figures,
-    attach_replies,
-    attach_validation,
-)
-from transfertransfo.training.loaders import Loaders, first_share, hold_out, make_loaders
-from transfertransfo.training.outcome import FEW_STEPS, Outcome, Plan
-from transfertransfo.training.precision import LEVELS, make_precision
-from transfertransfo.training.runs import (
-    NOT_RESUMED,
-    Found,
-    changed_arguments,
-    find_run,
-    make_record,
-    open_run_folder,
-    read_arguments,
-)
-
-__all__ = [  # the original's public names, wherever they are defined now
-    "ATTR_TO_SPECIAL_TOKEN", "MODEL_INPUTS", "PADDED_INPUTS", "SPECIAL_TOKENS", "add_special_tokens_",
-    "average_distributed_scalar", "build_input_from_segments", "get_data_loaders", "pad_dataset", "train",
-]  # fmt: skip
-
-logger = logging.getLogger(__name__)
-
-GO_ON = "go on from the last checkpoint with --resume"
-COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
 
 
 def make_parser() -> ArgumentParser:
@@ -146,6 +75,7 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="write the whole model with its adapters worked in, instead of the adapters",
     )
+    begin_section(parser, "data")
     parser.add_argument(
         "--num_candidates",
         type=number(int, 0),
@@ -159,9 +89,12 @@ def make_parser() -> ArgumentParser:
         help="passes over each training dialog an epoch, its persona rotated each time",
     )
     add_optimisation_flags(parser)
-    # hardware
+    begin_section(parser, "hardware")
     parser.add_argument(
-        "--fp16", choices=LEVELS, default="", help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)'
+        "--fp16",
+        choices=["", "O0", "O1", "O2", "O3", "bf16"],
+        default="",
+        help='precision: bf16, or apex\'s O0 to O3 ("" or O0 = float32)',
     )
     parser.add_argument(
         "--gradient_checkpointing", action="store_true", help="save memory by computing each layer twice"
@@ -176,10 +109,88 @@ def make_parser() -> ArgumentParser:
     )
     add_run_flags(parser)
     add_seed_flag(parser)
-    add_debug_flag(parser)
+    add_program_flags(parser)
 
     parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return parser
+
+
+if __name__ == "__main__":  # what follows takes seconds to load: `--help` and a wrong flag are answered without it
+    make_parser().parse_args()
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from transfertransfo.data.dataset import TokenizedDataset, load_dataset
+from transfertransfo.data.inputs import (
+    MODEL_INPUTS,
+    PADDED_INPUTS,
+    BucketSampler,
+    Example,
+    build_input_from_segments,
+    pad_dataset,
+)
+from transfertransfo.data.sources import recorded_dataset
+from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, make_chat_template
+from transfertransfo.evaluation.metrics import right_places
+from transfertransfo.evaluation.samples import choose_turns, reply_to_turns
+from transfertransfo.model.double_heads import (
+    DoubleHeads,
+    add_adapter_,
+    add_special_tokens_,
+    base_digest,
+    default_device,
+    enable_gradient_checkpointing_,
+    freeze_embeddings_,
+    freeze_unread_,
+    halve_frozen_,
+    merge_adapter_,
+)
+from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
+from transfertransfo.model.lora import rank_of
+from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.training.checkpoints import Best, RandomState, TrainedParameters, load_checkpoint, save_checkpoint
+from transfertransfo.training.distribution import (
+    average_distributed_scalar,
+    check_same_run,
+    one_line_for_a_lost_process,
+    setup_distributed,
+    share_weights_,
+)
+from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
+from transfertransfo.training.handlers import (
+    NoFiniteGradient,
+    attach_checkpoints,
+    attach_figures,
+    attach_replies,
+    attach_validation,
+)
+from transfertransfo.training.loaders import Loaders, first_share, make_loaders
+from transfertransfo.training.outcome import FEW_STEPS, Outcome, Plan
+from transfertransfo.training.precision import make_precision
+from transfertransfo.training.runs import (
+    NOT_RESUMED,
+    Found,
+    changed_arguments,
+    find_run,
+    make_record,
+    open_run_folder,
+    read_arguments,
+)
+
+__all__ = [  # the original's public names, wherever they are defined now
+    "ATTR_TO_SPECIAL_TOKEN", "MODEL_INPUTS", "PADDED_INPUTS", "SPECIAL_TOKENS", "add_special_tokens_",
+    "average_distributed_scalar", "build_input_from_segments", "get_data_loaders", "pad_dataset", "train",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+GO_ON = "go on from the last checkpoint with --resume"
+COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
@@ -190,6 +201,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     """
     parser = make_parser()
     args, run = parser.parse_args(argv), None
+    args.dataset_path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if args.resume:
         with amend_errors(before="--resume "):
             run = find_run(args.resume, vars(args))
@@ -245,17 +257,15 @@ def load_batches(
         raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
     if "train" not in content.splits:
         raise UserError(f"{name}: no train split to train on")
+    if "valid" not in content.splits and args.valid_share:
+        with amend_errors(before=f"--valid_share {args.valid_share}: {name}: "):
+            content = content.hold_out(args.valid_share)
     valid, places = None, list[list[int]]()
-    n_train = content.count("train")
     if "valid" in content.splits:
-        valid, places = validation_part(content, "valid")
-    elif args.valid_share:
-        with amend_errors(before=f"--valid_share {args.valid_share}: "):
-            n_train = hold_out(n_train, args.valid_share, name)
-        valid, places = validation_part(content, "train", start=n_train)
+        valid, places = content.dialogs("valid", content.tokens), gold_places(content)
     else:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
-    train = content.dialogs("train", content.tokens, stop=first_share(n_train, args.train_share))
+    train = content.dialogs("train", content.tokens, stop=first_share(content.count("train"), args.train_share))
     compiled_for_gpu = args.compile and (args.device or default_device()) != "cpu"
     loaders = make_loaders(
         train, valid, places, tokenizer, n_positions=n_positions, history_start=history_start,
@@ -267,15 +277,10 @@ def load_batches(
     return loaders, digest
 
 
-def validation_part(content: TokenizedDataset, split: str, start: int = 0) -> tuple[list[dict], list[list[int]]]:
-    """Dialogs to validate on, and for each of their examples the candidates that read like the gold reply.
-
-    Their distractors are drawn from them alone: none is known from training, and no reply of theirs is a wrong answer
-    there.
-    """
-    texts = content.dialogs(split, content.texts, start)
-    candidates = [utterance["candidates"] for dialog in texts for utterance in dialog["utterances"]]
-    return content.dialogs(split, content.tokens, start), right_places(candidates)
+def gold_places(content: TokenizedDataset) -> list[list[int]]:
+    """For each validation example the candidates that read like the gold reply."""
+    dialogs = content.dialogs("valid", content.texts)
+    return right_places([utterance["candidates"] for dialog in dialogs for utterance in dialog["utterances"]])
 
 
 def make_optimisation(args: Namespace) -> Optimisation:

@@ -29,6 +29,7 @@ from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.parlai import write_parlai
 from transfertransfo.data.personas import draw_persona
+from transfertransfo.data.sources import recorded_dataset
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, knows_dialog_tokens, tokenize
 from transfertransfo.decoding import Decoding, sample_sequence, score_replies
 from transfertransfo.errors import UserError
@@ -413,7 +414,7 @@ def test_a_run_folder_tells_its_dataset(tmp_path):
     assert told == [f"(a persona from {EXAMPLE})"]
     for content in ('{"dataset_path": "/no/such"}', "[]", "{", '{"dataset_path": null}', "{}"):
         (tmp_path / "training_args.json").write_text(content)
-        assert interact.recorded_dataset(str(tmp_path)) == ""
+        assert recorded_dataset(str(tmp_path)) == ""
 
 
 def test_no_download_names_the_way_out(monkeypatch):

@@ -79,7 +79,7 @@ def flag_table(script: str) -> str:
     lines = ["| flag | default | what it does |", "|---|---|---|"]
     for action in parser_of(script)._actions[1:]:  # all but --help
         names = " ".join(f"`{name}`" for name in action.option_strings)
-        unset = action.default is None or action.default is False or action.default == ""
+        unset = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
         default = "" if unset else f"`{action.default}`"
         choices = f" ({', '.join(f'`{choice}`' for choice in action.choices if choice)})" if action.choices else ""
         lines.append(f"| {names} | {default} | {action.help}{choices} |")

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -248,13 +249,26 @@ def test_a_fine_tuned_checkpoint_without_weights(complaint, model, dataset, scri
 # Flags
 
 
-@pytest.mark.parametrize("script", ["interact", "convai_evaluation"])
+@pytest.mark.parametrize("script", ["train", "interact", "convai_evaluation"])
 def test_help_loads_no_torch(script):
     """Torch and transformers take seconds to load, and `--help` waited for them."""
-    code = f"import sys, {script} as script\ntry: script.parse_args(['-h'])\nexcept SystemExit: print(*sys.modules)"
+    code = (
+        f"import runpy, sys\nsys.argv = ['{script}.py', '--help']\n"
+        f"try: runpy.run_path('{script}.py', run_name='__main__')\nexcept SystemExit: print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     *help_lines, modules = done.stdout.splitlines()
-    assert "--block_history_ngram" in "".join(help_lines) and not {"numpy", "torch"} & {*modules.split()}
+    assert "--max_history" in "".join(help_lines) and not {"numpy", "torch"} & {*modules.split()}
+    titles = [line for line in help_lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles[0] == "options:" and titles[-1] == "program:" and {"data:", "model:"} < {*titles}
+    assert len(titles) == len({*titles}) and "None" not in "".join(help_lines)
+
+
+@pytest.mark.parametrize("script", ["train", "interact", "convai_evaluation"])
+def test_the_version_is_the_changelogs(script):
+    done = subprocess.run([sys.executable, f"{script}.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+    newest = re.search(r"^## (.*)", (ROOT / "docs/CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert done.stdout == f"TransferTransfo {newest}\n" and done.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_help(capsys):
 def test_files_of_a_run(run):
     names = {path.name for path in run.folder.iterdir()}
     wanted = {"metrics.jsonl", "training_args.json", "config.json", "model.safetensors", "tokenizer.json",
-              "tokenizer_config.json"}  # fmt: skip
+              "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
     assert names >= wanted
     others = names - wanted - {"generation_config.json"}
     checkpoints = {name for name in others if name.endswith(".pt")}
@@ -322,7 +322,7 @@ def test_replies_to_validation_turns_are_those_of_the_model(run):
     for line in run.validations:
         assert len(line["replies"]) == 3
         for reply in line["replies"]:
-            assert f"{json.dumps(reply['heard'])} -> {json.dumps(reply['reply'])}" in run.log
+            assert " -> ".join(json.dumps(reply[name], ensure_ascii=False) for name in ("heard", "reply")) in run.log
     with process_as_it_was(), contextlib.redirect_stdout(io.StringIO()):
         model, tokenizer = load_finetuned(run.folder, device="cpu")
     dialogs = get_dataset(tokenizer, run.folder.parent.parent / "dataset.json", "")["valid"]
@@ -367,9 +367,43 @@ def test_a_share_of_train_is_held_out(base_checkpoints, tmp_path):
             ("split", (), {"train": train_split[:4], "valid": train_split[4:]}),
         )
     ]
-    assert "the last 2 training dialogs are held out" in runs[0].log and "no valid split" not in runs[0].log
+    assert "The last 2 training dialogs are held out" in runs[0].log and "no valid split" not in runs[0].log
     figures = [[{name: line[name] for name in ("step", "nll", "accuracy")} for line in run.validations] for run in runs]
     assert len(figures[0]) == 1 and figures[0] == figures[1]
+
+
+def evaluate(folder: Path, *flags) -> dict:
+    argv = ["--eval_type", "all", "--no_sample", "--device", "cpu", "--batchsize", 4, *flags]
+    with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
+        return convai_evaluation.run([str(flag) for flag in argv])
+
+
+@pytest.mark.parametrize("distractors", [True, False])
+def test_the_evaluation_is_on_the_dialogs_that_training_held_out(base_checkpoints, tmp_path, distractors):
+    """Without a flag: neither which dataset, nor which share. A dataset without `valid` could not be evaluated on."""
+    dialogs = [dict(dialog) for dialog in DATASET["train"]]
+    if not distractors:
+        for dialog in dialogs:
+            dialog["utterances"] = [turn | {"candidates": turn["candidates"][-1:]} for turn in dialog["utterances"]]
+    run = run_training(tmp_path, base_checkpoints["gpt2"], "--valid_share", 0.3, dataset={"train": dialogs})
+    last = run.validations[-1]
+    for flags in ([], ["--dataset_path", "dataset.json"], ["--valid_share", 0.3]):
+        report = evaluate(tmp_path, "--model", run.folder, *flags)
+        assert report["examples"] == 4
+        assert (report["token_ppl"], report["hits@1"]) == (pytest.approx(last["ppl"], rel=1e-5), last["accuracy"])
+    assert evaluate(tmp_path, "--model", run.folder, "--valid_share", 0.5)["examples"] == 6
+    (tmp_path / "dataset.json").write_text(json.dumps({"train": dialogs[:5]}))  # is not what was trained on
+    with pytest.raises(UserError, match=r"^dataset.json: no valid split to evaluate on; .*--valid_share"):
+        evaluate(tmp_path, "--model", run.folder)
+
+
+def test_a_model_trains_on_with_its_own_dataset(base_checkpoints, tmp_path):
+    before = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 1)
+    with process_as_it_was(), contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()):
+        folder = train(["--model", str(before.folder), "--n_epochs", "1", "--device", "cpu"])
+    records = [json.loads((tmp_path / path / "training_args.json").read_text()) for path in (before.folder, folder)]
+    for name in ("dataset_path", "dataset_digest"):
+        assert records[0][name] == records[1][name] != ""
 
 
 def test_shares_of_train_are_validated_on_the_same_dialogs(base_checkpoints, tmp_path):
@@ -433,7 +467,7 @@ def test_a_valid_split_makes_valid_share_void(base_checkpoints, tmp_path):
     ("dataset", "flags", "message"),
     [
         ({"valid": DATASET["valid"]}, [], "^dataset.json: no train split to train on$"),
-        ({"train": DATASET["train"][:1]}, ["--valid_share", 0.5], "^--valid_share 0.5: dataset.json has too few"),
+        ({"train": DATASET["train"][:1]}, ["--valid_share", 0.5], "^--valid_share 0.5: dataset.json: too few dialogs"),
     ],
 )
 def test_no_dialogs_to_train_on(base_checkpoints, tmp_path, dataset, flags, message):

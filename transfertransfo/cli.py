@@ -14,18 +14,43 @@ from typing import Any, NoReturn
 from transfertransfo.errors import UserError, first_line
 
 PACKAGE, _, _ = __name__.partition(".")
+VERSION = "0.1.0"
 DATASET_CACHE = "./dataset_cache.bin"
 DEBUG = "CONVAI_DEBUG"  # environment variable, so that processes which a script starts know of it too
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help where there are such; else the help's text says what it means that a flag is unset."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:  # argparse's hook
+        untold = action.default is None or action.default is False or action.default == ""
+        return action.help if untold else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with errors of one line, without the usage above them, and with defaults in the help."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.section: argparse._ArgumentGroup | None = None
+        super().__init__(description=description, formatter_class=HelpFormatter)
+        self.sections: dict[str, argparse._ArgumentGroup] = {}
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Declare a flag in the section that has been begun."""
+        if self.section:
+            return self.section.add_argument(*names, **options)
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def begin_section(parser: argparse.ArgumentParser, title: str) -> None:
+    """Have the flags that are declared from now on stand under a title in the help; ParlAI's parser has its own."""
+    if isinstance(parser, ArgumentParser):
+        if title not in parser.sections:
+            parser.sections[title] = parser.add_argument_group(title)
+        parser.section = parser.sections[title]
 
 
 def run_script(script: Callable[[], object]) -> None:
@@ -90,9 +115,13 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
     return parse
 
 
-def add_data_flags(parser: ArgumentParser, default: str = "download PersonaChat") -> None:
+def add_data_flags(parser: ArgumentParser) -> None:
+    begin_section(parser, "data")
     parser.add_argument(
-        "--dataset_path", default="", help=f'dataset: a file, a folder, a URL or hf:NAME ("" = {default})'
+        "--dataset_path",
+        default="",
+        help='dataset: a file, a folder, a URL or hf:NAME ("" = the one the model was trained on, else PersonaChat,'
+        " downloaded)",
     )
     parser.add_argument(
         "--dataset_cache",
@@ -107,6 +136,7 @@ def add_data_flags(parser: ArgumentParser, default: str = "download PersonaChat"
 
 
 def add_model_flags(parser: ArgumentParser, default: str) -> None:
+    begin_section(parser, "model")
     parser.add_argument(
         "--model_checkpoint",
         "--model",
@@ -146,6 +176,7 @@ def add_precision_flag(parser: ArgumentParser) -> None:
 
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
+    begin_section(parser, "replies")
     parser.add_argument("--no_sample", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")
     parser.add_argument("--min_length", type=number(int, 0), default=1, help="shortest reply, in tokens")
@@ -200,6 +231,7 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
 
 def add_optimisation_flags(parser: ArgumentParser) -> None:
     """Declare by which settings and for how long training changes a model."""
+    begin_section(parser, "optimisation")
     parser.add_argument("--n_epochs", type=number(int, 1), default=3, help="passes over the training examples")
     parser.add_argument(
         "--train_batch_size", type=number(int, 1), default=4, help="examples of one forward, in each process"
@@ -241,6 +273,7 @@ def add_optimisation_flags(parser: ArgumentParser) -> None:
 
 def add_run_flags(parser: ArgumentParser) -> None:
     """Declare a training run's log, validation, checkpoints and resumption."""
+    begin_section(parser, "run")
     parser.add_argument(
         "--resume", default="", help="run folder to go on with; auto = the newest of the same arguments, or a new one"
     )
@@ -289,7 +322,11 @@ class DebugAction(argparse.Action):
         os.environ[DEBUG] = "1"
 
 
-def add_debug_flag(parser: ArgumentParser) -> None:
+def add_program_flags(parser: ArgumentParser) -> None:
+    begin_section(parser, "program")
+    parser.add_argument(
+        "--version", action="version", version=f"TransferTransfo {VERSION}", help="show the version, and end"
+    )
     parser.add_argument(
         "--debug", action=DebugAction, help=f"show the exception behind a one-line error, as {DEBUG}=1 does"
     )
@@ -297,10 +334,12 @@ def add_debug_flag(parser: ArgumentParser) -> None:
 
 def add_evaluation_flags(parser: ArgumentParser) -> None:
     """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+    begin_section(parser, "measurement")
     parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
     add_model_flags(parser, default="")
     add_precision_flag(parser)
     add_decoding_flags(parser)
+    begin_section(parser, "measurement")
     parser.add_argument(
         "--dict_file",
         default=None,
@@ -349,12 +388,10 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger(PACKAGE).setLevel(logging.DEBUG if debugging() else logging.NOTSET)
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, hf_hub_utils
 
     disable_progress_bar()  # of weights that are read or written, which takes a second
     if sys.stderr.isatty():
-        from huggingface_hub.utils import enable_progress_bars
-
-        enable_progress_bars()  # of downloads, which that silences too
+        hf_hub_utils.enable_progress_bars()  # of downloads, which that silences too
     for library in ("ignite", "transformers.utils.hub"):  # they log an exception that the script goes on to report
         logging.getLogger(library).setLevel(logging.CRITICAL)

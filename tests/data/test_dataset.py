@@ -574,6 +574,25 @@ def test_distractors_come_from_the_dialogs_that_are_asked_for_alone(gpt, tmp_pat
             assert texts == [[u["candidates"] for u in d["utterances"]] for d in some], "the same for tokens and texts"
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.75])
+def test_dialogs_held_out_are_the_validation_split(gpt, tmp_path, share):
+    """In training and in the evaluation alike; their distractors are drawn as for the last dialogs of train."""
+    dialogs = [{"personality": ["i am ."] * (i % 3), "utterances": [{"reply": f"{a} {b} .", "history": ["hi"] * i}
+                for b in "xyz"[: 1 + i % 3]]} for i, a in enumerate("abcdefgh")]  # fmt: skip
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"train": dialogs}))
+    whole = load_dataset(gpt, path, "")
+    left = len(dialogs) - max(1, round(len(dialogs) * share))
+    parted = whole.hold_out(share)
+    assert (whole.splits, parted.splits) == (["train"], ["train", "valid"])
+    assert (parted.count("train"), parted.count("valid")) == (left, len(dialogs) - left)
+    for sentences in (whole.texts, whole.tokens):
+        assert parted.dialogs("train", sentences) == whole.dialogs("train", sentences, stop=left)
+        assert parted.dialogs("valid", sentences) == whole.dialogs("train", sentences, start=left)
+    with pytest.raises(UserError, match="too few dialogs"):
+        whole.hold_out(0.95)
+
+
 def test_a_dataset_s_distractors_are_those_that_its_reader_draws(gpt, tmp_path):
     dialogs = [{"utterances": [{"reply": f"yes {number} ."}] * 2} for number in ("one", "two", "three", "four")]
     path = tmp_path / "train.json"

@@ -1,6 +1,7 @@
 """Datasets, tokenised once and cached by content."""
 
 import contextlib
+import copy
 import gc
 import hashlib
 import itertools
@@ -133,6 +134,29 @@ class TokenizedDataset:
             }
             for personality, count in zip(self._lists(f"{split}.personality", start, stop), turns.tolist())
         ]
+
+    def hold_out(self, share: float) -> "TokenizedDataset":
+        """The dataset with the last training dialogs, this share of them and one at least, as its validation split.
+
+        Raises:
+            UserError: no dialog would be left to train on.
+        """
+        count = max(1, round(self.count("train") * share))
+        left = self.count("train") - count
+        if left < 1:
+            raise UserError("too few dialogs to hold some out")
+        logger.info("The last %d training dialogs are held out for validation", count)
+        turns = self._arrays["train.turns"]
+        parted = {"train.turns": turns[:left], "valid.turns": turns[left:]}
+        utterances = int(turns[:left].sum())
+        for name, rows in (("personality", left), ("candidates", utterances), ("history", utterances)):
+            values, ends = self._arrays[f"train.{name}"], self._arrays[f"train.{name}.ends"]
+            cut = int(ends[rows - 1])
+            parted |= {f"train.{name}": values[:cut], f"train.{name}.ends": ends[:rows]}
+            parted |= {f"valid.{name}": values[cut:], f"valid.{name}.ends": ends[rows:] - cut}
+        dataset = copy.copy(self)
+        dataset._arrays, dataset.splits = self._arrays | parted, ["train", "valid"]
+        return dataset
 
     def all_dialogs(self, sentences: list) -> dict[str, list[dict]]:
         """The dialogs of each split, as `dialogs` gives them."""

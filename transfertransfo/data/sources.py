@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from transfertransfo.data.formats import one_line_errors, open_file
 from transfertransfo.data.reading import SPLIT_NAMES, SPLITS
-from transfertransfo.download import cache_folder, extract
+from transfertransfo.download import cache_folder, extract, is_url
 from transfertransfo.errors import UserError, first_line, require
 
 logger = logging.getLogger(__name__)
@@ -218,3 +218,20 @@ def hub_files(name: str) -> Files:
     logger.info("%s%s: %s", HUB, repository, ", ".join(f"{name} is {split}" for name, split in splits.items()))
     files = {Path(file["filename"]): splits[name] for name, rows in parts.items() for file in rows}
     return {path: split for path, split in files.items() if split != "test"}
+
+
+def recorded(checkpoint: str) -> dict:
+    """The arguments of the run that a checkpoint is of, as `training_args.json` has them; {} where it is of none."""
+    try:
+        arguments = json.loads(Path(checkpoint, "training_args.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def recorded_dataset(checkpoint: str) -> str:
+    """The dataset that a run folder was trained on, a URL, hf:NAME or a path that is still there; "" = PersonaChat."""
+    path = recorded(checkpoint).get("dataset_path")
+    if not isinstance(path, str):
+        return ""
+    return path if is_url(path) or path.startswith(HUB) or Path(path).exists() else ""

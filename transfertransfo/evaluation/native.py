@@ -54,19 +54,34 @@ def evaluate(
 
 
 def load_validation(
-    tokenizer: PreTrainedTokenizerBase, dataset_path: str, dataset_cache: str, *, skip_bad_dialogs: bool
+    tokenizer: PreTrainedTokenizerBase,
+    dataset_path: str,
+    dataset_cache: str,
+    *,
+    skip_bad_dialogs: bool,
+    valid_share: float | None,
+    run: dict,
 ) -> TokenizedDataset:
-    """A dataset that has a validation split.
+    """A dataset that has a validation split, if only one that is held out as in training.
+
+    Args:
+        valid_share: share of the training dialogs to hold out where it has none (None = as `run`, on its own dataset).
+        run: the arguments of the run that made the model.
 
     Raises:
         UserError: it has none, or as `load_dataset`.
     """
     dataset = load_dataset(tokenizer, dataset_path, dataset_cache, skip_bad_dialogs)
-    if "valid" not in dataset.splits:
-        raise UserError(
-            f"{dataset_path}: no valid split to evaluate on; a file of one split is valid if its name begins so"
-        )
-    return dataset
+    if "valid" in dataset.splits:
+        return dataset
+    if valid_share is None and run.get("dataset_digest") == dataset.digest:
+        valid_share = run.get("valid_share")
+    if valid_share:
+        return dataset.hold_out(valid_share)
+    raise UserError(
+        f"{dataset_path}: no valid split to evaluate on; a file of one split is valid if its name begins so;"
+        " --valid_share holds some of train out"
+    )
 
 
 def word_counts(dataset: TokenizedDataset, dict_file: str | None) -> dict[str, int]:

@@ -20,25 +20,11 @@ from transfertransfo.data.inputs import (
     tree_length,
 )
 from transfertransfo.data.trees import IGNORED, Batch, pack
-from transfertransfo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 Loaders = tuple[DataLoader, DataLoader | None, BucketSampler, BucketSampler | None]  # train, valid, their samplers
-
-
-def hold_out(count: int, share: float, name: str) -> int:
-    """How many of so many dialogs are left where the last ones are held out, this share and one at least.
-
-    Raises:
-        UserError: no dialog of the dataset `name` would be left.
-    """
-    held_out = max(1, round(count * share))
-    if held_out >= count:
-        raise UserError(f"{name} has too few dialogs to hold some out")
-    logger.info("%s: the last %d training dialogs are held out for validation", name, held_out)
-    return count - held_out
 
 
 def first_share(count: int, share: float) -> int:

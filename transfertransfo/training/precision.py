@@ -24,7 +24,6 @@ from transfertransfo.model.double_heads import prepare_bfloat16
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("", "O0", "O1", "O2", "O3", "bf16")
 MAX_BAD_STEPS = 10  # in a row, before a run is given up
 
 
@@ -34,7 +33,7 @@ def make_precision(
     """Prepare a model, in place, and its optimizer for a level; to be called before the model is distributed.
 
     Args:
-        level: one of `LEVELS`.
+        level: "", "O0" to "O3" or "bf16".
         make_optimizer: makes the optimizer of the parameters that it is to step, of `model` those that are trained.
 
     Raises:
