@@ -377,9 +377,10 @@ def write_gguf(path, tokenizer, model: torch.nn.Module) -> None:
     writer.close()
 
 
-def test_a_gguf_file_is_the_model_that_was_written(bases, tmp_path, capsys):
+def test_a_gguf_file_is_the_model_that_was_written(bases, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
+    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "tiny.gguf"
     model, tokenizer = load_model(bases["llama"]), load_tokenizer(bases["llama"])
     write_gguf(file, tokenizer, model.pretrained)

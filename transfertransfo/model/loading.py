@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import logging
 import re
 import tempfile
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -33,6 +31,7 @@ from transfertransfo.model.double_heads import (
     halve_,
     merge_adapter_,
 )
+from transfertransfo.model.gguf import load_gguf
 from transfertransfo.model.heads import FAMILIES, double_heads_class
 from transfertransfo.model.lora import (
     HEAD,
@@ -140,20 +139,12 @@ def read_weights(
     """
     arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32, "output_loading_info": True}
     loaded: Any  # a pair, since it is asked for
-    if "gguf_file" not in arguments:
-        loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
-        pretrained, found = loaded
-        new_head = check_fit(pretrained, found["missing_keys"], found["unexpected_keys"])
-        separate_(pretrained)
-        return pretrained, new_head
-    unpacked = transformers.GgufConfig(dequantize=True)
-    logger.info("Unpacking %s", arguments["gguf_file"])
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers shows a bar that it has no switch for
-        loaded = family.from_pretrained(**arguments, config=copy.deepcopy(config), quantization_config=unpacked)
-    quantized, found = loaded
-    new_head = check_fit(quantized, found["missing_keys"], found["unexpected_keys"])
-    pretrained = family(config)  # one that transformers does not take for quantized, and so saves
-    pretrained.load_state_dict(quantized.state_dict())
+    if "gguf_file" in arguments:
+        return load_gguf(family, checkpoint, config, check_fit)
+    loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
+    pretrained, found = loaded
+    new_head = check_fit(pretrained, found["missing_keys"], found["unexpected_keys"])
+    separate_(pretrained)
     return pretrained, new_head
 
 

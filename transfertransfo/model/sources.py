@@ -21,6 +21,7 @@ from transformers.utils import has_file
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, knows_dialog_tokens
 from transfertransfo.download import extract, fetch, is_url
 from transfertransfo.errors import UserError, first_line, require
+from transfertransfo.model.gguf import read_gguf_config
 
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
@@ -103,12 +104,11 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
     """
     folder = resolve_checkpoint(checkpoint)
     try:
-        arguments = pretrained_arguments(folder)
-        values, _ = PretrainedConfig.get_config_dict(**arguments)
+        if is_gguf(folder):
+            return AutoConfig.for_model(**read_gguf_config(folder))
+        values, _ = PretrainedConfig.get_config_dict(folder)
         if "model_type" not in values and "n_embd" in values:
             return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
-        if "gguf_file" in arguments:
-            return AutoConfig.for_model(**values)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
     except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
         raise UserError(cannot_load(checkpoint, "GGUF header" if is_gguf(folder) else "config.json", error)) from error
