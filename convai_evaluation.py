@@ -6,7 +6,9 @@ python convai_evaluation.py --eval_type all --backend parlai --model_checkpoint 
 python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
 """
 
+import importlib.metadata
 import json
+import platform
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -85,7 +87,7 @@ def run(argv: list[str] | None = None) -> dict:
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from transfertransfo.evaluation.native import domains, extra_figures
+    from transfertransfo.evaluation.native import domains, extra_figures, standard_errors
 
     set_up_logging()
     set_seed(args.seed)
@@ -98,21 +100,38 @@ def run(argv: list[str] | None = None) -> dict:
     details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
     report = {"examples": len(details)} | figures | extra_figures(details)
     measured_on = domains(report)
-    for name, key in (
-        ("FINAL Hits@1", "hits@1"),
-        ("FINAL PPL", "ppl"),
-        ("FINAL F1", "f1"),
-        ("Token PPL", "token_ppl"),
-        ("Distinct-1", "distinct-1"),
-        ("Distinct-2", "distinct-2"),
-    ):
+    errors = standard_errors(details)
+    names = {
+        "hits@1": "FINAL Hits@1",
+        "ppl": "FINAL PPL",
+        "f1": "FINAL F1",
+        "token_ppl": "Token PPL",
+        "distinct-1": "Distinct-1",
+        "distinct-2": "Distinct-2",
+    }
+    for key, name in names.items():
         if key in report:
             print(f"{name}: {report[key]:.4g}" + (f" ({measured_on[key]})" if key in measured_on else ""))
+    shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
+    print(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
     if args.report:
-        write_output("--report", args.report, json.dumps(report, indent=2) + "\n")
+        written = report | {"standard_errors": errors} | provenance(args)
+        write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
     if args.details:
         write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))
     return report
+
+
+def provenance(args: Namespace) -> dict:
+    """What the figures are of: model, dataset, seed, versions and all flags."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {
+        "model": args.model_checkpoint or "the model of 2019",
+        "dataset": args.dataset_path or "PersonaChat",
+        "seed": args.seed,
+        "versions": {"python": platform.python_version()} | versions,
+        "flags": vars(args),
+    }
 
 
 def use_datapath_(args: Namespace) -> None:

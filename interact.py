@@ -3,7 +3,7 @@
 python interact.py --model_checkpoint runs/Nov21_20-57-01_host_model   # a run of train.py
 python interact.py                                                      # the model of 2019, downloaded
 python interact.py --model_checkpoint runs/... --personality "i like dogs ." "i live in ohio ."
-python interact.py --model_checkpoint runs/... --num_samples 8 --rank   # the best of eight replies
+python interact.py --model_checkpoint runs/... --preset ranked          # the best of four replies
 printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
 """
 
@@ -19,9 +19,11 @@ from transfertransfo.cli import (
     add_decoding_flags,
     add_model_flags,
     add_precision_flag,
+    add_preset_flag,
     add_program_flags,
     add_seed_flag,
     begin_section,
+    parse_with_preset,
     run_script,
     set_seed,
     set_up_logging,
@@ -30,6 +32,7 @@ from transfertransfo.errors import UserError, flags_named
 
 logger = logging.getLogger(__name__)
 
+EXAMPLE = Path(__file__).absolute().parent / "example"
 GIVE_PERSONA = 'give a persona instead: --personality "i like dogs ." "i live in ohio ."'
 
 
@@ -53,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_model_flags(parser, default="")
     add_precision_flag(parser)
     parser.add_argument("--force", action="store_true", help="chat with a model that was not fine-tuned on dialogs too")
+    add_preset_flag(parser)
     add_decoding_flags(parser)
     begin_section(parser, "session")
     parser.add_argument(
@@ -60,7 +64,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     add_seed_flag(parser)
     add_program_flags(parser)
-    return parser.parse_args(argv)
+    return parse_with_preset(parser, argv, lambda args: "ranked" if is_embedded(args.model_checkpoint) else "original")
+
+
+def is_embedded(checkpoint: str) -> bool:
+    """Whether a model is one of those that come with the project; these are shown at their best."""
+    return EXAMPLE in Path(checkpoint).absolute().parents
 
 
 @flags_named()
@@ -71,6 +80,9 @@ def run(argv: list[str] | None = None) -> None:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
+    name = args.model_checkpoint or "the model of 2019"
+    if sys.stdout.isatty():  # what follows takes seconds
+        print(f"Loading {name} ...", flush=True)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
     from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
@@ -92,7 +104,6 @@ def run(argv: list[str] | None = None) -> None:
         return draw_from_dataset(args, tell)
 
     persona = given_persona(args)
-    persona = draw() if persona is None else persona
     model, tokenizer = load_finetuned(
         args.model_checkpoint,
         args.gpt_tokenization,
@@ -101,8 +112,11 @@ def run(argv: list[str] | None = None) -> None:
         args.fp16,
         force=args.force,
     )
+    persona = draw() if persona is None else persona  # after the model: a wrong one is said before a dataset is needed
     with open_transcript(args.transcript) as transcript:
         chat = Chat(model, tokenizer, decoding, args.max_history, persona, draw, tell, transcript)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            tell(f"Model: {name}; /help lists commands, Ctrl-D leaves")
         show(f"{chat.introduction()}\n", "persona")
         talk(chat, make_reader(), show)
 

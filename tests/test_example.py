@@ -1,7 +1,9 @@
 """What made the shipped models: the scripts in example/."""
 
 import json
+import re
 import runpy
+import shlex
 
 import pytest
 import torch
@@ -67,7 +69,58 @@ def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, t
     assert all(torch.equal(got[name], parameter.half().float()) for name, parameter in want.items())
 
 
+def test_checkpoints_beside_one_another(run_script, checkpoints, example_json, tmp_path, capsys):
+    dialogs = example_json["valid"][:2]
+    dialogs[0]["utterances"][0]["candidates"][-1] = "a|b <i>c</i>"
+    (tmp_path / "valid.json").write_text(json.dumps({"valid": dialogs}))
+    both = [checkpoints["gpt"], checkpoints["gpt2"]]
+    flags = ["--device", "cpu", "--max_length", 6, "--html", tmp_path / "x.html"]
+    run_script("compare.py", *both, "--dataset_path", tmp_path / "valid.json", "--dataset_cache", "", *flags)
+    figures, replies = (table.splitlines() for table in capsys.readouterr().out.split("\n\n"))
+    assert [line.split(" | ")[0] for line in figures[2:]] == [f"| {folder}" for folder in both]
+    assert figures[0] == "| checkpoint | examples | hits@1 | word ppl | F1 | token ppl | distinct-2 |"
+    examples = sum(len(dialog["utterances"]) for dialog in dialogs)
+    assert all(line.split(" | ")[1] == f"{examples}" and line.count(" ± ") == 4 for line in figures[2:])
+    assert len(replies) == 2 + examples and f"{both[0]} | {both[1]} | the right reply" in replies[0]
+    assert r"| a\|b &lt;i>c&lt;/i> |" in replies[2]
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("<tr>") == len(figures) - 1 + len(replies) - 1 and "a|b &lt;i&gt;c&lt;/i&gt;" in page
+
+
+def test_your_own_character(run_script, checkpoints, tmp_path, monkeypatch, capsys):
+    """The steps of the README, fewer of them, on a tiny model: it learns, and is put beside what it was."""
+    from helpers import process_as_it_was
+
+    import train
+    from transfertransfo.data.dialogs import draw_persona, read_dialogs
+
+    dialogs = read_dialogs([ROOT / "example" / "character.jsonl"])["train"]
+    assert len(dialogs) == 20 and draw_persona([ROOT / "example" / "character.jsonl"]) == dialogs[0]["personality"]
+    readme = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"python train\.py --model example/smollm2 ((?:.*\\\n)*.*)", readme)
+    argv = shlex.split(command.replace("\\\n", " ").replace("example/", f"{ROOT}/example/"), comments=True)
+    monkeypatch.chdir(tmp_path)
+    with process_as_it_was():
+        run = train.train([*argv, "--model", str(checkpoints["gpt2"]), "--n_epochs", "1", "--device", "cpu"])
+    run_script("compare.py", checkpoints["gpt2"], run, "--questions", ROOT / "example" / "character_questions.txt",
+               "--dataset_path", ROOT / "example" / "character.jsonl", "--device", "cpu")  # fmt: skip
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    before, after = zip(*(row.split(" | ")[1:3] for row in rows))
+    assert len(rows) == 10 and before != after
+
+
+def test_answers_beside_one_another(run_script, checkpoints, tmp_path, capsys):
+    (tmp_path / "q").write_text("hello !\nany pets ?\n")
+    flags = ["--device", "cpu", "--max_length", 6, "--dataset_path", ROOT / "example" / "character.jsonl"]
+    run_script("compare.py", checkpoints["gpt2"], checkpoints["gpt2"], "--questions", tmp_path / "q", *flags)
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == f"| said | {checkpoints['gpt2']} | {checkpoints['gpt2']} |"
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[0] for row in cells] == ["hello !", "any pets ?"] and all(row[1] == row[2] != "" for row in cells)
+
+
 @pytest.mark.parametrize(("name", "args", "line"), [
+    ("compare.py", ["a"], "compare.py: error: --questions or --dataset_path: give one of the two\n"),
     ("ship.py", [".", "f"], "ship.py: error: .: no model.safetensors or adapter_model.safetensors there\n"),
     ("whole_dialogs.py", ["none.json", "f"], "whole_dialogs.py: error: none.json: no such file or folder\n"),
     ("both_sides.py", ["none.json", "f"], "both_sides.py: error: none.json: no such file or folder\n"),

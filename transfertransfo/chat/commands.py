@@ -7,14 +7,14 @@ import difflib
 import json
 import shlex
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat, readable
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags
-from transfertransfo.decoding import fit_context, score_replies
-from transfertransfo.errors import UserError, flags_named
+from transfertransfo.decoding import Decoding, fit_context, score_replies
+from transfertransfo.errors import SettingError, UserError
 from transfertransfo.files import write_atomically
 
 
@@ -26,6 +26,8 @@ def answer(chat: Chat, line: str) -> str | Generator[str]:
         EOFError: the chat is over.
     """
     line = line.encode("utf-8", "replace").decode()  # a terminal can give what is no Unicode
+    if meant := BARE.get(line.rstrip().lower()):
+        raise UserError(f"{line.rstrip()}: did you mean {meant}? To say it, put a blank before it")
     if not line.lstrip().startswith("/"):
         return chat.say(line)
     name, *rest = line.split(maxsplit=1)
@@ -36,7 +38,8 @@ def answer(chat: Chat, line: str) -> str | Generator[str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    name = name.lower()
+    found = [BARE[name.strip("/")]] if name.strip("/") in BARE else difflib.get_close_matches(name, names, 1, 0.5)
     return f" (nearest: {found[0]})" if found else ""
 
 
@@ -79,9 +82,22 @@ def retry(chat: Chat, rest: str) -> Generator[str] | str:
 
 
 def show_history(chat: Chat, rest: str) -> str:
-    """: all that was said"""
-    turns = ((readable(exchange.text), chat.text_of(exchange.reply)) for exchange in chat.exchanges)
-    return "\n".join(f">>> {text}\n{reply}" for text, reply in turns) or "(nothing was said yet)"
+    """: all that was said, and by whom"""
+    lines = []
+    for exchange in chat.exchanges:
+        marks = " (stopped)" * exchange.stopped + f" (rated {exchange.rating})" * bool(exchange.rating)
+        lines += [f"you:   {readable(exchange.text)}", f"model: {chat.text_of(exchange.reply)}{marks}"]
+    return "\n".join(lines) or "(nothing was said yet)"
+
+
+def rate(chat: Chat, rest: str) -> str:
+    """1..5: rate the last reply; the rating goes into the transcript and into what /save writes"""
+    if rest not in ("1", "2", "3", "4", "5"):
+        raise UserError(f"/rate: expected a number from 1 to 5, got {readable(rest)!r}")
+    if not chat.exchanges:
+        return "(nothing was said yet)"
+    chat.rate(int(rest))
+    return f"(rated {rest}: {chat.text_of(chat.exchanges[-1].reply)})"
 
 
 def change_setting(chat: Chat, rest: str) -> str:
@@ -95,10 +111,14 @@ def change_setting(chat: Chat, rest: str) -> str:
     changed = parse_setting(name, value.strip(), is_switch=isinstance(settings[name], bool))
     if name == "max_history":
         chat.max_history = changed
-    else:
-        with flags_named():
-            chat.decoding = replace(chat.decoding, **{name: changed})
-    return f"{name} = {changed}"
+        return f"{name} = {changed}"
+    values = {**asdict(chat.decoding), name: changed}
+    unranked = name != "rank" and chat.decoding.rank and max(values["num_samples"], values["num_beams"]) < 2
+    try:
+        chat.decoding = Decoding(**values | ({"rank": False} if unranked else {}))
+    except SettingError as error:
+        raise UserError(f"/set {error}") from error
+    return f"{name} = {changed}" + ("\nrank = False (there is one reply now, and nothing to rank)" if unranked else "")
 
 
 def parse_setting(name: str, value: str, *, is_switch: bool) -> Any:
@@ -118,30 +138,37 @@ SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0"
 
 class SettingsParser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.replace("argument --", "/set ", 1))
+        help_with = "; /set no_sample on takes the likeliest token each time" if "--temperature" in message else ""
+        raise UserError(message.replace("argument --", "/set ", 1) + help_with)
 
 
 def save(chat: Chat, rest: str) -> str:
-    """FILE: write the dialog as one of a dataset that can be trained on (JSON lines)"""
-    if not rest:
+    """[>>] FILE: write the dialog as one of a dataset that can be trained on (JSON lines); >> adds it to the file"""
+    appends, name = rest.startswith(">>"), rest.removeprefix(">>").strip()
+    if not name:
         raise UserError("/save: give a file's name")
-    turns, utterances = [], []
-    for exchange in chat.exchanges:
-        turns.append(readable(exchange.text))
-        reply = chat.text_of(exchange.reply)
-        if reply.strip():  # a dataset has no empty ones
-            utterances.append({"history": turns.copy(), "reply": reply})
-        turns.append(reply)
-    if not utterances:
+    dialog = chat.dialog()
+    if not dialog["utterances"]:
         raise UserError("/save: nothing was said yet")
     try:
-        path = Path(rest).expanduser()
-        if path.exists():
-            raise UserError(f"/save {path}: is there already; give another name")
-        write_atomically(path, json.dumps({"personality": chat.persona, "utterances": utterances}) + "\n")
+        path = Path(name).expanduser()
+        if path.exists() and not appends:
+            raise UserError(f"/save {path}: is there already; /save >> {path} adds the dialog to it")
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if before and not ends_in_a_dialog(before):
+            raise UserError(f"/save {path}: not a file of JSON lines, to which a dialog can be added")
+        write_atomically(path, before + "\n" * (before != "" and before[-1] != "\n") + json.dumps(dialog) + "\n")
     except (OSError, ValueError, RuntimeError) as error:  # no such file can be; no such user's folder
-        raise UserError(f"/save {readable(rest)}: {getattr(error, 'strerror', None) or error}") from error
-    return f"(written to {path})"
+        raise UserError(f"/save {readable(name)}: {getattr(error, 'strerror', None) or error}") from error
+    return f"({'added' if before else 'written'} to {path})"
+
+
+def ends_in_a_dialog(text: str) -> bool:
+    """Whether a file's last line is a dialog."""
+    try:
+        return "utterances" in json.loads(text.splitlines()[-1])
+    except (ValueError, TypeError):
+        return False
 
 
 def show_candidates(chat: Chat, rest: str) -> str:
@@ -171,8 +198,10 @@ COMMANDS: dict[str, Callable[[Chat, str], str | Generator[str]]] = {
     "/undo": undo,
     "/retry": retry,
     "/history": show_history,
+    "/rate": rate,
     "/set": change_setting,
     "/save": save,
     "/candidates": show_candidates,
     "/quit": leave,
 }
+BARE = {"quit": "/quit", "exit": "/quit", "help": "/help"}  # what is typed where commands have no `/`

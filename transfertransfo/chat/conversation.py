@@ -24,6 +24,8 @@ class Exchange(NamedTuple):
     heard: list[int]  # token ids of the text
     reply: list[int]
     candidates: list[list[int]]  # all replies that the model could have given; the one that it gave is among them
+    stopped: bool = False  # the reply is as far as it had come
+    rating: int | None = None  # of the reply, 1 to 5, if the user gave one
 
 
 class Chat:
@@ -127,7 +129,7 @@ class Chat:
             stopped = {}
         finally:
             if reply or not stopped:
-                self.exchanges.append(Exchange(text, heard, reply, candidates or [reply]))
+                self.exchanges.append(Exchange(text, heard, reply, candidates or [reply], bool(stopped)))
                 self.record(speaker="model", text=self.text_of(reply), **stopped)
 
     def say_again(self) -> Generator[str]:
@@ -166,6 +168,23 @@ class Chat:
         """Text as people write it, without spaces before punctuation and within contractions, on one line."""
         (text,) = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
         return readable(self.tokenizer.clean_up_tokenization(text))
+
+    def rate(self, rating: int) -> None:
+        """Rate the last reply, from 1 to 5."""
+        self.exchanges[-1] = self.exchanges[-1]._replace(rating=rating)
+        self.record(rating=rating, text=self.text_of(self.exchanges[-1].reply))
+
+    def dialog(self) -> dict[str, Any]:
+        """What was said as a dialog of a dataset that can be trained on; it has no utterances where nothing was."""
+        turns, utterances = [], []
+        for exchange in self.exchanges:
+            turns.append(readable(exchange.text))
+            reply = self.text_of(exchange.reply)
+            if reply.strip():  # a dataset has no empty ones
+                rated = {"rating": exchange.rating} if exchange.rating else {}
+                utterances.append({"history": turns.copy(), "reply": reply} | rated)
+            turns.append(reply)
+        return {"personality": self.persona, "utterances": utterances}
 
     def record(self, **turn: Any) -> None:
         """Add a line to the transcript, if there is one."""

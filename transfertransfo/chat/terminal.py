@@ -3,13 +3,17 @@
 import contextlib
 import logging
 import os
+import re
+import shutil
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.utils import get_cwidth
 
 from transfertransfo.chat.commands import COMMANDS, answer
 from transfertransfo.chat.conversation import Chat
@@ -33,7 +37,7 @@ def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None
             if isinstance(answered, str):
                 show(f"{answered}\n", "note")
                 continue
-            with contextlib.closing(answered) as pieces:
+            with unseen_keys(), contextlib.closing(answered) as pieces:
                 for piece in pieces:
                     show(piece, "reply")
             show("\n")
@@ -49,14 +53,59 @@ def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None
             show(f"{in_flags(error)}\n", "note")
 
 
+@contextlib.contextmanager
+def unseen_keys() -> Iterator[None]:
+    """Have the terminal not show what is typed meanwhile; it stays for the next prompt. Ctrl-C and Ctrl-Z work on."""
+    try:
+        before = termios.tcgetattr(sys.stdin)
+        hushed = before.copy()
+        hushed[3] &= ~termios.ECHO
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, hushed)
+    except (termios.error, ValueError, OSError):  # no terminal
+        yield
+        return
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
 def make_printer() -> Callable[..., None]:
-    """A function that shows text, at once, in a colour of `COLOURS` if stdout is a terminal that has any."""
-    coloured = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    """A function that shows text, at once, in a colour of `COLOURS` if stdout is a terminal that has any.
+
+    On a terminal words wrap at its width.
+    """
+    terminal = sys.stdout.isatty()
+    coloured = terminal and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    wrap = Wrapper(lambda: shutil.get_terminal_size().columns) if terminal else str
 
     def show(text: str, kind: str = "") -> None:
+        text = wrap(text)
         print(f"{COLOURS[kind]}{text}\x1b[0m" if coloured and kind else text, end="", flush=True)
 
     return show
+
+
+class Wrapper:
+    """Breaks lines of text between words, where the next one would not fit. The text comes in pieces of whole words."""
+
+    def __init__(self, width: Callable[[], int]):
+        self.width, self.column = width, 0
+
+    def __call__(self, text: str) -> str:
+        wrapped = []
+        for part in re.findall(r"\n|[^\S\n]*\S+|[^\S\n]+", text):
+            columns = get_cwidth(part)
+            if part == "\n":
+                self.column = -columns
+            elif self.column and self.column + columns >= self.width() and part.lstrip() and part[0].isspace():
+                part = part.lstrip()
+                columns = get_cwidth(part)
+                wrapped.append("\n")
+                self.column = 0
+            wrapped.append(part)
+            self.column += columns
+        return "".join(wrapped)
 
 
 def make_reader() -> Callable[[], str]:
@@ -77,7 +126,9 @@ def read_plainly() -> str:
 
 def make_editor() -> Callable[[], str]:
     completer = WordCompleter([*COMMANDS], sentence=True)
-    editor: PromptSession[str] = PromptSession(history=open_history(), completer=completer, complete_while_typing=False)
+    editor: PromptSession[str] = PromptSession(
+        history=open_history(), completer=completer, complete_while_typing=False, enable_suspend=True
+    )
     return lambda: editor.prompt(PROMPT)
 
 

@@ -208,3 +208,22 @@ def distinct_n(replies: Iterable[Sequence[str]], n: int) -> float:
     """
     ngrams = [ngram for words in replies for ngram in zip(*(words[i:] for i in range(n)), strict=False)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def mean_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of examples' values: their deviation over the root of their number; NaN of one."""
+    n = len(values)
+    return float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+
+
+def perplexity_error(nlls: Sequence[float], counts: Sequence[int]) -> float:
+    """Standard error of exp(sum of nlls / sum of counts) over examples, each with its sum of -ln p and its number.
+
+    An example's words are not independent, so that examples count, not words: the error of a ratio of two sums
+    (Cochran 1977, "Sampling Techniques", section 6.4), times the perplexity by the delta method; NaN of one example.
+    """
+    n, total = len(nlls), sum(counts)
+    if n < 2 or not total or not math.isfinite(sum(nlls)):
+        return math.nan
+    deviations = np.array(nlls) - sum(nlls) / total * np.array(counts)
+    return perplexity(math.fsum(nlls), total) * math.sqrt(n / (n - 1) * float((deviations**2).sum())) / total

@@ -15,8 +15,10 @@ from transfertransfo.evaluation.metrics import (
     distinct_n,
     f1,
     hit,
+    mean_error,
     normalize,
     perplexity,
+    perplexity_error,
 )
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def evaluate(
     cut = sum(fit(example, model.n_positions, model.history_start) is not example for example in examples)
     tell_of_cut(cut, len(turns), model.n_positions)
     labels = [turn.candidate_texts[-1] for turn in turns]
-    details: list[dict] = [{"index": i} for i in range(len(turns))]
+    details = make_rows(texts, max_history)
     with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=None) as bar:
         for indices in by_length(turns, batchsize, evaluator.measured):
             for i, result in zip(indices, evaluator([turns[i] for i in indices])):
@@ -51,6 +53,36 @@ def evaluate(
     if "reply" in details[0]:
         figures["f1"] = sum(row["f1"] for row in details) / len(details)
     return details, figures
+
+
+def make_rows(dialogs: list[dict], max_history: int) -> list[dict]:
+    """A row for each example of a split's dialogs of text, to which its results are added.
+
+    "index"; "persona"; "history" as far as the model is given it; "candidates"; "gold", the right one of these.
+    """
+    rows: list[dict] = []
+    for dialog in dialogs:
+        for utterance in dialog["utterances"]:
+            history, candidates = utterance["history"][-(2 * max_history + 1) :], utterance["candidates"]
+            shown = {"history": history, "candidates": candidates, "gold": candidates[-1]}
+            rows.append({"index": len(rows), "persona": dialog["personality"]} | shown)
+    return rows
+
+
+def standard_errors(details: list[dict]) -> dict[str, float]:
+    """How far each figure would be from another draw of as many examples, by the examples' own spread."""
+    errors = {}
+    if "ranking" in details[0]:
+        errors["hits@1"] = mean_error([hit(row["ranking"], row["candidates"], row["gold"]) for row in details])
+    if "words" in details[0]:
+        scored = [[p for _, p in row["words"] if p is not None] for row in details]
+        nlls = [math.fsum(-math.log(p) if p else math.inf for p in row) for row in scored]
+        errors["ppl"] = perplexity_error(nlls, list(map(len, scored)))
+    if "reply" in details[0]:
+        errors["f1"] = mean_error([row["f1"] for row in details])
+    if "token_nll" in details[0]:
+        errors["token_ppl"] = perplexity_error(*zip(*(row["token_nll"] for row in details)))
+    return errors
 
 
 def load_validation(

@@ -21,7 +21,7 @@ from transfertransfo.evaluation.metrics import (
     split_words,
     write_word_counts,
 )
-from transfertransfo.evaluation.native import add_result_
+from transfertransfo.evaluation.native import add_result_, make_rows
 
 PARLAI = {"parlai": "1.7.2", "convai2": "0.1.20200610"}  # the release that a backend needs; they exclude each other
 DATA_VERSION = "v5.0"  # in the second line of .built; where it says something else ParlAI deletes the folder
@@ -52,8 +52,7 @@ def evaluate_in_parlai(
     with tempfile.TemporaryDirectory(prefix="convai2-") as folder, contextlib.redirect_stdout(sys.stderr):
         make_data_folder(Path(folder), backend, dataset, counts, own_data=own_data)
         dialogs = read_dialogs([Path(folder, "ConvAI2", "valid_self_original.txt")])["valid"]
-        examples = sum(len(dialog["utterances"]) for dialog in dialogs)
-        details = [{"index": i} for i in range(examples)]
+        details = make_rows(dialogs, options["max_history"])
         opt = options | {"datapath": folder, "dict_file": str(dictionary_in(Path(folder)))}
         with in_one_line(options["dataset_path"]):
             if backend == "parlai":

@@ -42,8 +42,8 @@ def config_in_header(file: str, *_: object) -> dict[str, Any]:
     """The same from the header. The second argument and on tell this state of the file from another."""
     folder, name = os.path.split(os.path.abspath(file))
     with name_map_made_once():
-        values, _ = PretrainedConfig.get_config_dict(folder, gguf_file=name)
-    return values
+        found: Any = PretrainedConfig.get_config_dict(folder, gguf_file=name)
+    return found[0]
 
 
 def load_gguf(
