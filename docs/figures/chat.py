@@ -24,7 +24,16 @@ LINES = [
     "/hisotry",
     "/quit",
 ]
-FLAGS = ["--personality", "i work as a nurse .", "i have two dogs .", "i love to cook .", "--seed", "7"]
+FLAGS = [
+    "--preset",
+    "original",
+    "--personality",
+    "i work as a nurse .",
+    "i have two dogs .",
+    "i love to cook .",
+    "--seed",
+    "7",
+]
 
 
 def session(checkpoint: str) -> list[str]:
