@@ -8,6 +8,7 @@ python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent
 
 import importlib.metadata
 import json
+import math
 import platform
 from argparse import Namespace
 from functools import partial
@@ -115,7 +116,8 @@ def run(argv: list[str] | None = None) -> dict:
     shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
     print(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
     if args.report:
-        written = report | {"standard_errors": errors} | provenance(args)
+        finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
+        written = report | {"standard_errors": finite} | provenance(args)
         write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
     if args.details:
         write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))

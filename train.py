@@ -1,14 +1,14 @@
 """Fine-tune GPT, GPT-2 or another decoder on dialogs with personas: a language model and a choice among candidates.
 
-    # CPU, the embedded example, a minute or two
-    python train.py --dataset_path example/personachat.json --model_checkpoint example/model
+# CPU, the embedded example, a minute or two
+python train.py --dataset_path example/personachat.json --model_checkpoint example/model
 
-    # one GPU: GPT on PersonaChat, both downloaded
-    python train.py
+# one GPU: GPT on PersonaChat, both downloaded
+python train.py
 
-    # eight GPUs of one machine: the paper's recipe
-    torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2.0 --max_history 2 --n_epochs 1 \
-        --num_candidates 4 --personality_permutations 2 --train_batch_size 2 --valid_batch_size 2
+# eight GPUs of one machine: the paper's recipe
+torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2.0 --max_history 2 --n_epochs 1 \
+    --num_candidates 4 --personality_permutations 2 --train_batch_size 2 --valid_batch_size 2
 """
 
 import contextlib
@@ -32,14 +32,13 @@ from transfertransfo.cli import (
     add_program_flags,
     add_run_flags,
     add_seed_flag,
-    amend_errors,
     begin_section,
     number,
     run_script,
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError
+from transfertransfo.errors import UserError, flags_named
 
 
 def make_parser() -> ArgumentParser:
@@ -170,7 +169,7 @@ from transfertransfo.training.handlers import (
     attach_validation,
 )
 from transfertransfo.training.loaders import Loaders, first_share, make_loaders
-from transfertransfo.training.outcome import FEW_STEPS, Outcome, Plan
+from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 from transfertransfo.training.precision import make_precision
 from transfertransfo.training.runs import (
     NOT_RESUMED,
@@ -203,8 +202,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     args, run = parser.parse_args(argv), None
     args.dataset_path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if args.resume:
-        with amend_errors(before="--resume "):
-            run = find_run(args.resume, vars(args))
+        run = find_run(args.resume, vars(args))
     if run:
         args = resume_args(parser, argv, run)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
@@ -217,8 +215,7 @@ def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Na
     Raises:
         UserError: one differs that may not.
     """
-    with amend_errors(before="--resume "):
-        saved = read_arguments(run)
+    saved = read_arguments(run)
     flags = vars(parser.parse_args([])).keys() - NOT_RESUMED
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & flags})
     args = parser.parse_args(argv)
@@ -258,8 +255,7 @@ def load_batches(
     if "train" not in content.splits:
         raise UserError(f"{name}: no train split to train on")
     if "valid" not in content.splits and args.valid_share:
-        with amend_errors(before=f"--valid_share {args.valid_share}: {name}: "):
-            content = content.hold_out(args.valid_share)
+        content = content.hold_out(args.valid_share)
     valid, places = None, list[list[int]]()
     if "valid" in content.splits:
         valid, places = content.dialogs("valid", content.tokens), gold_places(content)
@@ -388,61 +384,18 @@ def attach_handlers(
     )  # fmt: skip
 
 
-def tell_plan(args: Namespace, plan: Plan) -> None:
-    """Say how much a run is going to learn from, and where that is little, which flags make it more."""
-    logger.info(
-        "Training: %d optimizer steps, %d epochs of %d examples, %d examples a step",
-        plan.n_steps, plan.n_epochs, plan.n_examples,
-        args.train_batch_size * plan.micro_steps * idist.get_world_size(),
-    )  # fmt: skip
-    if plan.n_steps >= FEW_STEPS:
-        return
-    accumulated = "--gradient_accumulation_steps 1 " if plan.micro_steps > 1 else ""
-    epochs = max(plan.epochs_for_enough, plan.n_epochs)
-    logger.warning(
-        "%d optimizer steps are few: the model may learn little. %s--n_epochs %d makes %d; a greater --lr learns more"
-        " in a step (here %g)",
-        plan.n_steps, accumulated, epochs, epochs * plan.n_batches, args.lr,
-    )  # fmt: skip
-
-
-def tell_outcome(args: Namespace, outcome: Outcome, seconds: float) -> None:
-    """Say what a run came to, and warn where its last epoch is not its best, or where it learnt nothing."""
-    minutes = f"{int(seconds) // 60} min {int(seconds) % 60} s"
-    if outcome.losses:
-        logger.info("Trained in %s: loss %.2f at first, %.2f at last", minutes, outcome.losses[0], outcome.losses[-1])
-    if outcome.nll:
-        lowest, most, last = outcome.lowest_nll, outcome.most_hits, max(outcome.nll)
-        exported = last if args.export == "last" else lowest if args.best_metric == "nll" else most
-        logger.info(
-            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d; exported: epoch %d, %s, nll %.4f, hits@1 %.4f",
-            outcome.nll[lowest], lowest, outcome.hits[most], most, exported,
-            "the last" if exported == last else "the best", outcome.nll[exported], outcome.hits[exported],
-        )  # fmt: skip
-        if outcome.nll[exported] > outcome.nll[lowest] and args.export == "last":
-            logger.warning(
-                "The last epoch is worse than the best: best nll %.2f at epoch %d; exported: the last, %.2f;"
-                " --export best --best_metric nll exports the best",
-                outcome.nll[lowest], lowest, outcome.nll[last],
-            )  # fmt: skip
-    if outcome.losses and not outcome.learnt:
-        logger.warning(
-            "The model has learnt nothing: its loss did not fall. More steps (--n_epochs, --gradient_accumulation_steps"
-            " 1) or a greater --lr may help; do not expect it to be in character"
-        )
-
-
 @contextlib.contextmanager
 def naming_flags_that_help() -> Iterator[None]:
     """Add to an error that ends a run in its midst the flags that help."""
     try:
         yield
     except NoFiniteGradient as error:
-        raise UserError(f"{error}; lower --lr, or use --fp16 bf16 or none, and {GO_ON}") from error
+        raise UserError(f"{error}; start a new run with a lower --lr, or with --fp16 bf16 or none") from error
     except UserError as error:
         raise UserError(f"{error}; {GO_ON}") from error
 
 
+@flags_named()
 @one_line_for_a_lost_process(remedy="--resume goes on from the last checkpoint")
 def train(argv: list[str] | None = None) -> str:
     """Train as the command line says; returns the run folder, which is a checkpoint itself.
@@ -453,8 +406,7 @@ def train(argv: list[str] | None = None) -> str:
     args, run = parse_args(argv)
     saved = read_arguments(run) if run else {}
     device = setup_distributed(args.device, args.local_rank)
-    with amend_errors(before="--resume: "):
-        check_same_run(run)
+    check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
 
@@ -467,7 +419,8 @@ def train(argv: list[str] | None = None) -> str:
     optimisation = make_optimisation(args)
     plan = Plan(
         n_examples=int(sampler.counts.sum()), n_batches=len(sampler), n_epochs=args.n_epochs,
-        micro_steps=args.gradient_accumulation_steps,
+        micro_steps=args.gradient_accumulation_steps, batch_size=args.train_batch_size * idist.get_world_size(),
+        lr=args.lr,
     )  # fmt: skip
     found = Found(
         gpt_tokenization=tokenizer.init_kwargs.get("gpt_tokenization"),
@@ -482,8 +435,7 @@ def train(argv: list[str] | None = None) -> str:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     make_optimizer = partial(make_adamw, names=names, lr=args.lr, head_lr=args.head_lr)
     share_weights_(model)  # before their float32 copies are made: --seed 0 draws others in each process
-    with amend_errors(before="--fp16 "):
-        precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
+    precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
     distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
     trainer = create_trainer(distributed, precision, optimisation, device)
     evaluator = create_evaluator(model, precision, device)
@@ -498,8 +450,7 @@ def train(argv: list[str] | None = None) -> str:
     }
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
-        with amend_errors(before="--resume "):
-            load_checkpoint(run, to_save)
+        load_checkpoint(run, to_save)
         trainer.state.max_epochs = args.n_epochs
     stale = 0 < args.patience <= best.validations_since
     done = stale or trainer.state.epoch >= args.n_epochs
@@ -515,7 +466,7 @@ def train(argv: list[str] | None = None) -> str:
         stopped = attach_handlers(
             args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )
-        tell_plan(args, plan)
+        log_plan(plan)
         model.train()
         began = time.monotonic()
         if not done:  # else a launcher has restarted a run at its very end
@@ -525,7 +476,7 @@ def train(argv: list[str] | None = None) -> str:
         logger.info("Stopped; go on with: python train.py --resume %s", folder)
         sys.exit(128 + stopped[0])
     if folder is not None and not done:
-        tell_outcome(args, Outcome.of(folder), time.monotonic() - began)
+        log_outcome(Outcome.of(folder), args.export, args.best_metric, seconds=time.monotonic() - began)
     logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
     return str(folder)
 

@@ -1,6 +1,6 @@
 """Add a dataset's training dialogs as their other speaker has them, whose persona is not known.
 
-    python example/both_sides.py DATASET FILE.json --valid_share 0.03
+python example/both_sides.py DATASET FILE.json --valid_share 0.03
 
 There the partner's words are the replies to be learnt, without a persona, from the second one on; train.py draws their
 distractors. The last dialogs are held out as FILE.json's valid split, as they are.

@@ -1,8 +1,9 @@
 """Put several checkpoints beside one another: figures of the validation split and replies, or replies to questions.
 
-    python example/compare.py example/model example/smollm2 --dataset_path example/personachat.json
-    python example/compare.py example/smollm2 runs/NAME --questions example/character_questions.txt \\
-        --dataset_path example/character.jsonl --html replies.html
+python example/compare.py example/model example/smollm2 --dataset_path example/personachat.json
+python example/compare.py example/smollm2 runs/NAME --dataset_path example/character.jsonl --valid_share 0.1
+python example/compare.py example/smollm2 runs/NAME --questions example/character_questions.txt \\
+    --dataset_path example/character.jsonl --html replies.html
 
 The table goes to stdout in Markdown, and with --html to a page. Replies are the likeliest ones (--no_sample) unless
 flags say otherwise.
@@ -11,6 +12,7 @@ flags say otherwise.
 import html
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,6 +37,7 @@ Table = list[list[str]]  # rows of cells, the head first
 
 def compare_figures(args: Namespace) -> tuple[Table, Table]:
     """Tables of the checkpoints' figures on the validation split, and of their replies to its first examples."""
+    from transfertransfo.data.sources import recorded
     from transfertransfo.decoding import Decoding
     from transfertransfo.evaluation.evaluator import Evaluator
     from transfertransfo.evaluation.native import (
@@ -52,9 +55,12 @@ def compare_figures(args: Namespace) -> tuple[Table, Table]:
     for checkpoint in args.checkpoints:
         set_seed(args.seed)
         model, tokenizer = load_finetuned(checkpoint, device=args.device)
-        dataset = load_validation(tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=False)
-        counts = word_counts(dataset, None)
-        evaluator = Evaluator(model, tokenizer, "all", Decoding.of(args), counts=counts.copy)
+        dataset = load_validation(
+            tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=False, valid_share=args.valid_share,
+            run=recorded(checkpoint),
+        )  # fmt: skip
+        counts = partial(word_counts, dataset, None)
+        evaluator = Evaluator(model, tokenizer, "all", Decoding.of(args), counts=counts)
         asked, found = evaluate(evaluator, dataset, max_history=2, batchsize=16)
         found |= extra_figures(asked)
         errors = standard_errors(asked)
@@ -73,7 +79,7 @@ def compare_answers(args: Namespace) -> Table:
     """A table of the checkpoints' replies to the lines of a file, each checkpoint in a chat of its own."""
     from transfertransfo.chat.conversation import Chat
     from transfertransfo.data.dataset import locate_dataset
-    from transfertransfo.data.dialogs import draw_persona
+    from transfertransfo.data.personas import draw_persona
     from transfertransfo.decoding import Decoding
     from transfertransfo.model.loading import load_finetuned
 
@@ -130,6 +136,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="dataset whose validation split is measured; with --questions a persona is drawn from it",
     )
     parser.add_argument("--dataset_cache", default=DATASET_CACHE, help="as in convai_evaluation.py")
+    parser.add_argument(
+        "--valid_share",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help="share of the training dialogs to measure on where the dataset has no valid split (0 = off)",
+    )
     parser.add_argument("--replies", type=number(int, 0), default=20, help="examples of that split shown with replies")
     parser.add_argument("--questions", help="file of lines to say to each checkpoint instead")
     parser.add_argument(

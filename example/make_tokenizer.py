@@ -1,6 +1,6 @@
 """Train the example model's tokenizer on the training texts of a dataset.
 
-    python example/make_tokenizer.py DATASET FOLDER
+python example/make_tokenizer.py DATASET FOLDER
 
 The same texts give the same files.
 """

@@ -1,6 +1,6 @@
 """Copy a run folder's model in float16, which is half the size, to the folder that it is shipped in.
 
-    python example/ship.py runs/NAME FOLDER
+python example/ship.py runs/NAME FOLDER
 
 A chat with it draws its persona from the example's dialogs: those that it was trained on are not shipped.
 """

@@ -1,6 +1,6 @@
 """Write each training dialog of a dataset as one text, for a first stage of plain language modelling.
 
-    python example/whole_dialogs.py DATASET FILE.jsonl --permutations 3
+python example/whole_dialogs.py DATASET FILE.jsonl --permutations 3
 
 A text is the persona and then every turn of both speakers; each dialog gives as many texts as are asked for, one after
 another, its persona rotated by one sentence each time. FILE.jsonl holds it as a dialog of one reply, which train.py

@@ -1,7 +1,7 @@
 """Kill a training run again and again, resume it each time, and compare it with one that was left alone.
 
-    python tests/crash.py --kills 20        # each run in a process of its own
-    python tests/crash.py --kills 3 --short # shorter runs, in forks of one process: what the tests do
+python tests/crash.py --kills 20        # each run in a process of its own
+python tests/crash.py --kills 3 --short # shorter runs, in forks of one process: what the tests do
 
 A run is killed with -9 at a seeded random instant of its life: in turn while it trains, validates and saves. It must
 end with the same weights, to the bit, and the same figures at every step as the run that nobody killed, also on

@@ -1,7 +1,7 @@
 """Feed mutated datasets to the reader: each must end in a dataset or in clear lines, soon and in little memory.
 
-    python tests/fuzz_dataset.py                # 1,000 mutants of each format
-    python tests/fuzz_dataset.py --mutants 100  # what the tests do
+python tests/fuzz_dataset.py                # 1,000 mutants of each format
+python tests/fuzz_dataset.py --mutants 100  # what the tests do
 
 The mutants are seeded: bytes flipped, cut out or doubled; fields and cells removed, retyped, nested, made huge.
 """

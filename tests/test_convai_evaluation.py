@@ -170,12 +170,13 @@ def test_the_error_of_a_perplexity_is_that_of_another_draw():
     assert math.isnan(perplexity_error([math.inf, 1.0], [1, 1]))
 
 
-def test_details_show_what_was_asked_and_answered(evaluate, dataset):
-    _, _, details = evaluate("--eval_type", "f1", "--max_history", "1")
+@pytest.mark.parametrize(("max_history", "turns"), [(1, slice(-3, None)), (-1, slice(None))])
+def test_details_show_what_was_asked_and_answered(evaluate, dataset, max_history, turns):
+    _, _, details = evaluate("--eval_type", "f1", "--max_history", max_history)
     dialogs = read_dialogs([dataset])["valid"]
     asked = [(dialog["personality"], utterance) for dialog in dialogs for utterance in dialog["utterances"]]
     for row, (persona, utterance) in zip(details, asked, strict=True):
-        assert row["persona"] == persona and row["history"] == utterance["history"][-3:]
+        assert row["persona"] == persona and row["history"] == utterance["history"][turns]
         assert row["candidates"] == utterance["candidates"] and row["gold"] == utterance["candidates"][-1]
         assert row["reply"]
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
 
 import convai_evaluation
 import train as trainer
-from train import get_data_loaders, make_parser, tell_outcome, tell_plan, train
+from train import get_data_loaders, make_parser, train
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
@@ -31,7 +31,7 @@ from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.training.outcome import Outcome, Plan
+from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
 LANGUAGE_MODELS = {"gpt": transformers.OpenAIGPTLMHeadModel, "gpt2": transformers.GPT2LMHeadModel}
@@ -281,9 +281,9 @@ def test_a_run_says_how_long_it_is_and_what_came_of_it(run):
 
 
 def test_a_run_of_enough_steps_is_not_warned_of(caplog):
-    plan = Plan(n_examples=100, n_batches=25, n_epochs=4, micro_steps=1)
-    tell_plan(make_parser().parse_args([]), plan)
-    tell_plan(make_parser().parse_args([]), dataclasses.replace(plan, n_batches=24))
+    plan = Plan(n_examples=100, n_batches=25, n_epochs=4, micro_steps=1, batch_size=4, lr=1e-3)
+    log_plan(plan)
+    log_plan(dataclasses.replace(plan, n_batches=24))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith("96 optimizer steps are few: the model may learn little. --n_epochs 5 makes 120;")
 
@@ -296,20 +296,20 @@ def test_a_run_that_learnt_nothing_says_so(base_checkpoints, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "exported", "warned"),
+    ("export", "metric", "exported", "warned"),
     [
-        ([], "epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
-        (["--export", "best"], "epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
-        (["--export", "best", "--best_metric", "nll"], "epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
+        ("last", "hits@1", "epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
+        ("best", "hits@1", "epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
+        ("best", "nll", "epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
     ],
 )
-def test_the_epoch_that_is_exported_is_compared_with_the_best(tmp_path, caplog, flags, exported, warned):
+def test_the_epoch_that_is_exported_is_compared_with_the_best(tmp_path, caplog, export, metric, exported, warned):
     lines = [{"step": 1, "epoch": 1, "loss": 6.0}, {"step": 3, "epoch": 3, "loss": 2.0}]
     lines += [{"step": i, "epoch": i, "split": "valid", "nll": nll, "accuracy": hits}
               for i, (nll, hits) in enumerate([(9.0, 0.1), (3.99, 0.4), (4.1, 0.7), (4.33, 0.5)])]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     caplog.set_level("INFO")
-    tell_outcome(make_parser().parse_args(flags), Outcome.of(tmp_path), 148.2)
+    log_outcome(Outcome.of(tmp_path), export, metric, seconds=148.2)
     assert "Trained in 2 min 28 s: loss 6.00 at first, 2.00 at last" in caplog.text
     assert f"Best nll 3.9900 at epoch 1, best hits@1 0.7000 at epoch 2; exported: {exported}" in caplog.text
     assert ("best nll 3.99 at epoch 1; exported: the last, 4.33; --export best --best_metric nll" in caplog.text) == (
@@ -374,8 +374,8 @@ def test_a_share_of_train_is_held_out(base_checkpoints, tmp_path):
 
 def evaluate(folder: Path, *flags) -> dict:
     argv = ["--eval_type", "all", "--no_sample", "--device", "cpu", "--batchsize", 4, *flags]
-    with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
-        return convai_evaluation.run([str(flag) for flag in argv])
+    with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
+        return convai_evaluation.run([str(flag) for flag in argv]) | {"log": log}
 
 
 @pytest.mark.parametrize("distractors", [True, False])
@@ -389,9 +389,11 @@ def test_the_evaluation_is_on_the_dialogs_that_training_held_out(base_checkpoint
     last = run.validations[-1]
     for flags in ([], ["--dataset_path", "dataset.json"], ["--valid_share", 0.3]):
         report = evaluate(tmp_path, "--model", run.folder, *flags)
-        assert report["examples"] == 4
+        assert report["examples"] == 4 and "trained on" not in report["log"].getvalue()
         assert (report["token_ppl"], report["hits@1"]) == (pytest.approx(last["ppl"], rel=1e-5), last["accuracy"])
-    assert evaluate(tmp_path, "--model", run.folder, "--valid_share", 0.5)["examples"] == 6
+    report = evaluate(tmp_path, "--model", run.folder, "--valid_share", 0.5)
+    assert report["examples"] == 6
+    assert "the model was trained on a part: its run held out 0.3" in report["log"].getvalue()
     (tmp_path / "dataset.json").write_text(json.dumps({"train": dialogs[:5]}))  # is not what was trained on
     with pytest.raises(UserError, match=r"^dataset.json: no valid split to evaluate on; .*--valid_share"):
         evaluate(tmp_path, "--model", run.folder)
@@ -467,7 +469,7 @@ def test_a_valid_split_makes_valid_share_void(base_checkpoints, tmp_path):
     ("dataset", "flags", "message"),
     [
         ({"valid": DATASET["valid"]}, [], "^dataset.json: no train split to train on$"),
-        ({"train": DATASET["train"][:1]}, ["--valid_share", 0.5], "^--valid_share 0.5: dataset.json: too few dialogs"),
+        ({"train": DATASET["train"][:1]}, ["--valid_share", 0.5], "^--valid_share 0.5: too few dialogs"),
     ],
 )
 def test_no_dialogs_to_train_on(base_checkpoints, tmp_path, dataset, flags, message):

@@ -1,14 +1,13 @@
 """The flags that the three scripts share, one-line errors, seeds, devices and the log."""
 
 import argparse
-import contextlib
 import logging
 import os
 import random
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from transfertransfo.errors import UserError, first_line
@@ -83,18 +82,6 @@ def fail(message: str) -> NoReturn:
 def debugging() -> bool:
     """Whether the exceptions behind one-line errors are to be shown."""
     return os.environ.get(DEBUG, "") not in ("", "0")
-
-
-@contextlib.contextmanager
-def amend_errors(before: str = "", after: str = "") -> Iterator[None]:
-    """Put the flag that a `UserError` is about before its message, or what helps after it.
-
-    The package below the scripts says what is wrong with a value; the script knows the flag that it came from.
-    """
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{before}{error}{after}") from error
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:

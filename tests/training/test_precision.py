@@ -43,7 +43,7 @@ def loss_of(model: nn.Module, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_float16_on_a_cpu_is_refused(level):
-    with pytest.raises(UserError, match=f"^{level}: float16 training needs a GPU"):
+    with pytest.raises(UserError, match=f"^fp16 {level}: float16 training needs a GPU"):
         make_precision(level, Tiny(), OPTIMIZER, CPU)
 
 

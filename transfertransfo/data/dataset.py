@@ -23,7 +23,7 @@ from transfertransfo.data.reading import SPLITS
 from transfertransfo.data.sources import HUB, Files, dataset_files, hub_files, split_of_url
 from transfertransfo.data.tokenization import count_unknown, fingerprint, tokenize
 from transfertransfo.download import fetch, is_url
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError, UserError
 from transfertransfo.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -139,12 +139,12 @@ class TokenizedDataset:
         """The dataset with the last training dialogs, this share of them and one at least, as its validation split.
 
         Raises:
-            UserError: no dialog would be left to train on.
+            SettingError: no dialog would be left to train on.
         """
         count = max(1, round(self.count("train") * share))
         left = self.count("train") - count
         if left < 1:
-            raise UserError("too few dialogs to hold some out")
+            raise SettingError(f"valid_share {share}: too few dialogs to hold some out", "valid_share")
         logger.info("The last %d training dialogs are held out for validation", count)
         turns = self._arrays["train.turns"]
         parted = {"train.turns": turns[:left], "valid.turns": turns[left:]}

@@ -7,8 +7,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.dataset import TokenizedDataset, load_dataset
-from transfertransfo.data.inputs import fit, tell_of_cut
-from transfertransfo.errors import UserError
+from transfertransfo.data.inputs import fit, tell_of_cut, window
+from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.evaluator import Evaluator, by_length, make_turns, read_dictionary
 from transfertransfo.evaluation.metrics import (
     count_words,
@@ -63,7 +63,7 @@ def make_rows(dialogs: list[dict], max_history: int) -> list[dict]:
     rows: list[dict] = []
     for dialog in dialogs:
         for utterance in dialog["utterances"]:
-            history, candidates = utterance["history"][-(2 * max_history + 1) :], utterance["candidates"]
+            history, candidates = window(utterance["history"], max_history), utterance["candidates"]
             shown = {"history": history, "candidates": candidates, "gold": candidates[-1]}
             rows.append({"index": len(rows), "persona": dialog["personality"]} | shown)
     return rows
@@ -101,19 +101,23 @@ def load_validation(
         run: the arguments of the run that made the model.
 
     Raises:
-        UserError: it has none, or as `load_dataset`.
+        SettingError: it has none.
+        UserError: as `load_dataset`.
     """
     dataset = load_dataset(tokenizer, dataset_path, dataset_cache, skip_bad_dialogs)
     if "valid" in dataset.splits:
         return dataset
-    if valid_share is None and run.get("dataset_digest") == dataset.digest:
-        valid_share = run.get("valid_share")
-    if valid_share:
-        return dataset.hold_out(valid_share)
-    raise UserError(
-        f"{dataset_path}: no valid split to evaluate on; a file of one split is valid if its name begins so;"
-        " --valid_share holds some of train out"
-    )
+    held_out = run.get("valid_share", 0.0) if run.get("dataset_digest") == dataset.digest else None
+    share = held_out if valid_share is None else valid_share
+    if not share:
+        raise SettingError(
+            f"{dataset_path}: no valid split to evaluate on; a file is one if its name or its folder's says so, as"
+            " valid.jsonl; valid_share holds some of the training dialogs out",
+            "valid_share",
+        )
+    if held_out is not None and share > held_out:
+        logger.warning("of a share of %g the model was trained on a part: its run held out %g", share, held_out)
+    return dataset.hold_out(share)
 
 
 def word_counts(dataset: TokenizedDataset, dict_file: str | None) -> dict[str, int]:

@@ -10,7 +10,7 @@ import ignite.distributed as idist
 import torch
 import torch.distributed
 
-from transfertransfo.errors import UserError, first_line
+from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.model.double_heads import default_device
 
 
@@ -57,11 +57,12 @@ def check_same_run(run: Path | None) -> None:
     """Check that all processes are about to resume the same run.
 
     Raises:
-        UserError: this one sees another run than the first process, or none.
+        SettingError: this one sees another run than the first process, or none.
     """
     first = idist.broadcast(str(run), src=0)
     if first != str(run):
-        raise UserError(f"{first} for the first process, {run} here: all nodes must see the same run folders")
+        message = f"resume: {first} for the first process, {run} here: all nodes must see the same run folders"
+        raise SettingError(message, "resume")
 
 
 def share_weights_(model: torch.nn.Module) -> None:

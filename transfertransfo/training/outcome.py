@@ -1,11 +1,14 @@
-"""What a run is about to do and what came of it, in figures that whoever trains can judge by."""
+"""How long a run is going to be, and what came of it, in lines that whoever trains can judge by."""
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from transfertransfo.training.runs import METRICS
+
+logger = logging.getLogger(__name__)
 
 FEW_STEPS = 100  # optimizer steps; a new character takes about as many
 
@@ -17,12 +20,16 @@ class Plan:
     Attributes:
         n_batches: iterations of an epoch.
         micro_steps: iterations of one optimizer step.
+        batch_size: examples of an iteration, of all processes together.
+        lr: the first learning rate.
     """
 
     n_examples: int
     n_batches: int
     n_epochs: int
     micro_steps: int
+    batch_size: int
+    lr: float
 
     @property
     def n_steps(self) -> int:
@@ -83,3 +90,51 @@ class Outcome:
     def most_hits(self) -> int:
         """The first epoch with the highest hits@1."""
         return max(self.hits, key=self.hits.__getitem__)
+
+
+def log_plan(plan: Plan) -> None:
+    """Say how much a run is going to learn from, and where that is little, which flags make it more."""
+    logger.info(
+        "Training: %d optimizer steps, %d epochs of %d examples, %d examples a step",
+        plan.n_steps, plan.n_epochs, plan.n_examples, plan.batch_size * plan.micro_steps,
+    )  # fmt: skip
+    if plan.n_steps >= FEW_STEPS:
+        return
+    accumulated = "--gradient_accumulation_steps 1 " if plan.micro_steps > 1 else ""
+    epochs = max(plan.epochs_for_enough, plan.n_epochs)
+    logger.warning(
+        "%d optimizer steps are few: the model may learn little. %s--n_epochs %d makes %d; a greater --lr learns more"
+        " in a step (here %g)",
+        plan.n_steps, accumulated, epochs, epochs * plan.n_batches, plan.lr,
+    )  # fmt: skip
+
+
+def log_outcome(outcome: Outcome, export: str, best_metric: str, *, seconds: float) -> None:
+    """Say what a run came to, and warn where its last epoch is not its best, or where it learnt nothing.
+
+    Args:
+        export: which epoch was exported, "last" or "best".
+        best_metric: what makes an epoch the best, "nll" or "hits@1".
+    """
+    minutes = f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    if outcome.losses:
+        logger.info("Trained in %s: loss %.2f at first, %.2f at last", minutes, outcome.losses[0], outcome.losses[-1])
+    if outcome.nll:
+        lowest, most, last = outcome.lowest_nll, outcome.most_hits, max(outcome.nll)
+        exported = last if export == "last" else lowest if best_metric == "nll" else most
+        logger.info(
+            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d; exported: epoch %d, %s, nll %.4f, hits@1 %.4f",
+            outcome.nll[lowest], lowest, outcome.hits[most], most, exported,
+            "the last" if exported == last else "the best", outcome.nll[exported], outcome.hits[exported],
+        )  # fmt: skip
+        if export == "last" and outcome.nll[last] > outcome.nll[lowest]:
+            logger.warning(
+                "The last epoch is worse than the best: best nll %.2f at epoch %d; exported: the last, %.2f;"
+                " --export best --best_metric nll exports the best",
+                outcome.nll[lowest], lowest, outcome.nll[last],
+            )  # fmt: skip
+    if outcome.losses and not outcome.learnt:
+        logger.warning(
+            "The model has learnt nothing: its loss did not fall. More steps (--n_epochs, --gradient_accumulation_steps"
+            " 1) or a greater --lr may help; do not expect it to be in character"
+        )

@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import prepare_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,12 @@ def make_precision(
         make_optimizer: makes the optimizer of the parameters that it is to step, of `model` those that are trained.
 
     Raises:
-        UserError: float16 asked for on a CPU.
+        SettingError: float16 asked for on a CPU.
     """
     if level in ("O1", "O2", "O3"):
         if device.type == "cpu":
-            raise UserError(f"{level}: float16 training needs a GPU; on a CPU use bf16, or leave it out")
+            message = f"fp16 {level}: float16 training needs a GPU; on a CPU use bf16, or leave it out"
+            raise SettingError(message, "fp16")
         try:
             from apex import amp
         except ImportError:

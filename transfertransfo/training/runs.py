@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transfertransfo.errors import UserError, first_line
+from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.files import remove_leftovers, write_atomically
 from transfertransfo.training.checkpoints import list_checkpoints
 
@@ -68,14 +68,14 @@ def find_run(resume: str, flags: Mapping) -> Path | None:
     """The run folder to resume: the one given, or for "auto" the newest of the same flags, if there is one.
 
     Raises:
-        UserError: the folder given is no run folder, or has no checkpoint yet.
+        SettingError: the folder given is no run folder, or has no checkpoint yet.
     """
     if resume != "auto":
         folder = Path(resume)
         if not (folder / ARGUMENTS).is_file():
-            raise UserError(f"{resume}: no run folder (it has no {ARGUMENTS})")
+            raise SettingError(f"resume {resume}: no run folder (it has no {ARGUMENTS})", "resume")
         if not list_checkpoints(folder):
-            raise UserError(f"{resume}: the run has no checkpoint yet; start it anew")
+            raise SettingError(f"resume {resume}: the run has no checkpoint yet; start it anew", "resume")
         return folder
     runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
