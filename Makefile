@@ -52,6 +52,7 @@ audit: .venv/dev.stamp  ## look what is installed up among known vulnerabilities
 figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN=runs/NAME: its curves too
 	$(PY) docs/figures/tree.py
 	$(PY) docs/figures/chat.py
+	$(PY) docs/figures/character.py
 	$(if $(RUN),$(PY) docs/figures/curves.py $(RUN))
 
 .venv/base.stamp: requirements.txt

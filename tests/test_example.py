@@ -1,5 +1,6 @@
 """What made the shipped models: the scripts in example/."""
 
+import copy
 import json
 import re
 import runpy
@@ -7,8 +8,11 @@ import shlex
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, process_as_it_was
 
+import train
+from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.personas import draw_persona
 from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
 
@@ -70,7 +74,7 @@ def test_a_shipped_model_is_half_as_large_and_the_same(run_script, checkpoint, t
 
 
 def test_checkpoints_beside_one_another(run_script, checkpoints, example_json, tmp_path, capsys):
-    dialogs = example_json["valid"][:2]
+    dialogs = copy.deepcopy(example_json["valid"][:2])
     dialogs[0]["utterances"][0]["candidates"][-1] = "a|b <i>c</i>"
     (tmp_path / "valid.json").write_text(json.dumps({"valid": dialogs}))
     both = [checkpoints["gpt"], checkpoints["gpt2"]]
@@ -89,11 +93,6 @@ def test_checkpoints_beside_one_another(run_script, checkpoints, example_json, t
 
 def test_your_own_character(run_script, checkpoints, tmp_path, monkeypatch, capsys):
     """The steps of the README, fewer of them, on a tiny model: it learns, and is put beside what it was."""
-    from helpers import process_as_it_was
-
-    import train
-    from transfertransfo.data.dialogs import draw_persona, read_dialogs
-
     dialogs = read_dialogs([ROOT / "example" / "character.jsonl"])["train"]
     assert len(dialogs) == 20 and draw_persona([ROOT / "example" / "character.jsonl"]) == dialogs[0]["personality"]
     readme = (ROOT / "README.md").read_text()

@@ -368,12 +368,12 @@ def test_the_demo_is_the_documented_steps():
 
 @pytest.mark.slow
 def test_pictures(workplace):
-    """The tree is the one that its script draws; curves and chat can be drawn of a run."""
+    """The tree is the one that its script draws; curves, chat and character can be drawn of a run."""
     for folder in ("docs/figures", "transfertransfo"):
         shutil.copytree(ROOT / folder, workplace / folder, dirs_exist_ok=True)
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), ROOT / "README.md"):
         shutil.copy(path, workplace)
-    for argv in (["tree.py"], ["curves.py", "runs/NAME"], ["chat.py", "runs/NAME"]):
+    for argv in (["tree.py"], *([name, "runs/NAME"] for name in ("curves.py", "chat.py", "character.py"))):
         subprocess.run([sys.executable, f"docs/figures/{argv[0]}", *argv[1:]], cwd=workplace, check=True)
     drawn = {path.name: path.read_text() for path in (workplace / "docs/figures").glob("*.svg")}
     committed = {path.name: path.read_text() for path in (ROOT / "docs/figures").glob("*.svg")}

@@ -94,17 +94,14 @@ class Wrapper:
 
     def __call__(self, text: str) -> str:
         wrapped = []
-        for part in re.findall(r"\n|[^\S\n]*\S+|[^\S\n]+", text):
-            columns = get_cwidth(part)
-            if part == "\n":
-                self.column = -columns
-            elif self.column and self.column + columns >= self.width() and part.lstrip() and part[0].isspace():
-                part = part.lstrip()
-                columns = get_cwidth(part)
+        for part in re.findall(r"\n|[^\S\n]*\S+|[^\S\n]+", text):  # line ends, words with the space before them
+            begins_word = part[0].isspace() and part.strip()
+            if begins_word and self.column and self.column + get_cwidth(part) >= self.width():
                 wrapped.append("\n")
                 self.column = 0
+                part = part.lstrip()
             wrapped.append(part)
-            self.column += columns
+            self.column = 0 if part == "\n" else self.column + get_cwidth(part)
         return "".join(wrapped)
 
 
