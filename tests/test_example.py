@@ -91,6 +91,18 @@ def test_checkpoints_beside_one_another(run_script, checkpoints, example_json, t
     assert page.count("<tr>") == len(figures) - 1 + len(replies) - 1 and "a|b &lt;i&gt;c&lt;/i&gt;" in page
 
 
+def test_checkpoints_on_dialogs_that_are_held_out(run_script, checkpoints, example_json, tmp_path, capsys):
+    dialogs = example_json["train"][:4]
+    (tmp_path / "d.json").write_text(json.dumps({"train": dialogs}))
+    flags = ["--dataset_path", tmp_path / "d.json", "--dataset_cache", "", "--device", "cpu", "--max_length", 2]
+    run_script("compare.py", checkpoints["gpt2"], *flags, "--replies", 0, "--valid_share", 0.25)
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.split(" | ")[1] == str(len(dialogs[3]["utterances"]))
+    with pytest.raises(SystemExit):
+        run_script("compare.py", checkpoints["gpt2"], *flags)
+    assert "no valid split to evaluate on" in (said := capsys.readouterr().err) and "--valid_share holds" in said
+
+
 def test_your_own_character(run_script, checkpoints, tmp_path, monkeypatch, capsys):
     """The steps of the README, fewer of them, on a tiny model: it learns, and is put beside what it was."""
     dialogs = read_dialogs([ROOT / "example" / "character.jsonl"])["train"]

@@ -35,7 +35,7 @@ MODULES = {  # name within the package -> file
 }
 AROUND = ("tests", "benchmarks", "example", "docs")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.
-OPTIONAL = {"apex", "datasets", "parlai", "peft", "projects", "pyarrow"}
+OPTIONAL = {"apex", "datasets", "gguf", "parlai", "peft", "projects", "pyarrow"}
 
 
 def imported(path: Path, lazy: bool = True) -> set[str]:
