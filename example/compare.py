@@ -22,6 +22,7 @@ from transfertransfo.cli import (
     ArgumentParser,
     add_decoding_flags,
     add_seed_flag,
+    check_output,
     device,
     number,
     run_script,
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not (args.questions or args.dataset_path):
         raise UserError("--questions or --dataset_path: give one of the two")
+    check_output("--html", args.html)
     set_up_logging()
     tables = [compare_answers(args)] if args.questions else compare_figures(args)
     print("\n".join(map(as_markdown, tables)), end="")

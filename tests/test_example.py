@@ -132,6 +132,8 @@ def test_answers_beside_one_another(run_script, checkpoints, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "args", "line"), [
     ("compare.py", ["a"], "compare.py: error: --questions or --dataset_path: give one of the two\n"),
+    ("compare.py", ["a", "--questions", "q", "--html", "no/x.html"],
+     "compare.py: error: --html no/x.html: no file can be written there\n"),
     ("ship.py", [".", "f"], "ship.py: error: .: no model.safetensors or adapter_model.safetensors there\n"),
     ("whole_dialogs.py", ["none.json", "f"], "whole_dialogs.py: error: none.json: no such file or folder\n"),
     ("both_sides.py", ["none.json", "f"], "both_sides.py: error: none.json: no such file or folder\n"),

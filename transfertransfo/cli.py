@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transfertransfo.errors import UserError, first_line
@@ -82,6 +83,16 @@ def fail(message: str) -> NoReturn:
 def debugging() -> bool:
     """Whether the exceptions behind one-line errors are to be shown."""
     return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Check that a file can be made there, if a flag gives a path: before the work that it is to hold, not after.
+
+    Raises:
+        UserError: its folder is not there, or it is a folder itself.
+    """
+    if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+        raise UserError(f"{flag} {path}: no file can be written there")
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
