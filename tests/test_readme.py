@@ -39,14 +39,14 @@ NEEDS = {
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
     r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
     r"python -m parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
-    r"transformers serve .*": "a server that goes on; test_chat_template.py compares what it would be given",
+    r"transformers (serve|chat) .*": "a server that goes on; test_chat_template.py compares what it would be given",
     r"pip install .*": "a package index",
     r"docker .*": "Docker; test_docker.py runs what the image is made by",
 }
 # Flags that the pages name and other programs have.
 FOREIGN = {"--build-arg", "--gpus", "--max_restarts", "--nnodes", "--no-deps", "--nproc_per_node", "--permutations",
            "--rdzv_backend", "--rdzv_endpoint", "--rm", "--tokenizer", "--task", "--logdir",
-           "--html", "--questions", "--replies"}  # fmt: skip
+           "--html", "--questions", "--replies", "--system-prompt"}  # fmt: skip
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -288,7 +288,7 @@ def test_a_command_that_needs_more_is_one(command):
     elif program == "docker":
         assert argv[0] in ("build", "run") and "convai" in argv
     elif program == "transformers":
-        assert argv[:2] == ["serve", "runs/NAME"]
+        assert argv[0] in ("serve", "chat") and argv[1] == "runs/NAME"
     elif argv[:2] == ["-m", "parlai"]:
         parse_agent(argv[2:])
     else:
