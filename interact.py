@@ -28,7 +28,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError, flags_named
+from transfertransfo.errors import UserError, flags_named, printable
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def run(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     name = args.model_checkpoint or "the model of 2019"
     if sys.stdout.isatty():  # what follows takes seconds
-        print(f"Loading {name} ...", flush=True)
+        print(f"Loading {printable(name)} ...", flush=True)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
     from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk

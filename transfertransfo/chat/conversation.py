@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transfertransfo.data.inputs import window
 from transfertransfo.data.tokenization import count_unknown, tokenize
 from transfertransfo.decoding import Context, Decoding, Memory, candidate_replies, decode, fit_context
-from transfertransfo.errors import SettingError
+from transfertransfo.errors import SettingError, printable
 from transfertransfo.model.double_heads import DoubleHeads
 
 
@@ -59,8 +59,8 @@ class Chat:
 
     def begin(self, persona: list[str]) -> str:
         """Begin a dialog with this persona; returns `introduction`."""
-        texts = [text for text in map(unicode_of, persona) if readable(text).strip()]
-        self.persona = [readable(text) for text in texts]
+        texts = [text for text in map(unicode_of, persona) if re.search(r"[^\s\x00-\x1f\x7f-\x9f]", text)]
+        self.persona = [printable(text) for text in texts]
         self.persona_ids = tokenize(self.tokenizer, texts)
         self.persona_note = self.note_of_unknown("of it", texts, self.persona_ids)
         self.told_of_cut_persona = False
@@ -167,7 +167,7 @@ class Chat:
     def text_of(self, ids: list[int]) -> str:
         """Text as people write it, without spaces before punctuation and within contractions, on one line."""
         (text,) = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
-        return readable(self.tokenizer.clean_up_tokenization(text))
+        return printable(self.tokenizer.clean_up_tokenization(text))
 
     def rate(self, rating: int) -> None:
         """Rate the last reply, from 1 to 5."""
@@ -178,7 +178,7 @@ class Chat:
         """What was said as a dialog of a dataset that can be trained on; it has no utterances where nothing was."""
         turns, utterances = [], []
         for exchange in self.exchanges:
-            turns.append(readable(exchange.text))
+            turns.append(printable(exchange.text))
             reply = self.text_of(exchange.reply)
             if reply.strip():  # a dataset has no empty ones
                 rated = {"rating": exchange.rating} if exchange.rating else {}
@@ -196,11 +196,6 @@ class Chat:
             self.transcript.flush()
         except OSError as error:
             raise SettingError(f"transcript {self.transcript.name}: {error.strerror}", "transcript") from error
-
-
-def readable(text: str) -> str:
-    """Text that any file and terminal takes, with blanks for control characters and `?` for what is no Unicode."""
-    return unicode_of(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text))
 
 
 def unicode_of(text: str) -> str:
