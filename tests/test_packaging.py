@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "cli": {"errors"},
-    "download": {"errors"},
+    "download": {"errors", "files"},
     "data": {"errors", "files", "download"},
     "model": {"errors", "files", "download", "data"},
     "decoding": {"errors", "data", "model"},
