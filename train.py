@@ -149,7 +149,7 @@ from transfertransfo.model.double_heads import (
     halve_frozen_,
     merge_adapter_,
 )
-from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
+from transfertransfo.model.loading import check_step, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import rank_of
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training.checkpoints import Best, RandomState, TrainedParameters, load_checkpoint, save_checkpoint
@@ -160,9 +160,8 @@ from transfertransfo.training.distribution import (
     setup_distributed,
     share_weights_,
 )
-from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
+from transfertransfo.training.engines import Diverged, Optimisation, create_evaluator, create_trainer, make_adamw
 from transfertransfo.training.handlers import (
-    NoFiniteGradient,
     attach_checkpoints,
     attach_figures,
     attach_replies,
@@ -314,12 +313,31 @@ def prepare_model(
         halve_frozen_(model)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
+    check_prepared(args, model)
     if args.compile:
         # not the heads, whose rows change in number from batch to batch. On a CPU code for any length costs less than
         # rows of few lengths
         model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
     log_size(model)
     return model, tokenizer
+
+
+def check_prepared(args: Namespace, model: DoubleHeads) -> None:
+    """Check that the model can be trained with the flags that change how it computes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    adapted, bf16 = bool(rank_of(model.network)), args.fp16 == "bf16"
+    flags = ["--fp16 bf16"] * bf16 + ["--gradient_checkpointing"] * args.gradient_checkpointing
+    flags += ["--lora_rank"] * adapted
+    if not flags:
+        return
+    try:
+        check_step(model, bf16=bf16)
+    except UserError as error:
+        advice = "leave it out" if len(flags) == 1 else "leave one of them out"
+        raise UserError(f"{', '.join(flags)}: {error}; {advice}") from error
 
 
 def log_size(model: DoubleHeads) -> None:
@@ -352,6 +370,9 @@ def attach_handlers(
     """
 
     def export() -> None:
+        losses = getattr(trainer.state, "losses", None)
+        if valid_loader is None and losses is not None and not losses.isfinite().all():
+            raise Diverged(f"step {trainer.state.optimizer_step}: the loss is not finite; nothing is exported")
         if folder is not None:
             save_model(model, folder, merge_lora=args.merge_lora)
 
@@ -389,7 +410,7 @@ def naming_flags_that_help() -> Iterator[None]:
     """Add to an error that ends a run in its midst the flags that help."""
     try:
         yield
-    except NoFiniteGradient as error:
+    except Diverged as error:
         raise UserError(f"{error}; start a new run with a lower --lr, or with --fp16 bf16 or none") from error
     except UserError as error:
         raise UserError(f"{error}; {GO_ON}") from error

@@ -1,14 +1,17 @@
 """What several test modules share: the tree, small datasets, and a training run as a function call."""
 
 import contextlib
+import functools
 import io
 import json
 import logging
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from train import train
@@ -61,6 +64,55 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         "opt": (transformers.OPTConfig, opt),
         "mistral": (transformers.MistralConfig, llama | {"sliding_window": 64}),
         "gemma2": (transformers.Gemma2Config, window),
+        "phi": (transformers.PhiConfig, llama | {"num_key_value_heads": 4}),
+        "ctrl": (transformers.CTRLConfig, gpt | {"dff": 32}),
+        "gptj": (transformers.GPTJConfig, gpt | {"rotary_dim": 4}),
+        "codegen": (transformers.CodeGenConfig, gpt | {"rotary_dim": 4, "n_head": 4}),
+        "qwen3": (transformers.Qwen3Config, llama | {"head_dim": 8}),
+        "phi3": (transformers.Phi3Config, llama | {"sliding_window": 64}),
+        "smollm3": (transformers.SmolLM3Config, llama),
+        "olmo2": (transformers.Olmo2Config, llama),
+        "olmo3": (transformers.Olmo3Config, llama | {"sliding_window": 64}),
+        "exaone4": (transformers.Exaone4Config, llama | {"sliding_window": 64, "sliding_window_pattern": 2}),
+        "starcoder2": (transformers.Starcoder2Config, llama | {"sliding_window": 64}),
+        "mixtral": (transformers.MixtralConfig, llama | experts | {"sliding_window": 64}),
+        "gemma4_text": (
+            transformers.Gemma4TextConfig,
+            window | {"vocab_size_per_layer_input": vocab_size, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
+        ),
+        "bloom": (transformers.BloomConfig, {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
+        "mpt": (transformers.MptConfig, {"d_model": 16, "n_layers": 2, "n_heads": 2}),
+        "gpt_neo": (
+            transformers.GPTNeoConfig,
+            {
+                "hidden_size": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "max_position_embeddings": 400,
+                "window_size": 256,
+            },
+        ),
+        "dbrx": (
+            transformers.DbrxConfig,
+            {
+                "d_model": 16,
+                "n_heads": 2,
+                "n_layers": 2,
+                "max_seq_len": 128,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+                "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
+            },
+        ),
+        "xglm": (
+            transformers.XGLMConfig,
+            {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 512},
+        ),
+        "phimoe": (transformers.PhimoeConfig, llama | experts),
+        "granitemoe": (transformers.GraniteMoeConfig, llama | experts | {"logits_scaling": 3.0}),
+        "cohere": (transformers.CohereConfig, llama),
+        "cohere2": (transformers.Cohere2Config, window),
+        "granite": (transformers.GraniteConfig, llama | {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
         "gemma3_text": (transformers.Gemma3TextConfig, window),
         "gpt_oss": (transformers.GptOssConfig, window | experts),
         "deepseek_v3": (
@@ -69,6 +121,30 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         ),
     }[family]
     return kind(**{"vocab_size": vocab_size, **shape, **tokens, **more})
+
+
+def write_tokenizer(family: str, texts: Sequence[str], folder: Path) -> None:
+    """Write a tokenizer of some hundred tokens: GPT's kind for GPT, GPT-2's for all others."""
+    tokenizer = train_tokenizer(family == "gpt", tuple(texts))
+    state = json.loads(tokenizer.to_str())["model"]
+    kind = transformers.OpenAIGPTTokenizer if family == "gpt" else transformers.GPT2Tokenizer
+    kind(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]]).save_pretrained(folder)
+
+
+@functools.cache
+def train_tokenizer(of_gpt: bool, texts: tuple[str, ...]) -> Tokenizer:
+    if of_gpt:
+        bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.BertNormalizer(lowercase=True)
+        bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        options = {"vocab_size": 300, "special_tokens": ["<unk>"], "end_of_word_suffix": "</w>"}
+    else:
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        options = {"vocab_size": 400, "special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **options))
+    return bpe
 
 
 def dialog(number: int, turns: int = 2) -> dict:

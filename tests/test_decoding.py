@@ -398,6 +398,24 @@ def test_rows_that_have_ended_say_so(model, tokenizer):
     assert len(steps) == max(map(len, want))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("changed", [{}, {"no_sample": False}, {"num_beams": 2}])
+def test_scores_that_are_not_finite_are_said(model, tokenizer, monkeypatch, changed, bad):
+    """They were a traceback: "probability tensor contains either `inf`, `nan` or element < 0"."""
+    lm_logits, steps = type(model).lm_logits, []
+
+    def spoiled(self, hidden):
+        steps.append(None)
+        return lm_logits(self, hidden).index_fill(-1, torch.tensor([7]), bad if len(steps) == 3 else 0.0)
+
+    monkeypatch.setattr(type(model), "lm_logits", spoiled)
+    with pytest.raises(UserError, match=r"^the model gives scores that are not finite"):
+        generate(model, [CONTEXTS[0]], tokenizer, options(min_length=8, **changed))
+    monkeypatch.setattr(type(model), "choice_scores", lambda self, hidden: hidden[..., 0] * bad)
+    with pytest.raises(UserError, match=r"^the model gives scores that are not finite"):
+        score_replies(model, [CONTEXTS[0]], [[[7], [8]]], tokenizer)
+
+
 # A chat's turns, one after another
 
 

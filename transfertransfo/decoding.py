@@ -21,7 +21,7 @@ from transfertransfo.data.inputs import Example, build_input_from_segments, cont
 from transfertransfo.data.tokenization import special_ids
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
-from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads, finite
 
 LEAVE = 4  # a batch of greedy replies is made smaller when one row in so many has ended
 
@@ -265,7 +265,7 @@ class CachedRows:
             mask = (causal & self.attended[:, None, None, :columns]) | itself
         new = slice(served, columns)
         hidden = model.hidden_states(ids[:, new], types[:, new], positions[:, new], mask, self.cache)[:, -1]
-        self.logits = model.lm_logits(hidden).float()
+        self.logits = finite(model.lm_logits(hidden).float())
         self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token
         self.certain = columns  # that all copies of a row have in common
 
@@ -304,7 +304,7 @@ class CachedRows:
         self.columns += 1
         keys = self.attended[:, None, None, : self.columns] if self.ragged else None
         hidden = self.model.hidden_states(tokens[:, None], self.types, self.positions, keys, self.cache)[:, -1]
-        self.logits = self.model.lm_logits(hidden).float()
+        self.logits = finite(self.model.lm_logits(hidden).float())
         self.positions = self.positions + 1
         if len(self.held) == self.columns - 1:  # not before: a forward may be interrupted
             self.held.append(token)

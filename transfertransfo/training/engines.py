@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from transfertransfo.data.trees import IGNORED, Batch
+from transfertransfo.errors import UserError
 from transfertransfo.model.lora import HEAD
 from transfertransfo.training.precision import Precision
 
@@ -40,6 +41,10 @@ class Optimisation:
     mc_coef: float
     label_smoothing: float
     max_norm: float
+
+
+class Diverged(UserError):
+    """The numbers of a run are finite no more: there is no use in going on."""
 
 
 class StepEvents(EventEnum):
@@ -150,6 +155,8 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     def finish(engine: Engine) -> None:
         nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
         nll /= max(tokens, 1)
+        if not math.isfinite(nll):
+            raise Diverged(f"validation: the model's loss is {nll}, not a number to go by; nothing is exported")
         ppl = math.exp(min(nll, 700))  # JSON, in which it is written, has no infinity
         engine.state.metrics = {"nll": nll, "ppl": ppl, "accuracy": hits / examples}
         model.train()
