@@ -46,7 +46,7 @@ def __getattr__(name: str) -> type:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser("Measure a fine-tuned model as ConvAI2 did.")
-    add_evaluation_flags(parser)
+    add_evaluation_flags(parser, "selfchat")
     parser.add_argument(
         "--backend",
         choices=["native", "parlai", "convai2"],
@@ -70,6 +70,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         default=16,
         help="examples of one forward; ConvAI2's own scripts always take one",
     )
+    parser.add_argument(
+        "--num_chats", type=number(int, 2), default=100, help="talks of --eval_type selfchat, of 8 exchanges each"
+    )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")
     add_program_flags(parser)
@@ -87,9 +90,6 @@ def run(argv: list[str] | None = None) -> dict:
     for flag, path in (("--report", args.report), ("--details", args.details)):
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
-    # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from transfertransfo.evaluation.native import domains, extra_figures, standard_errors
-
     set_up_logging()
     set_seed(args.seed)
     if args.datapath:
@@ -98,6 +98,21 @@ def run(argv: list[str] | None = None) -> dict:
         from transfertransfo.data.sources import recorded_dataset
 
         args.dataset_path = recorded_dataset(args.model_checkpoint)
+    if args.eval_type == "selfchat":
+        details, report = let_it_talk(args)
+    else:
+        details, report = evaluate(args)
+    if args.report:
+        write_output("--report", args.report, json.dumps(report | provenance(args), indent=2) + "\n")
+    if args.details:
+        write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))
+    return report
+
+
+def evaluate(args: Namespace) -> tuple[list[dict], dict]:
+    """Each example's results, and the figures, which are printed."""
+    from transfertransfo.evaluation.native import domains, extra_figures, standard_errors
+
     details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
     report = {"examples": len(details)} | figures | extra_figures(details)
     measured_on = domains(report)
@@ -113,15 +128,49 @@ def run(argv: list[str] | None = None) -> dict:
     for key, name in names.items():
         if key in report:
             print(f"{name}: {report[key]:.4g}" + (f" ({measured_on[key]})" if key in measured_on else ""))
+    if "persona_f1" in report:
+        for who, prefix in (("Replies", ""), ("Gold replies", "gold_")):
+            precision, recall, f1, copies = (
+                report[f"{prefix}persona_{key}"] for key in ("precision", "recall", "f1", "copies")
+            )
+            print(
+                f"{who} and persona: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}; copies {copies:.1%}"
+            )
     shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
     print(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
-    if args.report:
-        finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
-        written = report | {"standard_errors": finite} | provenance(args)
-        write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
-    if args.details:
-        write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))
-    return report
+    finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
+    return details, report | {"standard_errors": finite}
+
+
+def let_it_talk(args: Namespace) -> tuple[list[dict], dict]:
+    """The model's talks with itself, and what they suffer from, which is printed beside people's."""
+    from transfertransfo.decoding import Decoding
+    from transfertransfo.evaluation.selfchat import measure, selfchat
+    from transfertransfo.model.loading import load_finetuned
+
+    if args.backend != "native":
+        raise UserError("--eval_type selfchat: --backend native alone has it")
+    model, tokenizer = load_finetuned(
+        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
+    )
+    talks, of_people = selfchat(
+        model, tokenizer, load_split(args, tokenizer), Decoding.of(args), count=args.num_chats,
+        max_history=args.max_history, batchsize=args.batchsize, seed=args.seed,
+    )  # fmt: skip
+    figures, people = measure(talks), measure(of_people)
+    names = {
+        "repeated": "repeats an own reply whole",
+        "repeats": "repeats four of its own words",
+        "echoes": "repeats four of the partner's words",
+        "persona_used": "persona's words that are used",
+        "words": "words",
+        "empty": "empty",
+        "distinct-2": "distinct-2",
+    }
+    print(f"{len(talks)} talks, {figures['replies']} replies {'':12} model  people")
+    for key, name in names.items():
+        print(f"{name:40} {figures[key]:6.3g} {people[key]:7.3g}")
+    return [talk._asdict() for talk in talks], {"talks": len(talks)} | figures | {"people": people}
 
 
 def provenance(args: Namespace) -> dict:

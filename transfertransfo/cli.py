@@ -365,10 +365,19 @@ def add_program_flags(parser: ArgumentParser) -> None:
     )
 
 
-def add_evaluation_flags(parser: ArgumentParser) -> None:
-    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+def add_evaluation_flags(parser: ArgumentParser, *more_types: str) -> None:
+    """Declare what is measured and how, for the script and for ParlAI's agent alike.
+
+    Args:
+        more_types: choices of `--eval_type` that ParlAI does not have.
+    """
     begin_section(parser, "measurement")
-    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
+    parser.add_argument(
+        "--eval_type",
+        choices=["hits@1", "ppl", "f1", "all", *more_types],
+        default="hits@1",
+        help="what to measure" + ("; selfchat: what the model's talks with itself suffer from" if more_types else ""),
+    )
     add_model_flags(parser, default="")
     add_precision_flag(parser)
     add_decoding_flags(parser)

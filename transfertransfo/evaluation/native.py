@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transfertransfo.data.inputs import fit, tell_of_cut, window
 from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.evaluator import Evaluator, by_length, make_turns, read_dictionary
 from transfertransfo.evaluation.metrics import (
+    copies,
     count_words,
     distinct_n,
     f1,
@@ -19,6 +21,7 @@ from transfertransfo.evaluation.metrics import (
     normalize,
     perplexity,
     perplexity_error,
+    persona_overlap,
 )
 
 logger = logging.getLogger(__name__)
@@ -138,7 +141,8 @@ def add_result_(row: dict, result: dict, label: str) -> None:
 
 
 def extra_figures(details: list[dict]) -> dict:
-    """The figures that ConvAI2 has not: numbers of candidates and words, perplexity of tokens, distinct n-grams."""
+    """The figures that ConvAI2 has not: numbers of candidates and words, perplexity of tokens, distinct n-grams, and
+    what replies take from their personas. The gold replies' own stand beside as "gold_..."."""
     report: dict = {}
     if "ranking" in details[0]:
         candidates = [len(row["ranking"]) for row in details]
@@ -154,7 +158,20 @@ def extra_figures(details: list[dict]) -> dict:
         report["label_words"] = sum(row["label_words"] for row in details) / len(details)
         replies = [row["reply"].lower().split() for row in details]
         report |= {f"distinct-{n}": distinct_n(replies, n) for n in (1, 2)}
+        personas = [row["persona"] for row in details]
+        report |= persona_figures([row["reply"] for row in details], personas)
+        of_people = persona_figures([row["gold"] for row in details], personas)
+        report |= {f"gold_{key}": value for key, value in of_people.items()}
     return report
+
+
+def persona_figures(replies: Sequence[str], personas: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Means over replies: precision, recall and F1 of their persona's content words, and the share that copies it."""
+    n = len(replies)
+    overlaps = [persona_overlap(reply, persona) for reply, persona in zip(replies, personas)]
+    precision, recall, f1_ = (sum(values) / n for values in zip(*overlaps))
+    copied = sum(copies(reply, persona) for reply, persona in zip(replies, personas)) / n
+    return {"persona_precision": precision, "persona_recall": recall, "persona_f1": f1_, "persona_copies": copied}
 
 
 def domains(report: dict) -> dict[str, str]:
