@@ -27,6 +27,7 @@ from transfertransfo.decoding import (
     sample_sequence,
     score_replies,
     top_filtering,
+    weigh_replies,
 )
 from transfertransfo.errors import SettingError, UserError, flags_named
 from transfertransfo.model.double_heads import DoubleHeads
@@ -349,6 +350,22 @@ def one_sequence_score(model, context, reply, tokenizer) -> float:
     with torch.inference_mode():
         hidden = model.hidden_states(ids, types, torch.arange(ids.size(1))[None])
         return float(model.choice_scores(hidden[0, row["mc_token_ids"]]))
+
+
+@of_every_family
+def test_weighed_replies_equal_one_sequence_a_reply(model, tokenizer):
+    replies = [[[7], [8, 9]], [[7, 8, 9]], [[]], [[9, 7], [9, 8], [9]]]
+    for context, row, weighed in zip(CONTEXTS, replies, weigh_replies(model, CONTEXTS, replies, tokenizer)):
+        for reply, (score, log_p) in zip(row, weighed, strict=True):
+            assert score == pytest.approx(one_sequence_score(model, context, reply, tokenizer), abs=1e-4)
+            sequence = build_input_from_segments(*context, reply, tokenizer, lm_labels=True)
+            ids, types = (torch.tensor([sequence[name]]) for name in ("input_ids", "token_type_ids"))
+            with torch.inference_mode():
+                hidden = model.hidden_states(ids, types, torch.arange(ids.size(1))[None])
+                losses = model.lm_logits(hidden[0, :-1]).float().log_softmax(-1)
+            labels = torch.tensor(sequence["lm_labels"][1:])
+            expected = losses[labels >= 0, labels[labels >= 0]].sum().item()
+            assert log_p == pytest.approx(expected, abs=1e-3)
 
 
 def test_scores_of_different_numbers_of_replies(model, tokenizer):

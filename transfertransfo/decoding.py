@@ -1,5 +1,6 @@
 """Replies from a model over a key-value cache, many contexts at a time: greedy, sampled, beam search, ranked."""
 
+import itertools
 from argparse import Namespace
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     Cache,
     LogitsProcessorList,
@@ -148,6 +150,36 @@ def score_replies(
     forks = [make_fork(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
     scores = model.score_candidates(pack(forks, tokenizer.pad_token_id)).tolist()
     return [scored[: len(row)] for scored, row in zip(scores, replies)]
+
+
+class Weighed(NamedTuple):
+    """What the model thinks of a reply, which is complete with `<eos>`."""
+
+    score: float  # of the choice head
+    log_p: float  # natural logarithm of its probability, the sum over its tokens and `<eos>`
+
+
+@torch.inference_mode()
+def weigh_replies(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    replies: list[list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[Weighed]]:
+    """Score and log-probability of each reply to its context, a context with its replies a tree."""
+    start, forks = model.history_start, []
+    for context, row in zip(contexts, replies):
+        example = fit(Example(context[0], context[1], row), model.n_positions, start)
+        together = make_fork(example, tokenizer, start)
+        forks += [together._replace(replies=[reply], lm_reply=0, right=()) for reply in together.replies]
+    counts = list(map(len, replies))
+    batch = pack(forks, tokenizer.pad_token_id, sizes=counts).to(model.device)
+    logits, scores = model(batch)
+    losses = cross_entropy(logits.float(), batch.lm_labels, reduction="none").split(
+        [len(fork.replies[0]) for fork in forks]
+    )
+    weighed = iter([Weighed(score, -loss.sum().item()) for score, loss in zip(scores[:, 0].tolist(), losses)])
+    return [list(itertools.islice(weighed, count)) for count in counts]
 
 
 def fit_context(model: DoubleHeads, context: Context, max_length: int) -> Context:
