@@ -99,18 +99,18 @@ def run(argv: list[str] | None = None) -> dict:
 
         args.dataset_path = recorded_dataset(args.model_checkpoint)
     if args.eval_type == "selfchat":
-        details, report = let_it_talk(args)
+        details, report, beside = let_it_talk(args)
     else:
-        details, report = evaluate(args)
+        details, report, beside = evaluate(args)
     if args.report:
-        write_output("--report", args.report, json.dumps(report | provenance(args), indent=2) + "\n")
+        write_output("--report", args.report, json.dumps(report | beside | provenance(args), indent=2) + "\n")
     if args.details:
         write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))
     return report
 
 
-def evaluate(args: Namespace) -> tuple[list[dict], dict]:
-    """Each example's results, and the figures, which are printed."""
+def evaluate(args: Namespace) -> tuple[list[dict], dict, dict]:
+    """Each example's results, the figures, which are printed, and what a report has beside: their standard errors."""
     from transfertransfo.evaluation.native import domains, extra_figures, standard_errors
 
     details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
@@ -139,11 +139,11 @@ def evaluate(args: Namespace) -> tuple[list[dict], dict]:
     shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
     print(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
     finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
-    return details, report | {"standard_errors": finite}
+    return details, report, {"standard_errors": finite}
 
 
-def let_it_talk(args: Namespace) -> tuple[list[dict], dict]:
-    """The model's talks with itself, and what they suffer from, which is printed beside people's."""
+def let_it_talk(args: Namespace) -> tuple[list[dict], dict, dict]:
+    """The model's talks with itself, what they suffer from, which is printed, and people's figures beside."""
     from transfertransfo.decoding import Decoding
     from transfertransfo.evaluation.selfchat import measure, selfchat
     from transfertransfo.model.loading import load_finetuned
@@ -170,7 +170,7 @@ def let_it_talk(args: Namespace) -> tuple[list[dict], dict]:
     print(f"{len(talks)} talks, {figures['replies']} replies {'':12} model  people")
     for key, name in names.items():
         print(f"{name:40} {figures[key]:6.3g} {people[key]:7.3g}")
-    return [talk._asdict() for talk in talks], {"talks": len(talks)} | figures | {"people": people}
+    return [talk._asdict() for talk in talks], {"talks": len(talks)} | figures, {"people": people}
 
 
 def provenance(args: Namespace) -> dict:

@@ -209,11 +209,22 @@ def test_bfloat16_changes_little(family, evaluate):
     ("eval_type", "keys"),
     [("hits@1", {"hits@1", "fewest_candidates", "most_candidates", "sole_candidates"}),
      ("ppl", {"ppl", "token_ppl", "scored_words", "unknown_words"}),
-     ("f1", {"f1", "label_words", "distinct-1", "distinct-2"})],
+     ("f1", {"f1", "label_words", "distinct-1", "distinct-2"} | {f"{whose}persona_{figure}" for whose in ("", "gold_")
+             for figure in ("precision", "recall", "f1", "copies")})],
 )  # fmt: skip
 def test_only_what_is_asked_for_is_measured(evaluate, eval_type, keys):
     report, _, _ = evaluate("--eval_type", eval_type)
     assert set(report) == {"examples"} | keys
+
+
+def test_the_model_talks_to_itself(evaluate, capsys):
+    report, written, talks = evaluate("--eval_type", "selfchat", "--num_chats", 2, "--num_beams", 2, "--rank")
+    assert report == {key: written[key] for key in report} and set(report) > set(written["people"])
+    assert (report["talks"], report["replies"]) == (2, 32) and [len(talk["turns"]) for talk in talks] == [17, 17]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("2 talks, 32 replies") and len(said) == len(written["people"])
+    with pytest.raises(UserError, match=r"^--eval_type selfchat: --backend native alone has it$"):
+        evaluate("--eval_type", "selfchat", "--backend", "parlai")
 
 
 def test_empty_replies_count_as_wrong(evaluate, monkeypatch):

@@ -74,9 +74,9 @@ def test_made_up_datasets_end_well(tmp_path, kind, start):
     def end_well(lines):
         path = tmp_path / "made_up.txt"
         path.write_bytes((start + "".join(map("".join, lines))).encode(errors="surrogatepass"))
-        start = time.process_time()
+        begun = time.process_time()
         check(path)
-        assert time.process_time() - start < MAX_SECONDS
+        assert time.process_time() - begun < MAX_SECONDS
 
     end_well()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) * 1024 < MAX_BYTES

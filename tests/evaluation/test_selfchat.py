@@ -8,7 +8,7 @@ from helpers import DATASET, dialog
 from transfertransfo.data.dataset import load_dataset
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.decoding import Context, Decoding, generate
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.selfchat import EXCHANGES, Talk, draw_dialogs, measure, selfchat
 
 GREEDY = Decoding(no_sample=True, max_length=3, block_history_ngram=1)
@@ -65,5 +65,5 @@ def test_two_personas_are_needed():
     opened = {"utterances": [{"history": ["hi"], "candidates": ["hello"]}]}
     begun_by_the_model = {"utterances": [{"history": [], "candidates": ["hello"]}]}
     assert sorted(draw_dialogs([opened, begun_by_the_model, opened], 5, 0)) == [0, 2]
-    with pytest.raises(UserError, match="two validation dialogs"):
+    with pytest.raises(SettingError, match="two validation dialogs"):
         draw_dialogs([opened, begun_by_the_model], 5, 0)

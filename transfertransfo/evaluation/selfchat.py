@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transfertransfo.data.dataset import TokenizedDataset
 from transfertransfo.data.inputs import window
 from transfertransfo.decoding import Context, Decoding, generate
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.metrics import content_words, copies, distinct_n, normalize
 from transfertransfo.model.double_heads import DoubleHeads
 
@@ -28,11 +28,12 @@ def draw_dialogs(dialogs: Sequence[dict], count: int, seed: int) -> list[int]:
     """Places of so many dialogs, or of all, in which the partner speaks first.
 
     Raises:
-        UserError: there are fewer than two, which two personas need.
+        SettingError: there are fewer than two, which two personas need.
     """
     fit = [i for i, dialog in enumerate(dialogs) if dialog["utterances"] and dialog["utterances"][0]["history"]]
     if len(fit) < 2:
-        raise UserError("selfchat: needs at least two validation dialogs in which the partner speaks first")
+        message = "eval_type selfchat: needs at least two validation dialogs in which the partner speaks first"
+        raise SettingError(message, "eval_type")
     return random.Random(seed).sample(fit, min(max(count, 2), len(fit)))
 
 
@@ -53,7 +54,7 @@ def selfchat(
     opens has another's. Then come `EXCHANGES` replies of either speaker.
 
     Raises:
-        UserError: as `draw_dialogs`.
+        SettingError: as `draw_dialogs`.
     """
     texts, tokens = (dataset.dialogs("valid", sentences) for sentences in (dataset.texts, dataset.tokens))
     drawn = draw_dialogs(texts, count, seed)
