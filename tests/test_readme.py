@@ -40,6 +40,7 @@ NEEDS = {
     r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
     r"python -m parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
     r"transformers serve .*": "a server that goes on; test_chat_template.py compares what it would be given",
+    r"python interact\.py .*--web": "a server, which goes on until Ctrl-C; tests/chat runs it",
     r"pip install .*": "a package index",
     r"docker .*": "Docker; test_docker.py runs what the image is made by",
 }

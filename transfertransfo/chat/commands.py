@@ -124,10 +124,7 @@ def change_setting(chat: Chat, rest: str) -> str:
 def parse_setting(name: str, value: str, *, is_switch: bool) -> Any:
     """The value of a setting, checked as that of the flag of its name."""
     if not is_switch:
-        parser = SettingsParser("/set")
-        add_decoding_flags(parser)
-        add_model_flags(parser, default="")
-        return getattr(parser.parse_args([f"--{name}={value}"]), name)
+        return getattr(SettingsParser().parse_args([f"--{name}={value}"]), name)
     if value.lower() not in SWITCH:
         raise UserError(f"/set {name}: expected on or off, got {readable(value)!r}")
     return SWITCH[value.lower()]
@@ -137,6 +134,22 @@ SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0"
 
 
 class SettingsParser(ArgumentParser):
+    """Parses settings as the flags of their names.
+
+    Attributes:
+        helps: what each setting does.
+    """
+
+    def __init__(self) -> None:
+        self.helps: dict[str, str] = {}
+        super().__init__("/set")
+        add_decoding_flags(self)
+        add_model_flags(self, default="")
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        self.helps[names[0].lstrip("-")] = options.get("help", "")
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         help_with = "; /set no_sample on takes the likeliest token each time" if "--temperature" in message else ""
         raise UserError(message.replace("argument --", "/set ", 1) + help_with)

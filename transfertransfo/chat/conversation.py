@@ -117,9 +117,7 @@ class Chat:
         stopped = {"stopped": True}
         try:
             if self.decoding.num_beams or self.decoding.num_samples > 1:
-                (candidates,) = candidate_replies(
-                    self.model, [context], self.tokenizer, self.decoding, memory=self.memory
-                )
+                candidates = self.candidates(context)
                 reply = candidates[0]
                 yield self.text_of(reply)
             else:
@@ -142,21 +140,32 @@ class Chat:
             if len(self.exchanges) == kept:
                 self.exchanges.append(last)
 
-    def stream(self, context: Context, reply: list[int]) -> Generator[str]:
-        """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`.
+    def candidates(self, context: Context) -> list[list[int]]:
+        """All replies to a context, the one to give first."""
+        (found,) = candidate_replies(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)
+        return found
 
-        The last word is not: a later token may go on with it. Nor is an `n` before it, which may yet become `n't` and
-        join the word before.
-        """
-        shown = ""
-        with closing(decode(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)) as steps:
+    def tokens(self, context: Context) -> Generator[list[list[int]]]:
+        """The one reply to a context, a token a step, as `decode` gives it."""
+        return decode(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)
+
+    def stream(self, context: Context, reply: list[int]) -> Generator[str]:
+        """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`."""
+        growing = Growing(self.text_of)
+        with closing(self.tokens(context)) as steps:
             for (tokens,) in steps:
                 reply += tokens
-                certain = re.sub(r"( n)? \S*$|^\S*$", "", self.text_of(reply))
-                if len(certain) > len(shown):
-                    yield certain[len(shown) :]
-                    shown = certain
-        yield self.text_of(reply)[len(shown) :]
+                if piece := growing.piece(reply):
+                    yield piece
+        yield growing.piece(reply, whole=True)
+
+    def take(self, turn: int, candidate: int) -> None:
+        """Have another candidate be the reply of a turn; the dialog goes on from there."""
+        exchange = self.exchanges[turn]
+        reply = exchange.candidates[candidate]
+        others = [*exchange.candidates[:candidate], *exchange.candidates[candidate + 1 :]]
+        self.exchanges[turn:] = [Exchange(exchange.text, exchange.heard, reply, [reply, *others])]
+        self.record(speaker="model", text=self.text_of(reply), taken=True)
 
     def context(self, before: list[Exchange], heard: list[int]) -> Context:
         """Persona and history as the model sees them when `heard` has just been said."""
@@ -196,6 +205,25 @@ class Chat:
             self.transcript.flush()
         except OSError as error:
             raise SettingError(f"transcript {self.transcript.name}: {error.strerror}", "transcript") from error
+
+
+class Growing:
+    """The text of a reply that grows, in pieces whenever they are certain.
+
+    The last word is not: a later token may go on with it. Nor is an `n` before it, which may yet become `n't` and join
+    the word before.
+    """
+
+    def __init__(self, text_of: Callable[[list[int]], str]):
+        self.text_of, self.shown = text_of, ""
+
+    def piece(self, reply: list[int], *, whole: bool = False) -> str:
+        """What has become certain of a reply's text since the last call; all the rest where the reply is whole."""
+        text = self.text_of(reply)
+        certain = text if whole else re.sub(r"( n)? \S*$|^\S*$", "", text)
+        piece = certain[len(self.shown) :]
+        self.shown += piece
+        return piece
 
 
 def readable(text: str) -> str:
