@@ -189,7 +189,7 @@ def serve(
             return SharedChat(shared, args.seed, decoding, args.max_history, persona, draw, transcript=transcript)
 
         name = Path(args.model_checkpoint or "transfertransfo").name
-        page = Page(make_chat, decoding, args.max_history, name, args.seed)
+        page = Page(make_chat, name)
         server = Server(page.mounted(Endpoint(shared, make_chat(), name), secret), shared.close)
         place = f"[{host}]" if ":" in host else host
         print(

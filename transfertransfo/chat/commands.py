@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat, readable
-from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags
+from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
 from transfertransfo.decoding import Decoding, fit_context, score_replies
 from transfertransfo.errors import SettingError, UserError
 from transfertransfo.files import write_atomically
@@ -145,6 +145,7 @@ class SettingsParser(ArgumentParser):
         super().__init__("/set")
         add_decoding_flags(self)
         add_model_flags(self, default="")
+        add_seed_flag(self)
 
     def add_argument(self, *names: str, **options: Any) -> Any:
         self.helps[names[0].lstrip("-")] = options.get("help", "")

@@ -14,16 +14,17 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from transfertransfo.chat.commands import SettingsParser, change_setting
+from transfertransfo.chat.commands import SettingsParser, change_setting, parse_setting
+from transfertransfo.chat.conversation import unicode_of
 from transfertransfo.chat.server import Endpoint, Guard
 from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check
-from transfertransfo.decoding import Decoding
 from transfertransfo.errors import UserError, in_flags
 
 MORE = 4  # candidates drawn at a press of the button
 SESSIONS = 256  # kept at once
 HINT = "Say something, and the model answers out of its persona. Under each reply are the others that it weighed."
 
+GROWING = '<div class="reply growing">'
 CSS = """
 .gradio-container { max-width: 72rem !important; margin: auto; }
 .gradio-container main { padding: 1rem !important; }
@@ -103,7 +104,7 @@ def show(chat: SharedChat, said: str = "", growing: str | None = None, note: str
         for turn, exchange in enumerate(chat.exchanges)
     ]
     if growing is not None:
-        parts.append(f'<p class="said">{escape(said)}</p><div class="reply growing"><p>{escape(growing)}</p></div>')
+        parts.append(f'<p class="said">{escape(said)}</p>{GROWING}<p>{escape(growing)}</p></div>')
     if note or not parts:
         parts.append(f'<p class="note" role="status">{escape(note or HINT)}</p>')
     return f'<div class="talk" role="log" aria-label="conversation">{"".join(parts)}</div>'
@@ -134,71 +135,75 @@ def show_reply(chat: SharedChat, turn: int, *, opened: bool) -> str:
     )
 
 
-# ---- what a visitor does; each gives the talk as it is to be shown, again and again ----
+# ---- what a visitor does ----
 
 
 def say(chat: SharedChat, text: str) -> Generator[str]:
-    yield from stream(chat, text, chat.say(text))
+    """The talk as it is to be shown while the reply grows; likewise `retry`."""
+    yield from grow(chat, text, chat.say(text))
 
 
 def retry(chat: SharedChat) -> Generator[str]:
-    if not chat.exchanges:
-        yield show(chat)
-        return
-    yield from stream(chat, chat.exchanges[-1].text, chat.say_again())
+    if chat.exchanges:
+        yield from grow(chat, chat.exchanges[-1].text, chat.say_again())
 
 
-def stream(chat: SharedChat, said: str, pieces: Generator[str]) -> Generator[str]:
+def grow(chat: SharedChat, said: str, pieces: Generator[str]) -> Generator[str]:
     growing = ""
-    chat.told.clear()
+    yield show(chat, said, growing)
     with closing(pieces):
         for piece in pieces:
             growing += piece
             yield show(chat, said, growing)
-    yield show(chat, note=" ".join(chat.told))
 
 
-def undo(chat: SharedChat) -> Generator[str]:
+def undo(chat: SharedChat) -> str:
+    """The talk as it is to be shown then; likewise all that follow."""
     if chat.exchanges:
         chat.exchanges.pop()
-    yield show(chat)
+    return show(chat)
 
 
-def reset(chat: SharedChat) -> Generator[str]:
+def reset(chat: SharedChat) -> str:
     chat.begin(chat.persona)
-    yield show(chat)
+    return show(chat)
 
 
-def take(chat: SharedChat, turn: int, candidate: int) -> Generator[str]:
-    if 0 <= turn < len(chat.exchanges) and 0 <= candidate < len(chat.exchanges[turn].candidates):
+def take(chat: SharedChat, turn: Any, candidate: Any) -> str:
+    if is_index(turn, chat.exchanges) and is_index(candidate, chat.exchanges[turn].candidates) and candidate:
         chat.take(turn, candidate)
-    yield show(chat, opened=turn)
+    return show(chat, opened=turn)
 
 
-def more(chat: SharedChat, turn: int, _: int) -> Generator[str]:
-    if 0 <= turn < len(chat.exchanges):
+def more(chat: SharedChat, turn: Any, _: Any) -> str:
+    if is_index(turn, chat.exchanges):
         sampled = replace(chat.decoding, num_beams=0, no_sample=False, rank=False, num_samples=MORE)
         chat.add_candidates(turn, sampled)
-    yield show(chat, opened=turn)
+    return show(chat, opened=turn)
 
 
-def once(html: str) -> Generator[str]:
-    yield html
+def is_index(i: Any, of: list) -> bool:
+    """Whether what a browser sent is one."""
+    return isinstance(i, int) and i in range(len(of))
+
+
+def settings_of(chat: SharedChat) -> dict[str, Any]:
+    return asdict(chat.decoding) | {"max_history": chat.max_history, "seed": chat.seed}
 
 
 def change(chat: SharedChat, name: str, value: Any) -> str:
     """Change a setting, as `/set` does; gives what to tell."""
-    if name == "seed":
-        chat.seed_with(int(value or 0))
-        return f"seed = {chat.seed}"
     before = chat.decoding
-    told = change_setting(chat, f"{name} {value}")
     try:
+        if name == "seed":
+            chat.seed_with(parse_setting(name, str(value), is_switch=False))
+            return f"seed = {chat.seed}"
+        told = change_setting(chat, f"{name} {value}")
         check(chat.decoding)
-    except UserError:
+        return told
+    except UserError as error:
         chat.decoding = before
-        raise
-    return told
+        raise UserError(str(error).replace("/set ", "")) from error
 
 
 # ---- the page ----
@@ -207,9 +212,9 @@ def change(chat: SharedChat, name: str, value: Any) -> str:
 class Page:
     """The components of the page, and what follows when they are used."""
 
-    def __init__(self, make_chat: Callable[[], SharedChat], decoding: Decoding, max_history: int, name: str, seed: int):
+    def __init__(self, make_chat: Callable[[], SharedChat], name: str):
         self.make_chat = make_chat
-        self.settings = asdict(decoding) | {"max_history": max_history, "seed": seed}
+        self.settings = settings_of(make_chat())
         with gr.Blocks(title="TransferTransfo", analytics_enabled=False, fill_width=True) as self.blocks:
             self.chat = gr.State()
             self.saved = gr.BrowserState("", storage_key="persona", secret="transfertransfo")
@@ -247,7 +252,7 @@ class Page:
             self.another = gr.Button("Another", size="sm", min_width=100, elem_id="another")
 
     def lay_out_settings(self) -> None:
-        helps = SettingsParser().helps | {"seed": "decides on the replies (0 = other ones each time)"}
+        helps = SettingsParser().helps
         self.fields: dict[str, gr.components.Component] = {}
         with gr.Accordion("Decoding", open=False, elem_id="decoding"):
             for name, value in self.settings.items():
@@ -256,16 +261,17 @@ class Page:
                 self.fields[name] = kind(value, label=name, info=helps[name], elem_id=f"set_{name}", **whole)
 
     def connect(self) -> None:
-        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # what a browser sends is looked at here: Gradio shows a traceback where it finds another type
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
         shown = [self.chat, self.talk]
         persona = [*shown, self.persona, self.saved]
         self.blocks.load(self.begin, [self.saved], persona, **options)
-        said = gr.on([self.box.submit, self.send.click], self.say, [self.chat, self.box], [*shown, self.box], **options)
-        again = self.buttons["Retry"].click(self.act(retry), self.chat, shown, **options)
-        self.buttons["Stop"].click(None, cancels=[said, again]).then(self.look, self.chat, shown, **options)
+        gr.on([self.box.submit, self.send.click], self.say, [self.chat, self.box], [*shown, self.box], **options)
+        self.buttons["Retry"].click(self.stream(retry), self.chat, shown, **options)
+        self.buttons["Stop"].click(self.stop, self.chat, None, **options)
         self.buttons["Undo"].click(self.act(undo), self.chat, shown, **options)
         self.buttons["Reset"].click(self.act(reset), self.chat, shown, **options)
-        self.buttons["Export"].click(self.export, self.chat, [self.exported, *shown], **options).then(
+        self.buttons["Export"].click(self.export, self.chat, [*shown, self.exported], **options).then(
             None, self.exported, None, js=DOWNLOAD
         )
         self.talk.take(self.pressed(take), self.chat, shown, **options)
@@ -276,75 +282,94 @@ class Page:
             events = [field.input] if isinstance(field, gr.Checkbox) else [field.blur, field.submit]
             gr.on(events, self.set(name), [self.chat, field], [*shown, field], **options)
 
-    # handlers: each gives chat and talk first
+    # handlers: each gives chat and talk first. There is no chat after the server has begun anew
 
-    def act(self, action: Callable[..., Generator[str]]) -> Callable[..., Iterator[list[Any]]]:
-        """A handler that shows the talk as an action gives it, one action of a chat at a time."""
+    def stream(self, action: Callable[..., Generator[str]]) -> Callable[..., Iterator[list[Any]]]:
+        """A handler that shows the talk as a reply grows in it."""
 
         def handler(chat: SharedChat | None, *values: Any) -> Iterator[list[Any]]:
-            chat = chat or self.make_chat()  # there is none after the server has begun anew
-            if not chat.busy.acquire(blocking=False):
-                yield [chat, gr.skip()]
-                return
+            chat = chat or self.make_chat()
             try:
-                with closing(action(chat, *values)) as shown:
-                    for html in shown:
+                with chat.one_action(), closing(action(chat, *values)) as growing:
+                    chat.told.clear()
+                    for html in growing:
                         yield [chat, html]
+                    html = show(chat, note=" ".join(chat.told))
             except UserError as error:
-                yield [chat, show(chat, note=in_flags(error))]
-            finally:
-                chat.busy.release()
+                html = show(chat, note=in_flags(error))
+            yield [chat, html]  # when the next action may come
 
         return handler
 
-    def pressed(self, action: Callable[..., Generator[str]]) -> Callable[..., Iterator[list[Any]]]:
-        def handler(chat: SharedChat | None, event: gr.EventData) -> Iterator[list[Any]]:
-            yield from self.act(action)(chat, int(event.turn), int(event.candidate))
+    def act(self, action: Callable[..., str], *, stops: bool = True) -> Callable[..., list[Any]]:
+        """A handler that shows the talk after an action; whether a reply that is being made is stopped for it."""
+
+        def handler(chat: SharedChat | None, *values: Any) -> list[Any]:
+            chat = chat or self.make_chat()
+            try:
+                if stops:
+                    chat.stop()
+                with chat.one_action():
+                    return [chat, action(chat, *values)]
+            except UserError as error:
+                return [chat, show(chat, note=in_flags(error))]
 
         return handler
 
-    def look(self, chat: SharedChat | None) -> Iterator[list[Any]]:
-        return self.act(lambda chat: once(show(chat)))(chat)
+    def pressed(self, action: Callable[..., str]) -> Callable[..., list[Any]]:
+        def handler(chat: SharedChat | None, event: gr.EventData) -> list[Any]:
+            try:
+                place = event.turn, event.candidate
+            except (AttributeError, TypeError):  # not sent by the page
+                place = None, None
+            return self.act(action)(chat, *place)
 
-    def say(self, chat: SharedChat | None, text: str) -> Iterator[list[Any]]:
-        emptied: Any = ""
-        for row in self.act(say)(chat, text):
-            yield [*row, emptied]
-            emptied = gr.skip()  # the next message may be in it
+        return handler
 
-    def begin(self, saved: str) -> Iterator[list[Any]]:
-        yield from self.use_persona(None, saved) if saved else self.use_persona(None, None)
+    def stop(self, chat: SharedChat | None) -> None:
+        if chat:
+            chat.stop()
 
-    def use_persona(self, chat: SharedChat | None, text: str | None) -> Iterator[list[Any]]:
+    def say(self, chat: SharedChat | None, text: Any) -> Iterator[list[Any]]:
+        text = unicode_of(str(text or ""))
+        boxed: Any = ""  # once: the next message may be in it then
+        for now, html in self.stream(say)(chat, text):
+            if GROWING not in html and not (now.exchanges and now.exchanges[-1].text == text):
+                boxed = text  # it was not answered
+            yield [now, html, boxed]
+            boxed = gr.skip()
+
+    def begin(self, saved: Any) -> list[Any]:
+        return self.use_persona(None, saved or None)
+
+    def use_persona(self, chat: SharedChat | None, text: Any) -> list[Any]:
         """Begin again with a persona, which the browser then keeps; None = the server's own."""
 
-        def action(chat: SharedChat) -> Generator[str]:
-            note = "" if text is None else chat.begin(text.splitlines())
-            yield show(chat, note=note)
+        def action(chat: SharedChat) -> str:
+            return show(chat, note="" if text is None else chat.begin(text.splitlines()))
 
-        for now, html in self.act(action)(chat):
-            yield [now, html, "\n".join(now.persona), text or ""]
+        text = None if text is None else unicode_of(str(text))
+        now, html = self.act(action)(chat)
+        return [now, html, "\n".join(now.persona), text or ""]
 
-    def draw_persona(self, chat: SharedChat | None) -> Iterator[list[Any]]:
-        def action(chat: SharedChat) -> Generator[str]:
-            yield show(chat, note=chat.begin(chat.draw()))
+    def draw_persona(self, chat: SharedChat | None) -> list[Any]:
+        now, html = self.act(lambda chat: show(chat, note=chat.begin(chat.draw())))(chat)
+        return [now, html, "\n".join(now.persona), ""]
 
-        for now, html in self.act(action)(chat):
-            yield [now, html, "\n".join(now.persona), ""]
-
-    def export(self, chat: SharedChat | None) -> Iterator[list[Any]]:
+    def export(self, chat: SharedChat | None) -> list[Any]:
         """The talk as a line of a dataset that can be trained on, as `/save` writes it."""
         dialog = chat.dialog() if chat else {"utterances": []}
         line = json.dumps(dialog) + "\n" if dialog["utterances"] else ""
         note = "" if line else "There is nothing to export yet."
-        for row in self.act(lambda chat: once(show(chat, note=note)))(chat):
-            yield [line, *row]
+        return [*self.act(lambda chat: show(chat, note=note), stops=False)(chat), line]
 
-    def set(self, name: str) -> Callable[..., Iterator[list[Any]]]:
-        def handler(chat: SharedChat | None, value: Any) -> Iterator[list[Any]]:
-            for now, html in self.act(lambda chat: once(show(chat, note=change(chat, name, value))))(chat):
-                settings = asdict(now.decoding) | {"max_history": now.max_history, "seed": now.seed}
-                yield [now, html, settings[name]]
+    def set(self, name: str) -> Callable[..., list[Any]]:
+        def handler(chat: SharedChat | None, value: Any) -> list[Any]:
+            chat = chat or self.make_chat()
+            if settings_of(chat)[name] == value:  # the field was only visited
+                return [chat, gr.skip(), gr.skip()]
+            now, html = self.act(lambda chat: show(chat, note=change(chat, name, value)), stops=False)(chat)
+            return [now, html, settings_of(now)[name]]
 
         return handler
 

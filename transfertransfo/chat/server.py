@@ -1,8 +1,10 @@
 """The chat as a server: an endpoint in OpenAI's form, and what keeps it safe."""
 
+import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import socket
 import time
 import uuid
@@ -12,7 +14,7 @@ from dataclasses import replace
 from itertools import groupby
 from types import FrameType
 from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -20,15 +22,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from transfertransfo.chat.conversation import Chat, Growing, readable
 from transfertransfo.chat.sharing import (
-    MOST_CHARACTERS,
     MOST_REPLIES,
     MOST_TOKENS,
     MOST_TURNS,
     Busy,
+    Failed,
     Finished,
     SharedModel,
     check_length,
@@ -38,10 +42,14 @@ from transfertransfo.decoding import Context, Decoding
 from transfertransfo.errors import SettingError, UserError
 
 MOST_BYTES = 1 << 20  # of a request
+SMALLEST = 1e-6  # temperature, as the flag has it
+MOST_CONNECTIONS = 512  # a visitor's page holds two
+MOST_SECONDS = 30.0  # for a request's body to come
 # What the page loads, and the endpoint. Gradio has more: uploads, files, a proxy, its own interface for programs.
 OPEN_PATHS = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/v1/models", "/v1/chat/completions"}
 OPEN_PATHS |= {f"/gradio_api/{name}" for name in ("queue/join", "queue/data", "cancel", "reset", "startup-events")}
 OPEN_FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
+PAGES_OWN = "/gradio_api/"
 HEADERS = {
     # Gradio's page makes its functions of text; nothing of it comes from another place
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
@@ -49,18 +57,20 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 
+logger = logging.getLogger(__name__)
+
 
 # ---- the endpoint ----
 
 
 class Part(BaseModel):
     type: Literal["text"]
-    text: str = Field(max_length=MOST_CHARACTERS)
+    text: str
 
 
 class Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] = Field(max_length=MOST_CHARACTERS)
+    content: str | list[Part]
 
     @property
     def text(self) -> str:
@@ -71,7 +81,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Question(BaseModel):
+class Question(BaseModel, allow_inf_nan=False):
     """What `POST /v1/chat/completions` takes; other fields of OpenAI's have no effect. None = as the server's flags."""
 
     model: str = ""
@@ -92,10 +102,10 @@ class Question(BaseModel):
         if length := self.max_completion_tokens or self.max_tokens:
             changed |= {"max_length": length, "min_length": min(flags.min_length, length)}
         if self.top_p is not None:
-            changed["top_p"] = self.top_p
+            changed["top_p"] = max(self.top_p, SMALLEST)  # 0 is the likeliest token here, and no filter to the flag
         if self.temperature is not None:
-            changed["no_sample"] = self.temperature == 0
-            changed["temperature"] = self.temperature or flags.temperature
+            changed["no_sample"] = self.temperature < SMALLEST
+            changed["temperature"] = max(self.temperature, SMALLEST)
         if self.n > 1 or self.temperature is not None or self.top_p is not None:
             changed["num_beams"] = 0  # which are not sampled
         rank = flags.rank if self.rank is None else self.rank
@@ -107,7 +117,13 @@ class Question(BaseModel):
         return replace(flags, num_samples=samples, rank=rank and max(beams, samples) > 1, **changed)
 
     def context(self, chat: Chat) -> Context:
-        """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last."""
+        """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last.
+
+        Raises:
+            UserError: there are none that could be answered.
+        """
+        for i, turn in enumerate(self.messages):
+            check_length(f"messages.{i}.content", turn.text)
         persona = [
             line for turn in self.messages if turn.role in ("system", "developer") for line in turn.text.split("\n")
         ]
@@ -142,6 +158,8 @@ class Endpoint:
         app.add_api_route("/v1/chat/completions", self.complete, methods=["POST"], response_model=None)
         app.add_exception_handler(RequestValidationError, invalid)
         app.add_exception_handler(UserError, refused)
+        app.add_exception_handler(HTTPException, denied)
+        app.add_exception_handler(Exception, failed)
 
     def models(self) -> dict[str, Any]:
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "transfertransfo"}
@@ -239,10 +257,23 @@ async def invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"][1:]))
-    return JSONResponse(problem(f"{field}: {first['msg']}", param=field), 400)
+    name = readable(field)[:100] or "the request"
+    return JSONResponse(problem(f"{name}: {first['msg']}", param=name), 400)
+
+
+async def denied(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(problem(str(error.detail)), error.status_code, error.headers)
+
+
+async def failed(request: Request, error: Exception) -> JSONResponse:
+    logger.debug("a request failed", exc_info=error)
+    return JSONResponse(problem("the server failed", "server_error"), 500)
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, Failed):
+        return JSONResponse(problem(str(error), "server_error"), 500)
     if isinstance(error, Busy):
         return JSONResponse(problem(str(error), "server_error"), 503, {"retry-after": "1"})
     names = error.names if isinstance(error, SettingError) else ()
@@ -273,26 +304,36 @@ class Guard:
         if self.token and path == "/" and self.fits(query.get("token", [""])[0]):
             cookie = f"token={self.token}; Path=/; HttpOnly; SameSite=Lax"
             return await JSONResponse({}, 303, {"location": "/", "set-cookie": cookie})(scope, receive, send)
-        if refusal := self.refusal(path, headers):
-            status, message = refusal
-            response = JSONResponse(problem(message), status, {"www-authenticate": "Bearer"} if status == 401 else None)
+        try:
+            self.check(path, headers)
+            body = await body_of(receive)
+            if path.startswith(PAGES_OWN) and body:
+                check_flat(body)
+        except HTTPException as refusal:
+            response = JSONResponse(problem(refusal.detail), refusal.status_code, refusal.headers)
             return await response(scope, receive, send)
-        await self.app(scope, bounded(receive), with_headers(send))
+        except ClientDisconnect:
+            return None
+        if path in ("/", "/config"):  # its query may name a file
+            scope = {**scope, "query_string": b""}
+        await self.app(scope, given(body, receive), with_headers(send))
 
-    def refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
-        """Status and message for a request that is not let through."""
+    def check(self, path: str, headers: dict[str, str]) -> None:
+        """Check what is asked for, and by whom.
+
+        Raises:
+            HTTPException: it is not let through.
+        """
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        if origin and urlsplit(origin).netloc != host:
-            return 403, "asked from a page of another site"
-        if not self.token and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-            return 403, "called by a name that is not this machine's"
+        if origin and split(origin).netloc != host:
+            raise HTTPException(403, "asked from a page of another site")
+        if not self.token and not is_loopback(split(f"//{host}").hostname or ""):
+            raise HTTPException(403, "called by a name that is not this machine's")
         if self.token and not self.knows(headers):
-            return 401, "needs the token: open the address that the server shows, or send it as Authorization: Bearer"
-        if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDERS):
-            return 404, f"{readable(path)[:100]}: there is nothing"
-        if int(headers.get("content-length", "0")) > MOST_BYTES:
-            return 413, f"more than {MOST_BYTES} bytes"
-        return None
+            message = "needs the token: open the address that the server shows, or send it as Authorization: Bearer"
+            raise HTTPException(401, message, {"www-authenticate": "Bearer"})
+        if (path not in OPEN_PATHS and not path.startswith(OPEN_FOLDERS)) or ".." in path:
+            raise HTTPException(404, f"{readable(path)[:100]}: there is nothing")
 
     def knows(self, headers: dict[str, str]) -> bool:
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
@@ -303,17 +344,67 @@ class Guard:
         return hmac.compare_digest(token.encode(), self.token.encode())
 
 
-def bounded(receive: Receive) -> Receive:
-    """Gives the messages of a request of at most `MOST_BYTES`; where it is longer, the client is as good as gone."""
-    received = 0
+async def body_of(receive: Receive) -> bytes:
+    """The body of a request, once it is there.
 
-    async def receive_at_most() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        return message if received <= MOST_BYTES else {"type": "http.disconnect"}
+    Raises:
+        HTTPException: it is too long, or too long in coming.
+        ClientDisconnect: it does not come.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(MOST_SECONDS):
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > MOST_BYTES:
+                    raise HTTPException(413, f"more than {MOST_BYTES} bytes")
+                more = message.get("more_body", False)
+    except TimeoutError as error:
+        raise HTTPException(408, f"more than {MOST_SECONDS:.0f} seconds") from error
+    return bytes(body)
 
-    return receive_at_most
+
+def given(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was received already, and then what else comes."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return first.pop() if first else await receive()
+
+    return receive_again
+
+
+def check_flat(body: bytes) -> None:
+    """Check that the page's own requests hold no more than it sends: lists of words and numbers.
+
+    Gradio takes an object among them for a file, which it fetches from wherever the object says.
+
+    Raises:
+        HTTPException: they do.
+    """
+
+    def is_flat(value: Any, depth: int) -> bool:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return depth >= 0 if not inner else depth > 0 and all(is_flat(item, depth - 1) for item in inner)
+
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, "not JSON") from error
+    if not isinstance(request, dict) or not is_flat(request, 2):
+        raise HTTPException(400, "not what the page sends")
+
+
+def split(address: str) -> SplitResult:
+    """The parts of an address; none where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def with_headers(send: Send) -> Send:
@@ -341,7 +432,10 @@ class Server(uvicorn.Server):
     """Stops within two seconds, whoever is connected."""
 
     def __init__(self, app: ASGIApp, close: Callable[[], None]):
-        super().__init__(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="none"))
+        config = uvicorn.Config(
+            app, log_level="critical", timeout_graceful_shutdown=1, ws="none", limit_concurrency=MOST_CONNECTIONS
+        )
+        super().__init__(config)
         self.close = close
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -1,9 +1,10 @@
 """One model for many chats at once: what they ask for waits in a queue, and what coincides is done in one batch."""
 
+import logging
 import secrets
 import threading
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TextIO
@@ -23,8 +24,10 @@ from transfertransfo.decoding import (
     score_replies,
     weigh_replies,
 )
-from transfertransfo.errors import SettingError, UserError
+from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.model.double_heads import DoubleHeads
+
+logger = logging.getLogger(__name__)
 
 # What a stranger may ask for at most
 MOST_CHARACTERS = 4000  # of a message, and of a persona
@@ -33,12 +36,22 @@ MOST_TOKENS = 256  # of a reply
 MOST_REPLIES = 16  # to one message
 MOST_WAITING = 128  # jobs
 MOST_ROWS = 64  # of a batch
+MOST_AT_ONCE = 1 << 15  # tokens of a batch, padding included: some 2 GB of SmolLM2's cache
 
+PATIENCE = 10.0  # seconds that an action waits for the one before it
 BEAT = 0.5  # seconds after which one who waits may look whether anybody still waits for him
 
 
 class Busy(UserError):
     """Too many are waiting already."""
+
+
+class Failed(UserError):
+    """A fault of the server's, which `--debug` shows."""
+
+
+class Stopped(UserError):
+    """Who asked for the reply does not want it any more."""
 
 
 class Finished(NamedTuple):
@@ -65,7 +78,14 @@ class Job:
 
     @property
     def width(self) -> int:
-        return max(self.decoding.num_beams, self.decoding.num_samples) if self.decoding else len(self.replies)
+        """Rows of a batch."""
+        return max(self.decoding.num_beams, self.decoding.num_samples) if self.decoding else 1
+
+    def length(self, n_positions: int) -> int:
+        """Tokens of a row of a model that sees so many."""
+        context = sum(map(len, [*self.context.persona, *self.context.history]))
+        replies = self.decoding.max_length if self.decoding else sum(map(len, self.replies))
+        return min(context, n_positions) + replies
 
 
 class SharedModel:
@@ -91,7 +111,10 @@ class SharedModel:
             Busy: too many are waiting.
         """
         check(decoding)
-        return self._events(self._enqueue(Job(context, decoding, seed)))
+        job = Job(context, decoding, seed)
+        if (tokens := job.width * job.length(self.model.n_positions)) > MOST_AT_ONCE:
+            raise UserError(f"{job.width} replies to so long a dialog are {tokens} tokens: {MOST_AT_ONCE} at most here")
+        return self._events(self._enqueue(job))
 
     def weigh(self, context: Context, replies: list[list[int]]) -> list[Weighed]:
         """What the two heads say about replies to a context."""
@@ -113,15 +136,14 @@ class SharedModel:
             self.changed.notify()
         return job
 
-    @staticmethod
-    def _events(job: Job) -> Generator[list[list[int]] | Finished, None, None]:
+    def _events(self, job: Job) -> Generator[list[list[int]] | Finished, None, None]:
         try:
             event: Any = None
             while not isinstance(event, Finished):
                 try:
                     event = job.events.get(timeout=BEAT)
                 except Empty:
-                    event = []
+                    event = Busy("the server stops") if self.closed else []
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -137,8 +159,10 @@ class SharedModel:
                 if jobs:
                     self._answer(jobs)
             except Exception as error:  # goes to those who wait
+                if not isinstance(error, UserError):
+                    logger.debug("a batch failed", exc_info=True)
                 for job in jobs:
-                    job.events.put(error)
+                    job.events.put(error if isinstance(error, UserError) else Failed(f"failed: {first_line(error)}"))
             if self.closed:
                 break
         for job in self.waiting:
@@ -148,10 +172,11 @@ class SharedModel:
         """The oldest job and those like it, taken out of the queue."""
         self.waiting = [job for job in self.waiting if not job.stopped]
         alike = [job for job in self.waiting if job.decoding == self.waiting[0].decoding]
-        batch, rows = alike[:1], sum(job.width for job in alike[:1])
-        for job in alike[1:]:
-            rows += job.width
-            if rows > MOST_ROWS:
+        batch: list[Job] = []
+        rows = longest = 0
+        for job in alike:
+            rows, longest = rows + job.width, max(longest, job.length(self.model.n_positions))
+            if batch and (rows > MOST_ROWS or rows * longest > MOST_AT_ONCE):
                 break
             batch.append(job)
         self.waiting = [job for job in self.waiting if job not in batch]
@@ -224,13 +249,33 @@ class SharedChat(Chat):
         draw: Callable[[], list[str]],
         transcript: TextIO | None = None,
     ):
-        self.shared, self.id, self.busy = shared, secrets.token_hex(4), threading.Lock()
+        self.shared, self.id = shared, secrets.token_hex(4)
+        self.busy, self.unwanted = threading.Lock(), threading.Event()
         self.weights: dict[int, tuple[Any, list[Weighed]]] = {}  # of each turn, and what they were made of
         self.told: list[str] = []
         self.seed_with(seed)
         super().__init__(
             shared.model, shared.tokenizer, decoding, max_history, persona, draw, self.told.append, transcript
         )
+
+    def stop(self) -> None:
+        """End the reply that is being made, as far as it has come."""
+        self.unwanted.set()
+
+    @contextmanager
+    def one_action(self) -> Iterator[None]:
+        """Have what a visitor does at once happen one after another.
+
+        Raises:
+            Busy: the action before takes long.
+        """
+        if not self.busy.acquire(timeout=PATIENCE):
+            raise Busy("what you asked for before still goes on")
+        try:
+            self.unwanted.clear()
+            yield
+        finally:
+            self.busy.release()
 
     def seed_with(self, seed: int) -> None:
         """Begin another sequence of replies."""
@@ -252,23 +297,35 @@ class SharedChat(Chat):
         return super().say(text)
 
     def tokens(self, context: Context) -> Generator[list[list[int]]]:
-        with closing(self.shared.reply(context, self.decoding, self.next_seed())) as events:
+        with closing(self.events(context, self.decoding)) as events:
             yield from (event for event in events if not isinstance(event, Finished) and event)
 
     def candidates(self, context: Context) -> list[list[int]]:
         return self.draw_replies(context, self.decoding)
 
     def draw_replies(self, context: Context, decoding: Decoding) -> list[list[int]]:
-        *_, last = self.shared.reply(context, decoding, self.next_seed())
+        *_, last = self.events(context, decoding)
         assert isinstance(last, Finished)
         return last.result
+
+    def events(self, context: Context, decoding: Decoding) -> Generator[list[list[int]] | Finished]:
+        """As `SharedModel.reply`, until it is stopped.
+
+        Raises:
+            Stopped: by `stop`.
+        """
+        with closing(self.shared.reply(context, decoding, self.next_seed())) as events:
+            for event in events:
+                if self.unwanted.is_set():
+                    raise Stopped("(stopped)")
+                yield event
 
     def add_candidates(self, turn: int, decoding: Decoding) -> None:
         """Draw more candidates for a turn, so that one of them can be taken."""
         exchange = self.exchanges[turn]
         more = self.draw_replies(self.context(self.exchanges[:turn], exchange.heard), decoding)
         new = [reply for i, reply in enumerate(more) if reply not in exchange.candidates + more[:i]]
-        self.exchanges[turn] = exchange._replace(candidates=[*exchange.candidates, *new][: 4 * MOST_REPLIES])
+        self.exchanges[turn] = exchange._replace(candidates=[*exchange.candidates, *new][: 2 * MOST_REPLIES])
 
     def weighed(self, turn: int) -> list[Weighed]:
         """What the two heads say about the candidates of a turn; kept until one of these or the context changes."""
