@@ -1,22 +1,26 @@
-"""Load on the page's server: many clients at once, each with a dialog of its own; are all answered, none mixed up?
+"""Load on the page's server: many clients at once, each with a dialog of its own. Are all answered, none mixed up?
 
 python benchmarks/load_chat.py                       # 32 clients, 5 messages each, example/model
 python benchmarks/load_chat.py --clients 8 --model runs/Nov21_20-57-01_host_model
 
 Needs requirements/web.txt. Each client sends its dialog, with a seed of its own, over HTTP to `interact.py --web`. Its
-replies must be those that it gets when nobody else is there. The last line is JSON.
+replies must be those that it gets when nobody else is there. At last Ctrl-C comes while all wait for a reply. The last
+line is JSON.
 """
 
 import argparse
+import contextlib
+import http.client
 import json
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +44,22 @@ def dialog(address: str, client: int, messages: int, times: list[float]) -> list
         said.append({"role": "assistant", "content": ask(address, said, 1 + client * messages + turn)})
         times.append(time.perf_counter() - begun)
     return [turn["content"] for turn in said if turn["role"] == "assistant"]
+
+
+def interrupted(server: subprocess.Popen, address: str, clients: int) -> float:
+    """Seconds from Ctrl-C to the end of a server whose clients all wait for a reply."""
+
+    def left_alone(seed: int) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            ask(address, [{"role": "user", "content": TEXTS[0]}], seed)
+
+    with ThreadPoolExecutor(clients) as pool:
+        asked = [pool.submit(left_alone, seed) for seed in range(clients)]
+        wait(asked, return_when=FIRST_COMPLETED)
+        begun = time.perf_counter()
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        return time.perf_counter() - begun
 
 
 def resident(pid: int) -> float:
@@ -79,12 +99,13 @@ def main() -> None:
             print(
                 f"{args.clients} clients: {together_s[-1]:.1f} s, {memory[-1]:.0f} MB, {mixed_up} mixed up", flush=True
             )
-        server.terminate()
+        stop_s = interrupted(server, address, args.clients)
     print(json.dumps({
         "benchmark": "load_chat", "processor": processor(), "clients": args.clients, "messages": args.messages,
         "one_after_the_other_s": round(alone_s, 1), "together_s": round(statistics.median(together_s), 1),
         "latency_alone_s": round(statistics.median(alone_times), 3), "latency_s": round(statistics.median(times), 3),
         "longest_s": round(max(times), 2), "mixed_up": mixed_up, "memory_mb": [round(size) for size in memory],
+        "stop_s": round(stop_s, 2),
     }))  # fmt: skip
     sys.exit(mixed_up > 0)
 
