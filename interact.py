@@ -121,6 +121,8 @@ def run(argv: list[str] | None = None) -> None:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
+    if args.web:
+        require("--web", "gradio", "fastapi", "uvicorn", requirements="web")
     name = args.model_checkpoint or "the model of 2019"
     if sys.stdout.isatty():  # what follows takes seconds
         print(f"Loading {name} ...", flush=True)
@@ -130,8 +132,6 @@ def run(argv: list[str] | None = None) -> None:
     from transfertransfo.decoding import Decoding
     from transfertransfo.model.loading import load_finetuned
 
-    if args.web:
-        require("--web", "gradio", "fastapi", "uvicorn", requirements="web")
     set_up_logging(logging.WARNING)
     set_seed(args.seed)
     decoding = Decoding.of(args)

@@ -280,7 +280,7 @@ class Page:
         self.another.click(self.draw_persona, self.chat, persona, **options)
         for name, field in self.fields.items():
             events = [field.input] if isinstance(field, gr.Checkbox) else [field.blur, field.submit]
-            gr.on(events, self.set(name), [self.chat, field], [*shown, field], **options)
+            gr.on(events, self.set(name), [self.chat, field], [*shown, *self.fields.values()], **options)
 
     # handlers: each gives chat and talk first. There is no chat after the server has begun anew
 
@@ -367,9 +367,9 @@ class Page:
         def handler(chat: SharedChat | None, value: Any) -> list[Any]:
             chat = chat or self.make_chat()
             if settings_of(chat)[name] == value:  # the field was only visited
-                return [chat, gr.skip(), gr.skip()]
+                return [chat, gr.skip(), *(gr.skip() for _ in self.fields)]
             now, html = self.act(lambda chat: show(chat, note=change(chat, name, value)), stops=False)(chat)
-            return [now, html, settings_of(now)[name]]
+            return [now, html, *settings_of(now).values()]  # one may have changed another
 
         return handler
 
