@@ -18,6 +18,7 @@ if importlib.util.find_spec("gradio") is None:
 
 import gradio as gr
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from transfertransfo.chat import page, sharing
 from transfertransfo.chat.commands import answer
@@ -100,6 +101,10 @@ def test_a_reply_that_is_stopped_is_kept(chat):
     shown = page.say(chat, "hello !")
     next(shown)
     shown.close()
+    assert chat.exchanges == []
+    shown = page.say(chat, "hello !")
+    assert next(shown) != next(shown)
+    shown.close()
     assert len(chat.exchanges) == 1 and chat.exchanges[0].stopped
 
 
@@ -119,7 +124,7 @@ def test_settings_are_those_of_the_terminal(chat):
 def test_an_action_waits_for_the_one_before_or_stops_it(chat, made, monkeypatch):
     """What was pressed while Gradio had not yet asked whether a reply goes on was lost."""
     running = made.stream(page.say)(chat, "hello !")
-    next(running)
+    assert next(running) != next(running)
     monkeypatch.setattr(sharing, "PATIENCE", 0.01)
     assert "still goes on" in made.export(chat)[1] and len(chat.exchanges) == 0
     chat.stop()  # as all other buttons do
@@ -128,7 +133,7 @@ def test_an_action_waits_for_the_one_before_or_stops_it(chat, made, monkeypatch)
     *_, last = made.stream(page.say)(chat, "and again")
     assert made.act(page.undo)(chat)[1] != last[1] and len(chat.exchanges) == 1
     left = made.stream(page.say)(chat, "and again")
-    next(left)
+    assert next(left) != next(left)
     left.close()  # the visitor left
     assert len(chat.exchanges) == 2 and made.act(page.reset)(chat) and chat.exchanges == []
 
@@ -201,9 +206,10 @@ def test_a_press_is_answered_though_nonsense_came_before(client, made, capfd):
     begin = number_of(made, "begin")
     wrong = [{"data": [["deep"]]}, {"data": [{"path": "/etc/passwd"}]}, {"data": "x"}, {"data": []},
              {"data": [1, 2, 3]}, {"fn_index": 10**6}, {"fn_index": -1}, {"fn_index": "x"}, {"event_data": [[1]]},
-             {"trigger_id": 9}]  # fmt: skip
+             {"trigger_id": 9}, {"trigger_id": 10**6}, {"trigger_id": "x"}, {"session_hash": 5}]  # fmt: skip
     for fields in wrong:
-        join(client, **{"fn_index": begin, "data": [""], "session_hash": "wrong", **fields})
+        response = join(client, **{"fn_index": begin, "data": [""], "session_hash": "wrong", **fields})
+        assert response.status_code < 500
     for body in (b"[" * 100_000, b"{", b"[]", b"\xff", b"5"):
         response = client.post("/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
         assert response.status_code == 400 and response.json()["error"]["message"]
@@ -237,7 +243,7 @@ def test_the_page_wants_the_token_for_all_that_it_does(chat, made, shared):
         assert join(client, fn_index=0, data=[""]).status_code == 401
         for path in ("/", "/config", "/gradio_api/queue/data?session_hash=s", "/gradio_api/heartbeat/s", "/theme.css"):
             assert client.get(path).status_code == 401
-        with pytest.raises(Exception), client.websocket_connect("/gradio_api/queue/join"):  # noqa: B017
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/gradio_api/queue/join"):
             pass
 
 

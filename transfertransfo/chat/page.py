@@ -381,4 +381,4 @@ class Page:
         theme = gr.themes.Soft(primary_hue="indigo", **fonts)
         gr.mount_gradio_app(app, self.blocks, path="/", footer_links=[], run_history=False, show_error=False,
                             max_file_size=0, theme=theme, css=CSS)  # fmt: skip
-        return Guard(app, token)
+        return Guard(app, token, {number: len(handler.inputs) for number, handler in self.blocks.fns.items()})

@@ -8,7 +8,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from transfertransfo.chat.conversation import Chat, Growing, readable
+from transfertransfo.chat.conversation import Chat, Growing, readable, unicode_of
 from transfertransfo.chat.sharing import (
     MOST_REPLIES,
     MOST_TOKENS,
@@ -74,7 +74,8 @@ class Turn(BaseModel):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
+        text = self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
+        return unicode_of(text)
 
 
 class StreamOptions(BaseModel):
@@ -289,16 +290,19 @@ class Guard:
     A browser that comes with `/?token=TOKEN` gets a cookie; a program sends `Authorization: Bearer TOKEN`. Without a
     token the server must be called by a name of this machine: a page from elsewhere may have a name of its own that
     leads here.
+
+    Args:
+        inputs: how many values each of the page's handlers takes, by its number.
     """
 
-    def __init__(self, app: ASGIApp, token: str = ""):
-        self.app, self.token = app, token
+    def __init__(self, app: ASGIApp, token: str = "", inputs: Mapping[int, int] | None = None):
+        self.app, self.token, self.inputs = app, token, inputs or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http":
-            return None
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         path, query = scope["path"], parse_qs(scope["query_string"].decode("latin-1"))
         if self.token and path == "/" and self.fits(query.get("token", [""])[0]):
@@ -308,7 +312,7 @@ class Guard:
             self.check(path, headers)
             body = await body_of(receive)
             if path.startswith(PAGES_OWN) and body:
-                check_flat(body)
+                check_press(path, body, self.inputs)
         except HTTPException as refusal:
             response = JSONResponse(problem(refusal.detail), refusal.status_code, refusal.headers)
             return await response(scope, receive, send)
@@ -378,10 +382,11 @@ def given(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def check_flat(body: bytes) -> None:
-    """Check that the page's own requests hold no more than it sends: lists of words and numbers.
+def check_press(path: str, body: bytes, inputs: Mapping[int, int]) -> None:
+    """Check that a request of the page's is one that it sends: lists of words and numbers, as many as a handler takes.
 
-    Gradio takes an object among them for a file, which it fetches from wherever the object says.
+    Gradio takes an object among them for a file, which it fetches from wherever the object says. Of too few, and of a
+    handler that is not there, it shows a traceback.
 
     Raises:
         HTTPException: they do.
@@ -397,6 +402,10 @@ def check_flat(body: bytes) -> None:
         raise HTTPException(400, "not JSON") from error
     if not isinstance(request, dict) or not is_flat(request, 2):
         raise HTTPException(400, "not what the page sends")
+    if path == f"{PAGES_OWN}queue/join":
+        handler, values = request.get("fn_index"), request.get("data")
+        if not isinstance(handler, int) or not isinstance(values, list) or len(values) != inputs.get(handler):
+            raise HTTPException(400, "not what the page sends")
 
 
 def split(address: str) -> SplitResult:
