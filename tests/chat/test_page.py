@@ -334,7 +334,13 @@ def test_a_visit(browser, checkpoints, monkeypatch):
                 yield [[token]]
 
     monkeypatch.setattr(sharing, "decode", step_by_step)
-    with served(own, lambda: SharedChat(own, 1, decoding, 2, PERSONA, list)) as (address, stop):
+    chats = []
+
+    def make_chat() -> SharedChat:
+        chats.append(SharedChat(own, 1, decoding, 2, PERSONA, list))
+        return chats[-1]
+
+    with served(own, make_chat) as (address, stop):
         browser.get(address)
         one(".talk .note")
         assert one("#persona textarea").get_attribute("value") == "\n".join(PERSONA)
@@ -393,6 +399,8 @@ def test_a_visit(browser, checkpoints, monkeypatch):
         steps.release(len(beginning))
         until(lambda: one(".growing p").text == "one two")
         one("#stop").click()
+        until(lambda: chats[-1].exchanges)
+        steps.release()  # the model notices
         until(lambda: find(".talk details") and not find(".talk .growing"))
         assert one(".talk .reply p").text == "one two three"
         # the server stops though the page is open and waits for a reply
@@ -402,6 +410,7 @@ def test_a_visit(browser, checkpoints, monkeypatch):
         steps.release(len(whole))
 
 
+@pytest.mark.slow
 def test_the_script_on_another_host_needs_the_token_and_stops_at_ctrl_c(checkpoints):
     httpx = pytest.importorskip("httpx")
     command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt2"], "--personality", "x", "--device",

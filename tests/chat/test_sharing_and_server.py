@@ -102,21 +102,21 @@ def talk(chat: SharedChat, texts: list[str]) -> list[str]:
     return ["".join(chat.say(text)) for text in texts]
 
 
-CHANGES = [{}, {"min_length": 1, "max_length": 30}, {"num_samples": 3, "min_length": 1},
-           {"num_samples": 3, "rank": True}, {"num_beams": 2}, {"no_sample": True, "max_length": 30}]  # fmt: skip
+CHANGES = [{}, {"min_length": 1, "max_length": 20}, {"num_samples": 3, "min_length": 1, "rank": True}, {"num_beams": 2},
+           {"no_sample": True, "min_length": 1}]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_a_chat_among_many_has_the_replies_that_it_has_alone(shared, changes):
     decoding = replace(DECODING, **changes)
     texts = ["hello !", "do you like dogs ?", "why ? " * 9]
-    alone = [talk(make_chat(shared, seed, decoding), texts) for seed in range(1, 7)]
+    alone = [talk(make_chat(shared, seed, decoding), texts) for seed in range(1, 5)]
     before = shared.batches
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda seed: talk(make_chat(shared, seed, decoding), texts), range(1, 7)))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: talk(make_chat(shared, seed, decoding), texts), range(1, 5)))
     assert together == alone
-    assert shared.batches - before < 6 * len(texts)  # some coincide
-    assert len(set(map(tuple, alone))) == (1 if {"num_beams", "no_sample"} & {*changes} else 6)
+    assert shared.batches - before < 4 * len(texts)  # some coincide
+    assert len(set(map(tuple, alone))) == (1 if {"num_beams", "no_sample"} & {*changes} else 4)
 
 
 def test_a_seed_of_nought_is_none(shared):
@@ -301,7 +301,7 @@ def test_wrong_types(client, field):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[" * 100_000, b'{"messages": ' * 100_000, b"\xff\xfe", b"null", b'"x"', b"a=1&b=2"]
+    "body", [b"", b"{", b"[" * 100_000, b'{"messages": ' * 50_000, b"\xff\xfe", b"null", b'"x"', b"a=1&b=2"]
 )
 def test_what_is_no_question(client, body):
     for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "/"):
