@@ -197,6 +197,7 @@ def serve(
             flush=True,
         )
         server.run(sockets=[socket])
+        shared.thread.join(1)
         gc.freeze()  # else Python looks once more through all that was loaded before it ends: seconds
 
 

@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Load on the server of interact.py --web.")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--messages", type=int, default=5, help="of each client")
-    parser.add_argument("--rounds", type=int, default=4, help="how often all clients talk, to see the memory")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all clients talk, to see the memory")
     parser.add_argument("--model", default=str(ROOT / "example" / "model"))
     args = parser.parse_args()
     flags = ["--model", args.model, "--personality", "x", "--device", "cpu", "--web", "127.0.0.1:0"]

@@ -170,11 +170,18 @@ def test_limits(shared, monkeypatch):
         talk(make_chat(shared), ["hello !"])
 
 
-def test_all_ends_when_it_is_closed(checkpoints):
+@pytest.mark.parametrize("changes", [{}, {"num_beams": 2}])
+def test_all_ends_when_it_is_closed(checkpoints, changes):
+    """The model's thread was still within torch when Python ended, and the process was aborted."""
     own = SharedModel(load_model(checkpoints["gpt2"]), load_tokenizer(checkpoints["gpt2"]))
-    events = own.reply(Context([], [[7]]), replace(DECODING, max_length=100, min_length=100), 1)
-    next(events)
+    begun, closed = threading.Event(), threading.Event()
+    own.model.pretrained.base_model.register_forward_hook(lambda *_: begun.set() or (closed.wait() and None))
+    events = own.reply(Context([], [[7]]), replace(DECODING, max_length=100, min_length=100, **changes), 1)
+    assert begun.wait(60)
     own.close()
+    closed.set()
+    own.thread.join(60)
+    assert not own.thread.is_alive()
     with pytest.raises(Busy):
         list(events)
     with pytest.raises(Busy):

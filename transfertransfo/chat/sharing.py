@@ -97,7 +97,10 @@ class SharedModel:
         self.batches = 0
         self.changed = threading.Condition()
         self.closed = False
-        threading.Thread(target=self._work, name="model", daemon=True).start()
+        self.jobs: list[Job] = []  # which the thread is at
+        model.pretrained.base_model.register_forward_pre_hook(self._check_wanted)
+        self.thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self.thread.start()
 
     def reply(
         self, context: Context, decoding: Decoding, seed: int
@@ -154,7 +157,7 @@ class SharedModel:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closed)
-                jobs = self._next_batch()
+                self.jobs = jobs = self._next_batch()
             try:
                 if jobs:
                     self._answer(jobs)
@@ -163,10 +166,16 @@ class SharedModel:
                     logger.debug("a batch failed", exc_info=True)
                 for job in jobs:
                     job.events.put(error if isinstance(error, UserError) else Failed(f"failed: {first_line(error)}"))
+            self.jobs = []
             if self.closed:
                 break
         for job in self.waiting:
             job.events.put(Busy("the server stops"))
+
+    def _check_wanted(self, *_: object) -> None:
+        """Raise an error where nobody waits for what the model is at: before each of its forwards."""
+        if self.jobs and (self.closed or all(job.stopped for job in self.jobs)):
+            raise Busy("the server stops")
 
     def _next_batch(self) -> list[Job]:
         """The oldest job and those like it, taken out of the queue."""
@@ -205,8 +214,7 @@ class SharedModel:
         contexts = [job.context for job in jobs]
         with closing(decode(self.model, contexts, self.tokenizer, decoding, generators=generators)) as steps:
             for step in steps:
-                if self.closed or all(job.stopped for job in jobs):
-                    raise Busy("the server stops")
+                self._check_wanted()
                 for i, (job, replies) in enumerate(zip(jobs, found)):
                     news = step[i * decoding.num_samples : (i + 1) * decoding.num_samples]
                     for reply, tokens in zip(replies, news):
