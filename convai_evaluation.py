@@ -2,12 +2,15 @@
 
 python convai_evaluation.py --eval_type all --model_checkpoint runs/Nov21_20-57-01_host_model
 python convai_evaluation.py --eval_type hits@1     # the model of 2019 on PersonaChat, both downloaded
+torchrun --nproc_per_node=8 convai_evaluation.py --eval_type all --model_checkpoint FOLDER     # on eight GPUs
 python convai_evaluation.py --eval_type all --backend parlai --model_checkpoint FOLDER     # in ParlAI
 python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
 """
 
 import importlib.metadata
 import json
+import logging
+import os
 import platform
 from argparse import Namespace
 from functools import partial
@@ -86,10 +89,31 @@ def run(argv: list[str] | None = None) -> dict:
     for flag, path in (("--report", args.report), ("--details", args.details)):
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
+    if args.backend != "native" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
-    from transfertransfo.evaluation.native import domains, extra_figures, standard_errors
+    from transfertransfo.model.double_heads import default_device
+    from transfertransfo.processes import (
+        finish_distributed,
+        one_line_for_a_lost_process,
+        rank,
+        setup_distributed,
+    )
 
-    set_up_logging()
+    with one_line_for_a_lost_process(remedy="start the evaluation anew"):
+        device = setup_distributed(args.device or default_device(), int(os.environ.get("LOCAL_RANK", -1)))
+        set_up_logging(logging.ERROR if rank() else logging.INFO)
+        report, details = measure(args, str(device))
+        if not rank():
+            tell(args, report, details)
+        finish_distributed()
+    return report
+
+
+def measure(args: Namespace, device: str) -> tuple[dict, list[dict]]:
+    """The figures, and each example's results."""
+    from transfertransfo.evaluation.native import extra_figures
+
     set_seed(args.seed)
     if args.datapath:
         use_datapath_(args)
@@ -97,8 +121,15 @@ def run(argv: list[str] | None = None) -> dict:
         from transfertransfo.data.sources import recorded_dataset
 
         args.dataset_path = recorded_dataset(args.model_checkpoint)
-    details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
-    report = {"examples": len(details)} | figures | extra_figures(details)
+    native = args.backend == "native"
+    details, figures = evaluate_natively(args, device) if native else evaluate_in_backend(args)
+    return {"examples": len(details)} | figures | extra_figures(details), details
+
+
+def tell(args: Namespace, report: dict, details: list[dict]) -> None:
+    """Print the figures, and write the files that are asked for."""
+    from transfertransfo.evaluation.native import domains, standard_errors
+
     measured_on = domains(report)
     errors = standard_errors(details)
     names = {
@@ -119,7 +150,6 @@ def run(argv: list[str] | None = None) -> dict:
         write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
     if args.details:
         write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))
-    return report
 
 
 def provenance(args: Namespace) -> dict:
@@ -147,14 +177,16 @@ def load_split(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Tokeni
     """The dataset to measure on; with the validation split of the training where it has none of its own."""
     from transfertransfo.data.sources import recorded
     from transfertransfo.evaluation.native import load_validation
+    from transfertransfo.processes import one_process_first
 
-    return load_validation(
-        tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs,
-        valid_share=args.valid_share, run=recorded(args.model_checkpoint),
-    )  # fmt: skip
+    with one_process_first():
+        return load_validation(
+            tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs,
+            valid_share=args.valid_share, run=recorded(args.model_checkpoint),
+        )  # fmt: skip
 
 
-def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
+def evaluate_natively(args: Namespace, device: str) -> tuple[list[dict], dict]:
     """Each example's results, and the figures, by this project alone."""
     from transfertransfo.decoding import Decoding
     from transfertransfo.evaluation.evaluator import Evaluator
@@ -163,7 +195,7 @@ def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
 
     decoding = Decoding.of(args)
     model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
+        args.model_checkpoint, args.gpt_tokenization, device, args.history_start, args.fp16
     )
     dataset = load_split(args, tokenizer)
     counts = partial(word_counts, dataset, args.dict_file)

@@ -6,6 +6,9 @@
     # one GPU: GPT on PersonaChat, both downloaded
     python train.py
 
+    # a model that is too large for one GPU, in shards on eight: docs/scale.md
+    torchrun --nproc_per_node=8 train.py --sharded --fp16 bf16 --gradient_checkpointing --model FOLDER
+
     # eight GPUs of one machine: the paper's recipe
     torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2.0 --max_history 2 --n_epochs 1 \
         --num_candidates 4 --personality_permutations 2 --train_batch_size 2 --valid_batch_size 2
@@ -105,6 +108,11 @@ def make_parser() -> ArgumentParser:
         help="compile the model with torch.compile: minutes at the start, then faster steps",
     )
     parser.add_argument(
+        "--sharded",
+        action="store_true",
+        help="divide parameters, gradients and optimizer state among the processes, instead of a copy in each",
+    )
+    parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch (-1 = one process)"
     )
     add_run_flags(parser)
@@ -150,15 +158,21 @@ from transfertransfo.model.double_heads import (
     halve_frozen_,
     merge_adapter_,
 )
-from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
+from transfertransfo.model.loading import into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import rank_of
 from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.training.checkpoints import Best, RandomState, TrainedParameters, load_checkpoint, save_checkpoint
+from transfertransfo.processes import one_line_for_a_lost_process, setup_distributed
+from transfertransfo.training.checkpoints import (
+    Best,
+    RandomState,
+    Shards,
+    TrainedParameters,
+    load_checkpoint,
+    save_checkpoint,
+)
 from transfertransfo.training.distribution import (
     average_distributed_scalar,
     check_same_run,
-    one_line_for_a_lost_process,
-    setup_distributed,
     share_weights_,
 )
 from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
@@ -176,6 +190,7 @@ from transfertransfo.training.runs import (
     NOT_RESUMED,
     Found,
     changed_arguments,
+    divide_batch,
     find_run,
     make_record,
     open_run_folder,
@@ -208,7 +223,23 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     if run:
         args = resume_args(parser, argv, run)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    if args.sharded:
+        check_sharded(args)
     return args, run
+
+
+def check_sharded(args: Namespace) -> None:
+    """Check that no flag is given that shards do not go with.
+
+    Raises:
+        UserError: one is.
+    """
+    if args.fp16 in ("O1", "O2", "O3"):
+        raise UserError(f"--sharded: not with --fp16 {args.fp16}, whose weights and scale are of one device; use bf16")
+    if args.compile:
+        raise UserError("--sharded: not with --compile")
+    if args.merge_lora:
+        raise UserError("--sharded: not with --merge_lora; without it the run folder holds the adapter")
 
 
 def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Namespace:
@@ -219,6 +250,8 @@ def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Na
     """
     with amend_errors(before="--resume "):
         saved = read_arguments(run)
+        if saved.get("sharded"):
+            saved |= divide_batch(saved, int(os.environ.get("WORLD_SIZE", 1)))
     flags = vars(parser.parse_args([])).keys() - NOT_RESUMED
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & flags})
     args = parser.parse_args(argv)
@@ -297,7 +330,7 @@ def prepare_model(
     """
     source = args.model_checkpoint if args.lora_rank else run or args.model_checkpoint
     tokenizer = load_tokenizer(source, args.gpt_tokenization)
-    model = load_model(source, device, from_scratch=not args.lora_rank)
+    model = load_model(source, device, from_scratch=not args.lora_rank, in_shards=args.sharded)
     add_special_tokens_(model, tokenizer)
     tokenizer.chat_template = make_chat_template(tokenizer, args.max_history)
     if args.lora_rank:
@@ -309,9 +342,7 @@ def prepare_model(
     if args.history_start is not None:
         model.history_start = args.history_start
     freeze_unread_(model)
-    if args.freeze_embeddings and not rank_of(model.network):
-        freeze_embeddings_(model, tokenizer)
-    if device.type == "cpu" and args.fp16 == "bf16":
+    if device.type == "cpu" and args.fp16 == "bf16" and not args.sharded:
         use_eager_attention_(model)
     # merged weights are exported, so they stay as they are
     if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:
@@ -323,6 +354,11 @@ def prepare_model(
         # rows of few lengths
         model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
     log_size(model)
+    share_weights_(model)  # --seed 0 draws others in each process
+    if args.sharded:
+        into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")
+    if args.freeze_embeddings and not rank_of(model.network):
+        freeze_embeddings_(model, tokenizer)
     return model, tokenizer
 
 
@@ -356,7 +392,7 @@ def attach_handlers(
     """
 
     def export() -> None:
-        if folder is not None:
+        if folder is not None or args.sharded:
             save_model(model, folder, merge_lora=args.merge_lora)
 
     @trainer.on(Events.EPOCH_STARTED)
@@ -368,7 +404,7 @@ def attach_handlers(
         with to_save["precision"].autocast():
             return reply_to_turns(model, tokenizer, turns)
 
-    if valid_loader is not None and folder is not None:
+    if valid_loader is not None and (folder is not None or args.sharded):  # of shards no process computes alone
         trees: Any = valid_loader.dataset  # torch knows no sequence
         attach_replies(evaluator, partial(make_replies, choose_turns([*chain(*trees)])))
     attach_figures(
@@ -452,7 +488,7 @@ def train(argv: list[str] | None = None) -> str:
     """
     args, run = parse_args(argv)
     saved = read_arguments(run) if run else {}
-    device = setup_distributed(args.device, args.local_rank)
+    device = setup_distributed(args.device or default_device(), args.local_rank, alone=args.sharded)
     with amend_errors(before="--resume: "):
         check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
@@ -481,21 +517,21 @@ def train(argv: list[str] | None = None) -> str:
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     make_optimizer = partial(make_adamw, names=names, lr=args.lr, head_lr=args.head_lr)
-    share_weights_(model)  # before their float32 copies are made: --seed 0 draws others in each process
     with amend_errors(before="--fp16 "):
         precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
-    distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
+    copied = idist.get_world_size() > 1 and not args.sharded
+    distributed = DistributedDataParallel(model) if copied else model
     trainer = create_trainer(distributed, precision, optimisation, device)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
-    to_save = {
-        "trainer": trainer,
-        "model": TrainedParameters(model.pretrained, frozen=not rank_of(model.network)),
+    frozen = not rank_of(model.network)
+    tensors: dict[str, Any] = {
+        "model": TrainedParameters(model.pretrained, frozen),
         "optimizer": precision.optimizer,
-        "precision": precision,
-        "best": best,
-        "random": RandomState(),
     }
+    if args.sharded:
+        tensors = {"shards": Shards(model, precision.optimizer, frozen)}
+    to_save = {"trainer": trainer} | tensors | {"precision": precision, "best": best, "random": RandomState()}
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
         with amend_errors(before="--resume "):

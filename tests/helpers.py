@@ -4,14 +4,20 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
+import os
 import signal
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from train import train
+from transfertransfo.cli import run_script
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
@@ -127,6 +133,42 @@ def run_training(folder: Path, checkpoint: Path, *flags, dataset: dict = DATASET
     with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
         run_folder = train([str(argument) for argument in argv])
     return Run(folder / run_folder, log.getvalue())
+
+
+def run_processes(count: int, cwd: Path, script: Callable, argv: list) -> list[int]:
+    """Run a script's entry function in processes that find one another as a launcher's do, each with one thread.
+
+    They are forks of this one, which start at once. What they say is in `cwd` as `log0`, `log1`, ...
+
+    Returns:
+        Their exit statuses.
+    """
+    cwd.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_run_launched, args=(rank, count, port, cwd, script, list(map(str, argv))))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _run_launched(rank: int, count: int, port: int, cwd: Path, script: Callable, argv: list[str]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(cwd / f"log{rank}", "w"))
+        os.dup2(log.fileno(), 2)
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stack.enter_context(redirect(log))
+        stack.enter_context(contextlib.chdir(cwd))
+        run_script(lambda: script(argv))
 
 
 def dialogs_of_text(dataset: dict) -> list[str]:

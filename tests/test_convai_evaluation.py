@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from helpers import FAMILIES, OTHERS, ROOT
+from helpers import FAMILIES, OTHERS, ROOT, run_processes
 
 import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
@@ -84,6 +84,26 @@ def parlai_data(dataset, tmp_path) -> Path:
 
 
 # The script
+
+
+def test_processes_measure_what_one_does(checkpoint, dataset, tmp_path, capsys):
+    """Three share six batches of four; to the last digit, sampled replies too, each file written once."""
+    flags = ["--model_checkpoint", checkpoint, "--dataset_path", dataset, "--dataset_cache", "", "--device", "cpu",
+             "--eval_type", "all", "--max_length", 6, "--batchsize", 4]  # fmt: skip
+    report, details = tmp_path / "report.json", tmp_path / "details.jsonl"
+    flags += ["--report", report, "--details", details]
+    run(list(map(str, flags)))
+    one, printed = (report.read_bytes(), details.read_bytes()), capsys.readouterr().out
+    assert run_processes(3, tmp_path / "three", run, flags) == [0, 0, 0]
+    assert (report.read_bytes(), details.read_bytes()) == one
+    said = [(tmp_path / "three" / f"log{rank}").read_text() for rank in range(3)]
+    assert printed in said[0] and said[1:] == ["", ""]
+
+
+def test_other_backends_take_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--backend parlai: takes one process; start it without torchrun"):
+        run(["--backend", "parlai"])
 
 
 def test_figures_are_those_of_the_details(evaluate, dataset, capsys):

@@ -19,11 +19,12 @@ MAY_IMPORT = {
     "files": set(),
     "cli": {"errors"},
     "download": {"errors"},
+    "processes": {"errors"},
     "data": {"errors", "files", "download"},
-    "model": {"errors", "files", "download", "data"},
+    "model": {"errors", "files", "download", "processes", "data"},
     "decoding": {"errors", "data", "model"},
-    "training": {"errors", "files", "data", "model"},
-    "evaluation": {"errors", "files", "data", "model", "decoding"},
+    "training": {"errors", "files", "processes", "data", "model"},
+    "evaluation": {"errors", "files", "processes", "data", "model", "decoding"},
     "chat": {"errors", "files", "download", "data", "model", "decoding"},
 }
 # What parses the flags of others: ParlAI's options, and those of `/set`.

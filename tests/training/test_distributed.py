@@ -43,7 +43,8 @@ SHARED = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from transfertransfo.training.distribution import max_over_processes, setup_distributed, share_weights_
+from transfertransfo.processes import setup_distributed
+from transfertransfo.training.distribution import max_over_processes, share_weights_
 setup_distributed("cpu", int(os.environ["LOCAL_RANK"]))
 rank = int(os.environ["RANK"])
 torch.manual_seed(rank)

@@ -3,6 +3,7 @@
 import logging
 import math
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from transfertransfo.evaluation.metrics import (
     perplexity,
     perplexity_error,
 )
+from transfertransfo.processes import gather, n_processes, rank
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,11 @@ FEW = 0.5  # share of the words in the dictionary below which their perplexity i
 def evaluate(
     evaluator: Evaluator, dataset: TokenizedDataset, *, max_history: int, batchsize: int
 ) -> tuple[list[dict], dict]:
-    """Each example's results, and the figures on the validation split."""
+    """Each example's results, and the figures on the validation split.
+
+    Several processes take its batches in turn. They are those of one process, and each is drawn replies for from a
+    random state of its own, so that every process returns what one alone would.
+    """
     model = evaluator.model
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
     turns = make_turns(tokens, texts, max_history)
@@ -38,11 +44,19 @@ def evaluate(
     tell_of_cut(cut, len(turns), model.n_positions)
     labels = [turn.candidate_texts[-1] for turn in turns]
     details = make_rows(texts, max_history)
-    with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=None) as bar:
-        for indices in by_length(turns, batchsize, evaluator.measured):
-            for i, result in zip(indices, evaluator([turns[i] for i in indices])):
-                add_result_(details[i], result, labels[i])
-            bar.update(len(indices))
+    batches = list(by_length(turns, batchsize, evaluator.measured))
+    results: dict[int, dict] = {}
+    seed = torch.initial_seed()
+    hidden = True if rank() else None  # None = shown on a terminal only
+    with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=hidden) as bar:
+        for number in range(rank(), len(batches), n_processes()):
+            torch.manual_seed((seed + number) % 2**63)
+            indices = batches[number]
+            results.update(zip(indices, evaluator([turns[i] for i in indices])))
+            bar.update(sum(map(len, batches[number : number + n_processes()])))
+    for share in gather(results):
+        for i, result in share.items():
+            add_result_(details[i], result, labels[i])
     figures = {}
     if "ranking" in details[0]:
         hits = [hit(row["ranking"], turn.candidate_texts, label) for row, turn, label in zip(details, turns, labels)]

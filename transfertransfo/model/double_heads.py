@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     Cache,
     PreTrainedModel,
@@ -35,6 +36,7 @@ from transfertransfo.model.lora import (
     rank_of,
     text_parts,
 )
+from transfertransfo.model.sharding import Place, on_cpu_without_memory, own_part, whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class DoubleHeads(nn.Module):
     Attributes:
         additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
         new_head: whether the choice head was in no checkpoint and waits to be trained.
+        unread: parameters that have no values yet, and where these are.
     """
 
     def __init__(self, network: Network):
@@ -55,6 +58,7 @@ class DoubleHeads(nn.Module):
         self.network = network
         self.additive_mask = False
         self.new_head = False
+        self.unread: dict[nn.Parameter, Place] = {}
 
     @property
     def pretrained(self) -> PreTrainedModel:
@@ -131,6 +135,10 @@ class DoubleHeads(nn.Module):
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
         ).last_hidden_state
+
+    def own_logits(self, input_ids: Tensor) -> Tensor:
+        """What transformers' own model makes of a sequence alone: (1, T) -> (1, T, vocabulary)."""
+        return self.pretrained(input_ids=input_ids, use_cache=False).logits
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of each next token: (..., C) -> (..., vocabulary)."""
@@ -231,7 +239,8 @@ def freeze_unread_(model: DoubleHeads) -> None:
 def base_digest(model: DoubleHeads) -> str:
     """Text that tells the model beside an adapter from others, by up to 256 numbers of each weight; "" = no adapter.
 
-    Embeddings and choice head do not count: some of their numbers were drawn here.
+    All processes of a model in shards must ask for it. Embeddings and choice head do not count: some of their numbers
+    were drawn here.
     """
     if not rank_of(model.network):
         return ""
@@ -240,7 +249,7 @@ def base_digest(model: DoubleHeads) -> str:
     key = hashlib.blake2b(digest_size=16)
     for name, parameter in pretrained.get_decoder().named_parameters():
         if not parameter.requires_grad and parameter not in drawn:
-            sample = parameter.flatten()[:: max(1, parameter.numel() // 256)]
+            sample = whole(parameter).flatten()[:: max(1, parameter.numel() // 256)]
             key.update(f"{name} {tuple(parameter.shape)}".encode() + sample.float().cpu().numpy().tobytes())
     return key.hexdigest()
 
@@ -251,7 +260,11 @@ def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -
     for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
         trained = torch.zeros(len(weight), 1, device=weight.device)
         trained[special_ids(tokenizer)] = 1.0
-        weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
+        if isinstance(weight, DTensor):  # whose gradient no hook of autograd's sees
+            own = own_part(trained, weight)
+            weight.register_post_accumulate_grad_hook(lambda weight, trained=own: weight.grad.mul_(trained))
+        else:
+            weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
 
 
 def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: int, base: str) -> None:
@@ -262,7 +275,8 @@ def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: i
     """
     present = rank_of(model.network)
     if not present:
-        model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
+        with on_cpu_without_memory(model):
+            model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
     elif present != rank:
         raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 import re
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     Cache,
@@ -39,7 +40,20 @@ from transfertransfo.model.lora import (
     is_adapter,
     load_adapter,
     merge,
+    rank_of,
     save_network,
+)
+from transfertransfo.model.sharding import (
+    NotStoredSo,
+    Place,
+    blocks_of,
+    is_sharded,
+    on_cpu_without_memory,
+    parameters_on_meta,
+    places_of,
+    shard_,
+    weight_places,
+    whole,
 )
 from transfertransfo.model.sources import (
     cannot_load,
@@ -55,16 +69,19 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
 MASKS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants in files of old
+LARGEST_FILE = "5GB"  # of weights, as the hub has them
+INDEX = "model.safetensors.index.json"
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
 def load_model(
-    checkpoint: str | Path, device: str | torch.device = "cpu", *, from_scratch: bool = False
+    checkpoint: str | Path, device: str | torch.device = "cpu", *, from_scratch: bool = False, in_shards: bool = False
 ) -> DoubleHeads:
     """The double-head model of a hub name, a folder, a GGUF file or the URL of an archive, in float32, for evaluation.
 
     Args:
         from_scratch: give random weights where the checkpoint is a folder without any, and say so.
+        in_shards: leave it on the CPU, its blocks without values, as `into_shards_` takes it.
 
     Raises:
         UserError: no such model, no weights, or a model that cannot be used so.
@@ -74,13 +91,17 @@ def load_model(
     if not has_weights(folder) and not from_scratch:
         raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
     if is_adapter(folder):
-        return load_adapted(checkpoint, folder, config).to(device).eval()
+        model = load_adapted(checkpoint, folder, config, in_shards)
+        return (model if in_shards else model.to(device)).eval()
     try:
         family = double_heads_class(config)
     except UserError as error:
         raise UserError(f"--model_checkpoint {checkpoint}: {error}") from error
+    unread: dict[nn.Parameter, Place] = {}
     try:
-        if has_weights(folder):
+        if has_weights(folder) and in_shards:
+            pretrained, new_head, unread = read_around_blocks(family, folder, config)
+        elif has_weights(folder):
             pretrained, new_head = read_weights(family, folder, config)
         else:
             logger.info("%s holds no weights: the model begins with random ones", checkpoint)
@@ -88,16 +109,46 @@ def load_model(
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
     model = DoubleHeads(pretrained).eval()
-    model.new_head = new_head
+    model.new_head, model.unread = new_head, unread
     try:
         check_settings(model)
-        if config.model_type in FAMILIES:
-            check_heads(model)
+    except ValueError as error:
+        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+    if in_shards:
+        return model
+    check_computation_(model, checkpoint)
+    return model.to(device)
+
+
+def check_computation_(model: DoubleHeads, checkpoint: str | Path) -> None:
+    """Check that a model computes what is asked of it, and find how it takes a mask.
+
+    Raises:
+        UserError: it does not.
+    """
+    if model.pretrained.config.model_type not in FAMILIES:
+        return check_packing_(model, checkpoint)
+    try:
+        check_heads(model)
     except Exception as error:  # of sizes that do not go together: RuntimeError, IndexError, UnboundLocalError, ...
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
-    if config.model_type not in FAMILIES:
-        check_packing_(model, checkpoint)
-    return model.to(device)
+
+
+def into_shards_(model: DoubleHeads, checkpoint: str | Path, device: torch.device, *, bf16: bool = False) -> None:
+    """Leave to this process its share of a model that was loaded for it (`shard_`).
+
+    Raises:
+        UserError: a model that cannot be used so.
+    """
+    try:
+        shard_(model, device, model.unread, bf16=bf16)
+    except (OSError, SafetensorError) as error:
+        raise UserError(cannot_load(checkpoint, "weights", error)) from error
+    model.unread = {}
+    training = model.training
+    check_computation_(model.eval(), checkpoint)
+    model.train(training)
+    model.reshard()  # type: ignore[operator]  # what was gathered for it: the shards are the parameters
 
 
 def check_settings(model: DoubleHeads) -> None:
@@ -115,24 +166,62 @@ def check_settings(model: DoubleHeads) -> None:
         raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_heads(model: DoubleHeads) -> None:
     """Run both heads on the shortest dialog turn: transformers takes many a configuration that none can be run with.
 
     Raises:
         ValueError: the choice head is none, or whatever the model raises.
     """
-    tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
-    hidden = model.hidden_states(tokens, tokens, torch.arange(SHORTEST)[None])
+    tokens = torch.zeros(1, SHORTEST, dtype=torch.long, device=model.device)
+    hidden = model.hidden_states(tokens, tokens, torch.arange(SHORTEST, device=model.device)[None])
     model.lm_logits(hidden)
     if model.choice_scores(hidden).shape != tokens.shape:
         raise ValueError("summary_use_proj, summary_proj_to_labels: the choice head does not give one score")
 
 
-def read_weights(
+def read_around_blocks(
     family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig
+) -> tuple[PreTrainedModel, bool, dict[nn.Parameter, Place]]:
+    """The same as `read_weights` without the values of the blocks' parameters; and where these are.
+
+    Where they cannot be read one by one the model is read as a whole, and a line says so.
+
+    Raises:
+        ValueError: the weights are not those of the configuration's model.
+    """
+    with parameters_on_meta():
+        hollow = family(config)
+    blocks = blocks_of(hollow)
+    prefix = hollow.base_model_prefix
+    (path,) = (name for name, module in hollow.named_modules() if module is blocks)
+    inside = {name: value for name, value in hollow.state_dict(keep_vars=True).items() if name.startswith(f"{path}.")}
+    parameters: dict[str, Any] = {name: value for name, value in inside.items() if isinstance(value, nn.Parameter)}
+    try:
+        places = places_of(inside, prefix, weight_places(checkpoint))
+    except NotStoredSo as reason:
+        logger.info("Each process reads the whole model before it leaves all but its share: %s", reason)
+        return *read_weights(family, checkpoint, config), {}
+    for name in inside.keys() - parameters.keys():  # buffers, as the biases by which DeepSeek-V3 chooses experts
+        with safe_open(places[name].file, "pt") as file:
+            inside[name].copy_(file.get_tensor(places[name].key))
+    without = copy.deepcopy(config)
+    without.get_text_config().num_hidden_layers = 0
+    elsewhere = {key for name in inside for key in (name, name.removeprefix(f"{prefix}."))}
+    pretrained, new_head = read_weights(family, checkpoint, without, elsewhere)
+    parent, _, attribute = path.rpartition(".")
+    setattr(pretrained.get_submodule(parent), attribute, blocks)
+    pretrained.config.get_text_config().num_hidden_layers = config.get_text_config().num_hidden_layers
+    return pretrained, new_head, {parameter: places[name] for name, parameter in parameters.items()}
+
+
+def read_weights(
+    family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig, elsewhere: Collection[str] = ()
 ) -> tuple[PreTrainedModel, bool]:
     """The model of a resolved checkpoint, in float32, and whether its choice head is a new one.
+
+    Args:
+        elsewhere: names of weights that the model has no place for, and need not have.
 
     Raises:
         ValueError: the weights are not those of the configuration's model.
@@ -143,7 +232,7 @@ def read_weights(
         return load_gguf(family, checkpoint, config, check_fit)
     loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
     pretrained, found = loaded
-    new_head = check_fit(pretrained, found["missing_keys"], found["unexpected_keys"])
+    new_head = check_fit(pretrained, found["missing_keys"], set(found["unexpected_keys"]) - set(elsewhere))
     separate_(pretrained)
     return pretrained, new_head
 
@@ -194,11 +283,11 @@ def separate_(pretrained: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) -> DoubleHeads:
+def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig, in_shards: bool) -> DoubleHeads:
     """The model of a run folder that holds an adapter; the model that it adapts is loaded from where it was then."""
     base = base_of(folder)
     try:
-        model = load_model(base)
+        model = load_model(base, in_shards=in_shards)
     except UserError as error:
         raise UserError(f"{checkpoint} adapts another model: {error}") from error
     for name in ("history_start", "token_types"):
@@ -207,7 +296,8 @@ def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) 
     try:
         check_settings(model)
         model.pretrained.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
-        model.network = load_adapter(model.pretrained, folder)
+        with on_cpu_without_memory(model):
+            model.network = load_adapter(model.pretrained, folder)
     except UserError:  # no peft
         raise
     except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
@@ -246,15 +336,17 @@ def computes_the_same(model: DoubleHeads, additive_mask: bool) -> bool:
     All matrix products count as scaled to one size, so that the answer is the configuration's, not the weights'.
     """
     n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
-    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]])  # a context and two replies
-    positions, segments = torch.tensor([[*range(3 + n), 3, 4]]), torch.tensor([0] * 3 + [1] * n + [2] * 2)
+    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]], device=model.device)  # a context and two replies
+    positions = torch.tensor([[*range(3 + n), 3, 4]], device=model.device)
+    segments = torch.tensor([0] * 3 + [1] * n + [2] * 2, device=model.device)
     alone = [0, 1, 2, n + 3, n + 4]
-    mask = torch.ones(n + 5, n + 5, dtype=torch.bool).tril() & ((segments == 0) | (segments == segments[:, None]))
+    causal = torch.ones(n + 5, n + 5, dtype=torch.bool, device=model.device).tril()
+    mask = causal & ((segments == 0) | (segments == segments[:, None]))
     before = model.additive_mask, model.token_types
     model.additive_mask, model.token_types = additive_mask, False
     try:
         with at_one_size(model):
-            want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
+            want = model.own_logits(ids[:, alone])[0, -2:]
             packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
             cache = Cache(layer_class_to_replicate=DynamicLayer)
             for part in (alone[:3], alone[3:4], alone[4:]):
@@ -311,11 +403,13 @@ def load_finetuned(
     fp16: str = "",
     *,
     force: bool = False,
+    sharded: bool = False,
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
 
     `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given. An adapter is
-    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken.
+    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken. With `sharded` the model is in
+    shards over all processes, and an adapter stays beside its weights.
 
     Raises:
         UserError: as `load_model`, or the checkpoint does not know the dialog tokens.
@@ -327,20 +421,27 @@ def load_finetuned(
             message = f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py"
             raise UserError(message)
         logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
-    model = load_model(checkpoint, device or default_device())
+    device = device or default_device()
+    model = load_model(checkpoint, device, in_shards=sharded)
     if model.new_head:
         logger.warning("%s has no choice head: hits@1 and all that ranks replies are as good as chance", checkpoint)
     add_special_tokens_(model, tokenizer)
     if history_start is not None:
         model.history_start = history_start
-    merge_adapter_(model)
+    if not sharded:
+        merge_adapter_(model)
     if fp16:
         halve_(model)
+    if sharded:
+        into_shards_(model.requires_grad_(False), checkpoint, torch.device(device))
     return model, tokenizer
 
 
-def save_model(model: DoubleHeads, folder: Path, *, merge_lora: bool = False) -> None:
+def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = False) -> None:
     """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
+
+    Weights of more than `LARGEST_FILE` are several files, with an index that changes when all of them are there. All
+    processes of a model in shards must call it; those without a folder do not write.
 
     Of an adapted model `adapter_model.safetensors` and `adapter_config.json` are written in its place, as peft does,
     unless `merge_lora` asks for the whole model that they make.
@@ -348,13 +449,55 @@ def save_model(model: DoubleHeads, folder: Path, *, merge_lora: bool = False) ->
     Raises:
         UserError: they cannot be written.
     """
+    gathered = gather_weights(model, keep=folder is not None) if is_sharded(model) else None
+    if folder is None:
+        return
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
             if generation := getattr(model.pretrained, "generation_config", None):
                 generation.save_pretrained(temporary)
-            save_network(merge(copy.deepcopy(model.network)) if merge_lora else model.network, temporary)
-            for file in Path(temporary).iterdir():
-                move_into_place(file, folder / file.name)
+            network = merge(copy.deepcopy(model.network)) if merge_lora else model.network
+            save_network(network, temporary, gathered, LARGEST_FILE)
+            move_export(Path(temporary), folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'}: not written ({first_line(error)})") from error
+
+
+def gather_weights(model: DoubleHeads, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The whole tensors that a run folder has of a model in shards, in RAM; one after another is whole on the device.
+
+    Args:
+        keep: whether this process is to have them; {} for those that only help.
+    """
+    model.reshard()  # type: ignore[operator]  # what the last forward has gathered
+    adapter = rank_of(model.network)
+    gathered: dict[str, torch.Tensor] = {}
+    done: dict[int, torch.Tensor] = {}  # tied weights are one tensor
+    for name, tensor in model.network.state_dict(keep_vars=True).items():
+        if adapter and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
+        if id(tensor) not in done:
+            value = whole(tensor.detach())
+            done[id(tensor)] = value.cpu() if keep else torch.empty(0)
+        if keep:
+            gathered[name] = done[id(tensor)]
+    return gathered
+
+
+def move_export(temporary: Path, folder: Path) -> None:
+    """Move a model's files into place; where its weights are several, under new names, so that no two exports mix."""
+    index = temporary / INDEX
+    files = {file.name: file.name for file in temporary.iterdir() if file != index}
+    if index.exists():
+        content = json.loads(index.read_text())
+        files |= {name: f"{temporary.stem}-{name}" for name in set(content["weight_map"].values())}
+        content["weight_map"] = {key: files[name] for key, name in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+    for name, final in files.items():
+        move_into_place(temporary / name, folder / final)
+    if index.exists():
+        move_into_place(index, folder / INDEX)
+        for old in folder.glob("model*-of-*.safetensors"):
+            if old.name not in files.values():
+                old.unlink()

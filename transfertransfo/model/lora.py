@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -122,9 +122,15 @@ def merge(network: Network) -> PreTrainedModel:
     return network.merge_and_unload() if rank_of(network) else network
 
 
-def save_network(network: Network, folder: str) -> None:
-    """Write a model as transformers does; of one with an adapter write the adapter alone, as peft does."""
+def save_network(network: Network, folder: str, weights: dict[str, Tensor] | None, largest: str) -> None:
+    """Write a model as transformers does; of one with an adapter write the adapter alone, as peft does.
+
+    Args:
+        weights: the tensors by their names, where those of the model itself are in shards.
+        largest: size beyond which the weights are several files.
+    """
     if not rank_of(network):
-        return network.save_pretrained(folder)
-    network.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub about the model
+        return network.save_pretrained(folder, state_dict=weights, max_shard_size=largest)
+    # without the embeddings, else it would ask the hub about the model
+    network.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     os.remove(os.path.join(folder, "README.md"))  # a form to be filled in

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, EventEnum, Events
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
@@ -73,6 +74,8 @@ def create_trainer(
         with contextlib.ExitStack() as stack:
             if isinstance(model, DistributedDataParallel) and not full:
                 stack.enter_context(model.no_sync())  # processes exchange their gradients once an optimizer step
+            elif isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(full)
             with precision.autocast():
                 losses = distributed_losses(model, batch.to(device), optimisation.label_smoothing)
             loss = losses @ coefficients
@@ -127,10 +130,8 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     """An engine that leaves `nll` (nats a token), `ppl` and `accuracy` (hits@1) of all examples in `state.metrics`."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # nll, tokens, hits, examples
 
-    @torch.inference_mode()
-    def step(engine: Engine, batch: Batch | None) -> None:
-        if batch is None:
-            return
+    @torch.no_grad()  # not inference_mode: what a model in shards gathers here, the training goes on with
+    def step(engine: Engine, batch: Batch) -> None:
         batch = batch.to(device)
         with precision.autocast():
             lm_logits, choice_scores = model(batch)
