@@ -37,6 +37,12 @@ def bases(checkpoints, base_checkpoints, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(autouse=True)
+def no_dropout(monkeypatch):
+    """Of the choice head, whose dropout no configuration names."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *args, **kwargs: x)
+
+
 def figures(folder: Path) -> list[list[float]]:
     """Losses of each step and validation."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

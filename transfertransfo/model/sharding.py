@@ -59,14 +59,21 @@ def parameters_on_meta() -> Iterator[None]:
 @contextmanager
 def on_cpu_without_memory(module: nn.Module) -> Iterator[None]:
     """Have parameters on meta look like ones on the CPU: peft puts an adapter where the weights beside it are."""
-    empty = [parameter for parameter in module.parameters() if parameter.is_meta]
-    for parameter in empty:
-        parameter.data = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+    places = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for owner, name, parameter in places:
+        without = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        setattr(owner, name, nn.Parameter(without, parameter.requires_grad))
     try:
         yield
     finally:
-        for parameter in empty:
-            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        for owner, name, parameter in places:
+            parameter.requires_grad_(getattr(owner, name).requires_grad)
+            setattr(owner, name, parameter)
 
 
 def weight_places(checkpoint: str) -> dict[str, Place]:
