@@ -1,7 +1,9 @@
 """Processes that hold a share of a model each compute what one with the whole model computes."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from train import train
 from transfertransfo.errors import UserError
+from transfertransfo.training import checkpoints
+from transfertransfo.training.precision import NativePrecision
 
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout")  # drawn differently by each process
 DIALOGS = {"train": [dialog(i) for i in range(9)], "valid": DATASET["valid"]}  # the last batch of four has two
@@ -60,14 +64,30 @@ def run_folder(cwd: Path) -> Path:
     return folder
 
 
-def train_sharded(count: int, cwd: Path, base: Path, *flags) -> Path:
-    """Train by processes that share batches of four; returns the run folder."""
+def start_sharded(count: int, cwd: Path, base: Path, *flags) -> list[int]:
+    """Begin a run by processes that share batches of four; returns their exit statuses."""
     cwd.mkdir(exist_ok=True)
     (cwd / "dataset.json").write_text(json.dumps(DIALOGS))
     argv = ["--model_checkpoint", base, "--dataset_path", "dataset.json", "--device", "cpu", "--sharded",
             "--train_batch_size", 4 // count, *flags]  # fmt: skip
-    statuses = run_processes(count, cwd, train, argv)
-    assert statuses == [0] * count, "".join((cwd / f"log{rank}").read_text()[-2000:] for rank in range(count))
+    return run_processes(count, cwd, train, argv)
+
+
+def resume(count: int, cwd: Path, *flags) -> str:
+    """Go on with the run; returns the log of the first process."""
+    statuses = run_processes(count, cwd, train, ["--resume", run_folder(cwd), "--device", "cpu", *flags])
+    assert statuses == [0] * count, said(cwd, count)
+    assert not list(run_folder(cwd).glob("*.tmp*"))
+    return (cwd / "log0").read_text()
+
+
+def said(cwd: Path, count: int) -> str:
+    return "".join((cwd / f"log{rank}").read_text()[-2000:] for rank in range(count))
+
+
+def train_sharded(count: int, cwd: Path, base: Path, *flags) -> Path:
+    """Train by processes that share batches of four; returns the run folder."""
+    assert start_sharded(count, cwd, base, *flags) == [0] * count, said(cwd, count)
     return run_folder(cwd)
 
 
@@ -93,3 +113,85 @@ def test_shards_compute_what_the_whole_model_does(bases, tmp_path, family, more)
     one = run_training(tmp_path / "one", bases[family], *flags, "--train_batch_size", 4, dataset=DIALOGS).folder
     for count in (2, 4):
         check_equal(one, train_sharded(count, tmp_path / str(count), bases[family], *flags))
+
+
+SAVING = [*FLAGS, "--gradient_accumulation_steps", 1, "--save_every", 1]  # five steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bases, tmp_path_factory) -> Path:
+    """The folder of a run by two processes that nothing happened to."""
+    return train_sharded(2, tmp_path_factory.mktemp("undisturbed") / "cwd", bases["gpt2"], *SAVING)
+
+
+def die_at(monkeypatch, ranks: tuple[int, ...], module, name: str, count: int) -> None:
+    """Have processes die by SIGKILL where they call a function the so many-th time."""
+    function, calls = getattr(module, name), []
+
+    def mortal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count and int(os.environ.get("RANK", -1)) in ranks:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, mortal)
+
+
+def check_identical(one: Path, other: Path) -> None:
+    assert figures(one) == figures(other)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("module", "name", "count"),
+    [
+        (NativePrecision, "step", 3),
+        (checkpoints.dcp, "save", 2),
+        (checkpoints, "gather", 7),  # of the second time: the shards are written
+        (checkpoints, "gather", 8),  # it has its name
+        (checkpoints, "_remove_old", 2),  # of the first process; the other one is not the one to die
+    ],
+    ids=["step", "save", "written", "renamed", "removing"],
+)
+def test_a_run_whose_process_is_killed_goes_on(bases, undisturbed, tmp_path, monkeypatch, rank, module, name, count):
+    with monkeypatch.context() as patch:
+        die_at(patch, (rank,) if name != "_remove_old" else (0, 1), module, name, count)
+        statuses = start_sharded(2, tmp_path / "cwd", bases["gpt2"], *SAVING)
+        assert statuses[rank if name != "_remove_old" else 0] == -signal.SIGKILL and 0 not in statuses
+    assert "Resuming from" in resume(2, tmp_path / "cwd")
+    check_identical(undisturbed, run_folder(tmp_path / "cwd"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(bases, undisturbed, tmp_path, monkeypatch, before, after):
+    with monkeypatch.context() as patch:
+        die_at(patch, (0, 1), checkpoints.dcp, "save", 3)
+        assert start_sharded(before, tmp_path / "cwd", bases["gpt2"], *SAVING) == [-signal.SIGKILL] * before
+    log = resume(after, tmp_path / "cwd")
+    assert log.count("equal to about 1e-5, not to the bit") == 1
+    check_equal(undisturbed, run_folder(tmp_path / "cwd"))
+
+
+def test_a_damaged_checkpoint_is_told(bases, undisturbed, tmp_path, capsys):
+    """Also one that only lacks some rows, which torch's reader would pass over."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    newest = checkpoints.list_checkpoints(tmp_path / "run")[-1]
+    assert newest.name == "checkpoint_5" and newest.is_dir()
+    shard = sorted(newest.glob("*.safetensors"))[1]
+    (tmp_path / "dataset.json").write_text(json.dumps(DIALOGS))
+    flags = ["--resume", tmp_path / "run", "--n_epochs", 2, "--dataset_path", tmp_path / "dataset.json"]
+    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-4]), shard.unlink, (newest / "state.pt").unlink):
+        damage()
+        assert run_processes(2, tmp_path, train, flags) == [2, 2]
+        assert f"{newest}: damaged (" in said(tmp_path, 1)
+
+
+def test_batches_that_cannot_be_divided_are_told(undisturbed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as told:
+        patch.setenv("WORLD_SIZE", "3")
+        train(["--resume", str(undisturbed)])
+    assert "2 processes took 4 examples at a time, which 3 processes cannot share equally" in str(told.value)
