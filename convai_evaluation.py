@@ -72,6 +72,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         default=16,
         help="examples of one forward; ConvAI2's own scripts always take one",
     )
+    parser.add_argument(
+        "--sharded",
+        action="store_true",
+        help="divide the model among the processes, which then measure each example together: for one that no GPU holds",
+    )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")
     add_program_flags(parser)
@@ -89,8 +94,8 @@ def run(argv: list[str] | None = None) -> dict:
     for flag, path in (("--report", args.report), ("--details", args.details)):
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):  # not after an hour's work
             raise UserError(f"{flag} {path}: no file can be written there")
-    if args.backend != "native" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun")
+    if args.backend != "native" and (args.sharded or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.model.double_heads import default_device
     from transfertransfo.processes import (
@@ -101,7 +106,8 @@ def run(argv: list[str] | None = None) -> dict:
     )
 
     with one_line_for_a_lost_process(remedy="start the evaluation anew"):
-        device = setup_distributed(args.device or default_device(), int(os.environ.get("LOCAL_RANK", -1)))
+        local_rank = int(os.environ.get("LOCAL_RANK", -1))
+        device = setup_distributed(args.device or default_device(), local_rank, alone=args.sharded)
         set_up_logging(logging.ERROR if rank() else logging.INFO)
         report, details = measure(args, str(device))
         if not rank():
@@ -195,12 +201,13 @@ def evaluate_natively(args: Namespace, device: str) -> tuple[list[dict], dict]:
 
     decoding = Decoding.of(args)
     model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, device, args.history_start, args.fp16
+        args.model_checkpoint, args.gpt_tokenization, device, args.history_start, args.fp16, sharded=args.sharded
     )
     dataset = load_split(args, tokenizer)
     counts = partial(word_counts, dataset, args.dict_file)
     evaluator = Evaluator(model, tokenizer, args.eval_type, decoding, counts=counts, gpt2_words=args.gpt2_ppl)
-    return evaluate(evaluator, dataset, max_history=args.max_history, batchsize=args.batchsize)
+    together = args.sharded  # no process has the whole model to go through batches of its own
+    return evaluate(evaluator, dataset, max_history=args.max_history, batchsize=args.batchsize, together=together)
 
 
 def evaluate_in_backend(args: Namespace) -> tuple[list[dict], dict]:

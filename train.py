@@ -42,7 +42,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError
+from transfertransfo.errors import UserError, first_line
 
 
 def make_parser() -> ArgumentParser:
@@ -184,6 +184,7 @@ from transfertransfo.training.handlers import (
     attach_validation,
 )
 from transfertransfo.training.loaders import Loaders, first_share, make_loaders
+from transfertransfo.training.memory import estimate_memory, free_memory, longest_batch
 from transfertransfo.training.outcome import FEW_STEPS, Outcome, Plan
 from transfertransfo.training.precision import make_precision
 from transfertransfo.training.runs import (
@@ -205,6 +206,7 @@ __all__ = [  # the original's public names, wherever they are defined now
 logger = logging.getLogger(__name__)
 
 GO_ON = "go on from the last checkpoint with --resume"
+SMALL = 10_000_000  # parameters of a model whose memory is no question
 COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
 
 
@@ -347,19 +349,60 @@ def prepare_model(
     # merged weights are exported, so they stay as they are
     if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:
         halve_frozen_(model)
+    log_size(model)
+    return model, tokenizer
+
+
+def place_model(args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    """Have a model compute as the flags say, with the first process's weights; in shards, if it is to be."""
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
     if args.compile:
         # not the heads, whose rows change in number from batch to batch. On a CPU code for any length costs less than
         # rows of few lengths
         model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
-    log_size(model)
-    share_weights_(model)  # --seed 0 draws others in each process
+    share_weights_(model)  # before a half precision copies them: --seed 0 draws others in each process
     if args.sharded:
         into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")
     if args.freeze_embeddings and not rank_of(model.network):
         freeze_embeddings_(model, tokenizer)
-    return model, tokenizer
+
+
+def tell_memory(args: Namespace, model: DoubleHeads, loader: DataLoader, device: torch.device) -> str:
+    """Say what a step needs of a device's memory, and what helps where that is too much; returns what was said.
+
+    "" where it is no question, of models under `SMALL` parameters, and where it is not known.
+    """
+    if sum(map(torch.numel, model.parameters())) < SMALL or args.fp16 in ("O2", "O3"):
+        return ""
+    half = {"bf16": torch.bfloat16, "O1": torch.float16}.get(args.fp16)
+    try:
+        memory = estimate_memory(
+            model, longest_batch(loader, args.train_batch_size), device,
+            torch.autocast(device.type, half) if half else contextlib.nullcontext(),
+            micro_steps=args.gradient_accumulation_steps, n_processes=idist.get_world_size(), sharded=args.sharded,
+            checkpointing=args.gradient_checkpointing,
+        )  # fmt: skip
+    except Exception as error:  # of a model's own code that asks for values, where shapes alone are given
+        logger.debug("memory: not known", exc_info=error)
+        return ""
+    logger.info("Memory: %s", memory)
+    if 0 < (free := free_memory(device)) < memory.peak:
+        logger.warning("%.2f GB are free: a step will hardly fit. What helps: %s", free / 1e9, memory_savers(args))
+    return str(memory)
+
+
+def memory_savers(args: Namespace) -> str:
+    """The flags that save memory and are not given yet, those that cost least first, as docs/questions.md has them."""
+    batch, steps = args.train_batch_size, args.gradient_accumulation_steps
+    savers = [f"--train_batch_size {batch // 2} --gradient_accumulation_steps {2 * steps}"] if batch > 1 else []
+    savers += ["--fp16 bf16"] if args.fp16 in ("", "O0") else []
+    savers += [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
+    savers += [] if args.num_candidates in (1, 2) else ["--num_candidates 2"]
+    savers += ["--gradient_accumulation_steps 1"] if args.sharded and steps > 1 else []
+    savers += [] if args.sharded else ["torchrun with --sharded"]
+    savers += [] if args.lora_rank else ["--lora_rank 16"]
+    return "; ".join(savers) or "more GPUs"
 
 
 def log_size(model: DoubleHeads) -> None:
@@ -469,10 +512,13 @@ def tell_outcome(args: Namespace, outcome: Outcome, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def naming_flags_that_help() -> Iterator[None]:
+def naming_flags_that_help(args: Namespace, memory: str) -> Iterator[None]:
     """Add to an error that ends a run in its midst the flags that help."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        needed = f"a step needs {memory}" if memory else first_line(error)
+        raise UserError(f"out of memory: {needed}; what helps: {memory_savers(args)}") from error
     except NoFiniteGradient as error:
         raise UserError(f"{error}; lower --lr, or use --fp16 bf16 or none, and {GO_ON}") from error
     except UserError as error:
@@ -497,6 +543,8 @@ def train(argv: list[str] | None = None) -> str:
     model, tokenizer = prepare_model(args, run, device)
     loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
     train_loader, valid_loader, sampler, _ = loaders
+    memory = tell_memory(args, model, train_loader, device)
+    place_model(args, model, tokenizer, device)
     base = base_digest(model)
     if saved.get("base_digest", base) != base:
         raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
@@ -547,7 +595,7 @@ def train(argv: list[str] | None = None) -> str:
         record = make_record(vars(args), found, saved)
         folder = open_run_folder(run, record, trainer.state, model.pretrained.config, tokenizer)
 
-    with naming_flags_that_help():
+    with naming_flags_that_help(args, memory):
         stopped = attach_handlers(
             args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )

@@ -102,7 +102,7 @@ def test_processes_measure_what_one_does(checkpoint, dataset, tmp_path, capsys):
 
 def test_other_backends_take_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--backend parlai: takes one process; start it without torchrun"):
+    with pytest.raises(UserError, match="--backend parlai: takes one process; start it without torchrun and --sh"):
         run(["--backend", "parlai"])
 
 

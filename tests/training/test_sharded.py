@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,9 +11,15 @@ import pytest
 import torch
 from helpers import DATASET, dialog, run_processes, run_training
 from safetensors.torch import load_file, save_file
+from transformers import GPT2DoubleHeadsModel
 
+from convai_evaluation import run as evaluate
 from train import train
 from transfertransfo.errors import UserError
+from transfertransfo.model import loading
+from transfertransfo.model.loading import into_shards_, load_model
+from transfertransfo.model.sharding import blocks_of
+from transfertransfo.processes import rank, setup_distributed
 from transfertransfo.training import checkpoints
 from transfertransfo.training.precision import NativePrecision
 
@@ -113,6 +120,63 @@ def test_shards_compute_what_the_whole_model_does(bases, tmp_path, family, more)
     one = run_training(tmp_path / "one", bases[family], *flags, "--train_batch_size", 4, dataset=DIALOGS).folder
     for count in (2, 4):
         check_equal(one, train_sharded(count, tmp_path / str(count), bases[family], *flags))
+
+
+def test_a_run_folder_of_shards_is_a_checkpoint(bases, tmp_path, monkeypatch):
+    """For transformers, the chat and the evaluation, whole or by two processes; here its weights are several files."""
+    monkeypatch.setattr(loading, "LARGEST_FILE", "20KB")
+    flags = ["--n_epochs", 2, "--gradient_accumulation_steps", 1, "--fp16", "bf16"]
+    run = train_sharded(2, tmp_path / "cwd", bases["gpt2"], *flags)
+    index = json.loads((run / "model.safetensors.index.json").read_text())
+    files = {path.name for path in run.glob("*.safetensors")}
+    assert files == set(index["weight_map"].values()) and len(files) > 2  # those of the first epoch are gone
+    ours, theirs = load_model(run).pretrained.state_dict(), GPT2DoubleHeadsModel.from_pretrained(run).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    argv = ["--model_checkpoint", str(run), "--dataset_path", str(tmp_path / "cwd" / "dataset.json"), "--device", "cpu",
+            "--eval_type", "all", "--max_length", "4", "--report", str(tmp_path / "report.json")]  # fmt: skip
+    whole = evaluate(argv)
+    assert run_processes(2, tmp_path / "both", evaluate, [*argv, "--sharded"]) == [0, 0], said(tmp_path / "both", 2)
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert {name: told[name] for name in whole} == pytest.approx(whole, rel=1e-6)
+
+
+def measure_shards(argv: list[str]) -> None:
+    """Write how many bytes of parameters this process has, and the anonymous memory that loading them took."""
+    (folder,) = argv
+    device = setup_distributed("cpu", int(os.environ["LOCAL_RANK"]))
+    before = anonymous_memory()
+    model = load_model(folder, device, in_shards=True)
+    assert all(parameter.is_meta for parameter in blocks_of(model.pretrained).parameters())
+    into_shards_(model, folder, device)
+    own = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    Path(f"shard{rank()}.json").write_text(json.dumps([own, anonymous_memory() - before]))
+
+
+def anonymous_memory() -> int:
+    (line,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(line)
+
+
+def test_a_process_holds_its_share_of_the_parameters(checkpoints, tmp_path):
+    """Rounded up to whole rows; the blocks' values are read by those alone who keep them."""
+    whole = sum(parameter.nbytes for parameter in load_model(checkpoints["llama"]).parameters())
+    assert run_processes(3, tmp_path, measure_shards, [checkpoints["llama"]]) == [0, 0, 0], said(tmp_path, 3)
+    own = [json.loads((tmp_path / f"shard{rank}.json").read_text())[0] for rank in range(3)]
+    assert sum(own) == whole and max(own) < 1.1 * whole / 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--fp16", "O1"], "--sharded: not with --fp16 O1, whose weights and scale are of one device; use bf16"),
+        (["--compile"], "--sharded: not with --compile"),
+        (["--lora_rank", "2", "--merge_lora"], "--sharded: not with --merge_lora; without it the run folder holds the"),
+    ],
+)
+def test_flags_that_do_not_go_with_shards(flags, line):
+    with pytest.raises(UserError) as told:
+        train(["--sharded", *flags])
+    assert str(told.value).startswith(line)
 
 
 SAVING = [*FLAGS, "--gradient_accumulation_steps", 1, "--save_every", 1]  # five steps

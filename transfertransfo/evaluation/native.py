@@ -29,12 +29,15 @@ FEW = 0.5  # share of the words in the dictionary below which their perplexity i
 
 
 def evaluate(
-    evaluator: Evaluator, dataset: TokenizedDataset, *, max_history: int, batchsize: int
+    evaluator: Evaluator, dataset: TokenizedDataset, *, max_history: int, batchsize: int, together: bool = False
 ) -> tuple[list[dict], dict]:
     """Each example's results, and the figures on the validation split.
 
     Several processes take its batches in turn. They are those of one process, and each is drawn replies for from a
     random state of its own, so that every process returns what one alone would.
+
+    Args:
+        together: have all processes go through each batch, as they must where each has a share of the model.
     """
     model = evaluator.model
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
@@ -47,14 +50,15 @@ def evaluate(
     batches = list(by_length(turns, batchsize, evaluator.measured))
     results: dict[int, dict] = {}
     seed = torch.initial_seed()
+    first, step = (0, 1) if together else (rank(), n_processes())
     hidden = True if rank() else None  # None = shown on a terminal only
     with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=hidden) as bar:
-        for number in range(rank(), len(batches), n_processes()):
+        for number in range(first, len(batches), step):
             torch.manual_seed((seed + number) % 2**63)
             indices = batches[number]
             results.update(zip(indices, evaluator([turns[i] for i in indices])))
-            bar.update(sum(map(len, batches[number : number + n_processes()])))
-    for share in gather(results):
+            bar.update(sum(map(len, batches[number : number + step])))
+    for share in [results] if together else gather(results):
         for i, result in share.items():
             add_result_(details[i], result, labels[i])
     figures = {}
