@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--sharded",
         action="store_true",
-        help="divide the model among the processes, which then measure each example together: for one that no GPU holds",
+        help="divide the model among the processes, which then go through each example together: where no GPU holds it",
     )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")

@@ -378,8 +378,7 @@ def tell_memory(args: Namespace, model: DoubleHeads, loader: DataLoader, device:
     half = {"bf16": torch.bfloat16, "O1": torch.float16}.get(args.fp16)
     try:
         memory = estimate_memory(
-            model, longest_batch(loader, args.train_batch_size), device,
-            torch.autocast(device.type, half) if half else contextlib.nullcontext(),
+            model, longest_batch(loader, args.train_batch_size), device, half=half,
             micro_steps=args.gradient_accumulation_steps, n_processes=idist.get_world_size(), sharded=args.sharded,
             checkpointing=args.gradient_checkpointing,
         )  # fmt: skip

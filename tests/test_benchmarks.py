@@ -155,5 +155,6 @@ def test_dry_run_of_the_gpu_benchmarks(monkeypatch):
     names = {row["benchmark"] for row in gpu.main(["--dry-run"])}
     assert {"correctness, float32: largest difference of a loss", "correctness, bf16: largest difference of a loss",
             "training, bf16: loss over O0's after 10 steps, less 1",
+            "evaluation, 2 processes over one: time", "training, 2 processes with shards, over one",
             "training, bf16", "the three figures of the valid split",
             "one epoch of the paper's recipe, bf16, extrapolated"} <= names  # fmt: skip

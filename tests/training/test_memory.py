@@ -1,6 +1,5 @@
 """The memory that a training step is said to need is what it takes."""
 
-import contextlib
 from dataclasses import replace
 from functools import partial
 
@@ -40,9 +39,9 @@ def test_a_step_needs_what_is_estimated(family, level, micro_steps, checkpointin
     model.additive_mask = family == "llama"
     forks = [Fork([5] * 90, [1] * 90, [*range(90)], [[i] * 20, [9] * 20], 1) for i in range(4)]
     batch = pack(forks, 0)
-    autocast = torch.autocast("cpu", torch.bfloat16) if level else contextlib.nullcontext()
+    half = torch.bfloat16 if level else None
     memory = estimate_memory(
-        model, batch, CPU, autocast, micro_steps=micro_steps, n_processes=1, sharded=False, checkpointing=checkpointing
+        model, batch, CPU, half=half, micro_steps=micro_steps, n_processes=1, sharded=False, checkpointing=checkpointing
     )
     if checkpointing:
         enable_gradient_checkpointing_(model)

@@ -63,8 +63,8 @@ def estimate_memory(
     model: DoubleHeads,
     batch: Batch,
     device: torch.device,
-    autocast: contextlib.AbstractContextManager,
     *,
+    half: torch.dtype | None,
     micro_steps: int,
     n_processes: int,
     sharded: bool,
@@ -73,7 +73,7 @@ def estimate_memory(
     """What steps on batches as long as this one need, of a model that is not in shards yet.
 
     Args:
-        autocast: of the forward.
+        half: of what is computed, beside parameters in float32 (None = float32 too).
         micro_steps: forwards of an optimizer step.
         checkpointing: whether each block's activations are computed again in the backward.
     """
@@ -83,16 +83,19 @@ def estimate_memory(
     # beside a block's activations that are computed again there are the gradients of all blocks after it
     stay = micro_steps > 1 or checkpointing
     if sharded and n_processes > 1:
-        blocks = blocks_of(model.pretrained)
-        in_blocks = [sum(map(_size, block.parameters())) for block in blocks]
-        gathered = whole - sum(in_blocks) + 2 * max(in_blocks)  # one block more while one computes
-        parameters = whole // n_processes + gathered
+        width = (half or torch.float32).itemsize
+        count = sum(map(torch.numel, model.parameters()))
+        blocks = [sum(map(torch.numel, block.parameters())) for block in blocks_of(model.pretrained)]
+        # gathered are the embeddings and heads, a block and the next one, and the block's gradients
+        parameters = whole // n_processes + width * (count - sum(blocks) + 3 * max(blocks))
         optimizer //= n_processes
         if micro_steps == 1:  # else they are whole up to the last forward
             gradients //= n_processes
     elif n_processes > 1:
         gradients *= 2  # and the buckets in which they are sent
-    activations = activation_bytes(model, batch, device, autocast, checkpointing=checkpointing)
+    activations = activation_bytes(
+        model, batch, device, half, cast_parameters=sharded and n_processes > 1, checkpointing=checkpointing
+    )
     return Memory(parameters=parameters, gradients=gradients, optimizer=optimizer, activations=activations,
                   gradients_stay=stay)  # fmt: skip
 
@@ -101,13 +104,19 @@ def activation_bytes(
     model: DoubleHeads,
     batch: Batch,
     device: torch.device,
-    autocast: contextlib.AbstractContextManager,
+    half: torch.dtype | None,
     *,
+    cast_parameters: bool,
     checkpointing: bool,
 ) -> int:
     """What the backward of a batch begins with beside the parameters: all that the forward and the losses have kept.
 
     The forward is computed on tensors without values.
+
+    Args:
+        half: as of `estimate_memory`.
+        cast_parameters: whether parameters are half when they come, as out of shards. Else autocast copies them, and the
+            copies are kept.
     """
     kept: dict[int, Tensor] = {}  # by their memory
     within: dict[int, Tensor] = {}  # of those, what blocks have kept
@@ -127,10 +136,13 @@ def activation_bytes(
     model.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+            cast = {"dtype": half} if half and cast_parameters else {}
             tensors = {
-                name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
-                for name, tensor in (*model.named_parameters(), *model.named_buffers())
+                name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad, **cast)
+                for name, tensor in model.named_parameters()
             }
+            tensors |= {name: torch.empty_like(tensor, device=device) for name, tensor in model.named_buffers()}
+            autocast = torch.autocast(device.type, half, enabled=half is not None and not cast_parameters)
             own = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
             batch = Whole(*(torch.empty_like(tensor, device=device) for tensor in batch))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
