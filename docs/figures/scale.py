@@ -83,7 +83,7 @@ def row(name: str, config: PretrainedConfig, gpus: int) -> str:
             forward = 2 * sum(map(torch.numel, model.parameters())) * EXAMPLES * TOKENS
             passes = (2 if way.rank else 3) + way.checkpointing
             hours = passes * forward / (gpus * PEAK * USED) / 3600
-            time = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h"
+            time = f"{60 * hours:.2g} min" if hours < 1.5 else f"{hours:.2g} h"
             return f"| {name} | {gpus} | `{way.flags}` | {memory.peak / GB:.0f} GB | {time} |"
     return f"| {name} | {gpus} | does not fit | | |"
 

@@ -107,6 +107,7 @@ def check_equal(one: Path, several: Path) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("more", [[], ["--lora_rank", 2]], ids=["whole", "adapters"])
 def test_shards_compute_what_the_whole_model_does(bases, tmp_path, family, more):
@@ -170,6 +171,18 @@ def test_flags_that_do_not_go_with_shards(flags, line):
     with pytest.raises(UserError) as told:
         train(["--sharded", *flags])
     assert str(told.value).startswith(line)
+
+
+@pytest.mark.slow
+def test_adapters_in_bfloat16_go_on(bases, tmp_path):
+    """Whose frozen weights are bfloat16 beside trained ones in float32; from the adapter, and from a checkpoint."""
+    run = train_sharded(2, tmp_path / "cwd", bases["llama"], "--lora_rank", 2, "--fp16", "bf16", "--n_epochs", 1)
+    first = weights(run)
+    assert "Resuming from" in resume(2, tmp_path / "cwd", "--n_epochs", 2)
+    again = train_sharded(2, tmp_path / "again", run, "--fp16", "bf16", "--n_epochs", 1)
+    for later in (run, again):
+        assert weights(later).keys() == first.keys() != set()
+        assert any(not torch.equal(weights(later)[name], first[name]) for name in first)
 
 
 SAVING = [*FLAGS, "--gradient_accumulation_steps", 1, "--save_every", 1]  # five steps

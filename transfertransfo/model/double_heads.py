@@ -136,10 +136,6 @@ class DoubleHeads(nn.Module):
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
-    def own_logits(self, input_ids: Tensor) -> Tensor:
-        """What transformers' own model makes of a sequence alone: (1, T) -> (1, T, vocabulary)."""
-        return self.pretrained(input_ids=input_ids, use_cache=False).logits
-
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of each next token: (..., C) -> (..., vocabulary)."""
         return self.pretrained.get_output_embeddings()(hidden)

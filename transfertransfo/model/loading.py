@@ -54,6 +54,7 @@ from transfertransfo.model.sharding import (
     shard_,
     weight_places,
     whole,
+    with_drawn_values,
 )
 from transfertransfo.model.sources import (
     cannot_load,
@@ -81,7 +82,7 @@ def load_model(
 
     Args:
         from_scratch: give random weights where the checkpoint is a folder without any, and say so.
-        in_shards: leave it on the CPU, its blocks without values, as `into_shards_` takes it.
+        in_shards: leave its blocks without values, as `into_shards_` takes it.
 
     Raises:
         UserError: no such model, no weights, or a model that cannot be used so.
@@ -91,7 +92,7 @@ def load_model(
     if not has_weights(folder) and not from_scratch:
         raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
     if is_adapter(folder):
-        model = load_adapted(checkpoint, folder, config, in_shards)
+        model = load_adapted(checkpoint, folder, config, device, in_shards)
         return (model if in_shards else model.to(device)).eval()
     try:
         family = double_heads_class(config)
@@ -114,10 +115,12 @@ def load_model(
         check_settings(model)
     except ValueError as error:
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
-    if in_shards:
+    if unread:  # the answer is the configuration's, whatever the values
+        with with_drawn_values(model, device):
+            check_computation_(model.to(device), checkpoint)
         return model
     check_computation_(model, checkpoint)
-    return model.to(device)
+    return model if in_shards else model.to(device)
 
 
 def check_computation_(model: DoubleHeads, checkpoint: str | Path) -> None:
@@ -138,17 +141,13 @@ def into_shards_(model: DoubleHeads, checkpoint: str | Path, device: torch.devic
     """Leave to this process its share of a model that was loaded for it (`shard_`).
 
     Raises:
-        UserError: a model that cannot be used so.
+        UserError: the values cannot be read.
     """
     try:
         shard_(model, device, model.unread, bf16=bf16)
     except (OSError, SafetensorError) as error:
         raise UserError(cannot_load(checkpoint, "weights", error)) from error
     model.unread = {}
-    training = model.training
-    check_computation_(model.eval(), checkpoint)
-    model.train(training)
-    model.reshard()  # type: ignore[operator]  # what was gathered for it: the shards are the parameters
 
 
 def check_settings(model: DoubleHeads) -> None:
@@ -283,11 +282,13 @@ def separate_(pretrained: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig, in_shards: bool) -> DoubleHeads:
+def load_adapted(
+    checkpoint: str | Path, folder: str, config: PretrainedConfig, device: str | torch.device, in_shards: bool
+) -> DoubleHeads:
     """The model of a run folder that holds an adapter; the model that it adapts is loaded from where it was then."""
     base = base_of(folder)
     try:
-        model = load_model(base, in_shards=in_shards)
+        model = load_model(base, device if in_shards else "cpu", in_shards=in_shards)
     except UserError as error:
         raise UserError(f"{checkpoint} adapts another model: {error}") from error
     for name in ("history_start", "token_types"):
@@ -346,7 +347,7 @@ def computes_the_same(model: DoubleHeads, additive_mask: bool) -> bool:
     model.additive_mask, model.token_types = additive_mask, False
     try:
         with at_one_size(model):
-            want = model.own_logits(ids[:, alone])[0, -2:]
+            want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
             packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
             cache = Cache(layer_class_to_replicate=DynamicLayer)
             for part in (alone[:3], alone[3:4], alone[4:]):

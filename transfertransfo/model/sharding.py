@@ -9,8 +9,9 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,23 +58,43 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def on_cpu_without_memory(module: nn.Module) -> Iterator[None]:
-    """Have parameters on meta look like ones on the CPU: peft puts an adapter where the weights beside it are."""
-    places = [
-        (owner, name, parameter)
-        for owner in module.modules()
-        for name, parameter in owner.named_parameters(recurse=False)
-        if parameter.is_meta
-    ]
-    for owner, name, parameter in places:
-        without = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-        setattr(owner, name, nn.Parameter(without, parameter.requires_grad))
+def standing_in(module: nn.Module, make: Callable[[str, nn.Parameter], torch.Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of parameters on meta, for a while.
+
+    Args:
+        make: gives one, from the parameter and its name.
+    """
+    places = []
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                places.append((owner, name, parameter))
+                setattr(owner, name, nn.Parameter(make(f"{prefix}.{name}", parameter), parameter.requires_grad))
     try:
         yield
     finally:
         for owner, name, parameter in places:
             parameter.requires_grad_(getattr(owner, name).requires_grad)
             setattr(owner, name, parameter)
+
+
+def on_cpu_without_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """Have parameters on meta look like ones on the CPU: peft puts an adapter where the weights beside it are."""
+    return standing_in(module, lambda _, parameter: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
+
+
+def with_drawn_values(module: nn.Module, device: torch.device | str) -> AbstractContextManager[None]:
+    """Have parameters on meta look like drawn ones, the same for all blocks, so that they take one block's memory."""
+    drawn: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(name: str, parameter: nn.Parameter) -> torch.Tensor:
+        kind = re.sub(r"\d+", "", name) + str(tuple(parameter.shape))
+        if kind not in drawn:
+            drawn[kind] = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device)
+        return drawn[kind]
+
+    return standing_in(module, draw)
 
 
 def weight_places(checkpoint: str) -> dict[str, Place]:
@@ -149,7 +170,7 @@ def shard_(model: Any, device: torch.device, unread: Mapping[nn.Parameter, Place
         shards[name] = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=parameter.shape,
                                           stride=parameter.stride())  # fmt: skip
     model.load_state_dict(shards, strict=False, assign=True)
-    _gather_for_methods_(model, ("hidden_states", "lm_logits", "choice_scores", "own_logits"))
+    _gather_for_methods_(model, ("hidden_states", "lm_logits", "choice_scores"))
 
 
 def _gather_for_methods_(model: Any, names: tuple[str, ...]) -> None:

@@ -115,8 +115,8 @@ def activation_bytes(
 
     Args:
         half: as of `estimate_memory`.
-        cast_parameters: whether parameters are half when they come, as out of shards. Else autocast copies them, and the
-            copies are kept.
+        cast_parameters: whether parameters come as `half`, as out of shards. Else autocast copies them, and the copies
+            are kept.
     """
     kept: dict[int, Tensor] = {}  # by their memory
     within: dict[int, Tensor] = {}  # of those, what blocks have kept
