@@ -36,7 +36,7 @@ def in_flags(error: UserError) -> str:
     return text
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error's message in one line, whatever library it came from."""
     text = str(error).strip() or type(error).__name__
     if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same

@@ -27,8 +27,8 @@ def setup_distributed(device_name: str, local_rank: int, *, alone: bool = False)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if local_rank == -1:
         if alone:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+            own = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=own, rank=0, world_size=1)
         return device
     if device.type == "cuda":
         if local_rank >= (gpus := torch.cuda.device_count()):

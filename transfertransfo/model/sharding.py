@@ -47,9 +47,11 @@ def blocks_of(pretrained: PreTrainedModel) -> nn.ModuleList:
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Make modules whose parameters have shapes and no values; buffers have theirs."""
-    hook = register_module_parameter_registration_hook(
-        lambda module, name, value: nn.Parameter(value.detach().to("meta"), value.requires_grad)
-    )
+
+    def without_values(module: nn.Module, name: str, value: nn.Parameter) -> Any:  # torch's types know of None alone
+        return nn.Parameter(value.detach().to("meta"), value.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_values)
     try:
         with torch.random.fork_rng(devices=[]):
             yield

@@ -211,14 +211,20 @@ def _save_shards(folder: Path, step: int, to_save: Mapping, shards: Shards, n_sa
 
 def _group() -> torch.distributed.ProcessGroup:
     """The processes, on their CPUs."""
-    return cpu_group() or torch.distributed.group.WORLD
+    group = cpu_group() or torch.distributed.group.WORLD
+    assert group
+    return group
 
 
 def _tell_not_written(path: Path, error: BaseException) -> None:
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    logger.error("%s: not written (%s); older checkpoints stay", path, first_line(_cause(error)))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong behind an exception of torch's writers and readers."""
     if isinstance(error, CheckpointException):
-        cause, _ = next(iter(error.failures.values()))
-    logger.error("%s: not written (%s); older checkpoints stay", path, first_line(cause))
+        error, _ = next(iter(error.failures.values()))
+    return error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def _remove_old(folder: Path, n_saved: int) -> None:
@@ -262,7 +268,7 @@ def load_checkpoint(folder: Path, to_load: Mapping) -> None:
         for name, item in to_load.items():
             item.load_state_dict(state[name])
     except (Exception, CheckpointException) as error:  # whatever unpickling met
-        if isinstance(error, CheckpointException):
-            error, _ = next(iter(error.failures.values()))
-        raise UserError(f"{path}: damaged ({first_line(error)}); delete it to go on from an older one") from error
+        raise UserError(
+            f"{path}: damaged ({first_line(_cause(error))}); delete it to go on from an older one"
+        ) from error
     logger.info("Resuming from %s", path)

@@ -136,9 +136,9 @@ def activation_bytes(
     model.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-            cast = {"dtype": half} if half and cast_parameters else {}
+            cast = half if cast_parameters else None  # None = as it is
             tensors = {
-                name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad, **cast)
+                name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad, dtype=cast)
                 for name, tensor in model.named_parameters()
             }
             tensors |= {name: torch.empty_like(tensor, device=device) for name, tensor in model.named_buffers()}
@@ -154,7 +154,8 @@ def activation_bytes(
             total = sum(sizes.values())
             if checkpointing:
                 again = sum(size for place, size in sizes.items() if place in within)
-                hidden = batch.input_ids.numel() * model.pretrained.get_input_embeddings().weight.shape[1]
+                embeddings: Any = model.pretrained.get_input_embeddings()
+                hidden = batch.input_ids.numel() * embeddings.weight.shape[1]
                 total += again // len(blocks) + len(blocks) * hidden * logits.element_size() - again
             del losses
             return total + 2 * logits.numel() * 4  # two gradients of the logits, one after the other softmax's
