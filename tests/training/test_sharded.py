@@ -21,6 +21,7 @@ from transfertransfo.model.sharding import blocks_of
 from transfertransfo.processes import rank, setup_distributed
 from transfertransfo.training import checkpoints
 from transfertransfo.training.precision import NativePrecision
+from transfertransfo.training.runs import divide_batch
 
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout")  # drawn differently by each process
 DIALOGS = {"train": [dialog(i) for i in range(9)], "valid": DATASET["valid"]}  # the last batch of four has two
@@ -246,7 +247,8 @@ def test_another_number_of_processes_goes_on(bases, undisturbed, tmp_path, monke
     check_equal(undisturbed, run_folder(tmp_path / "cwd"))
 
 
-def test_a_damaged_checkpoint_is_told(bases, undisturbed, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_told(undisturbed, tmp_path):
     """Also one that only lacks some rows, which torch's reader would pass over."""
     shutil.copytree(undisturbed, tmp_path / "run")
     newest = checkpoints.list_checkpoints(tmp_path / "run")[-1]
@@ -260,8 +262,9 @@ def test_a_damaged_checkpoint_is_told(bases, undisturbed, tmp_path, capsys):
         assert f"{newest}: damaged (" in said(tmp_path, 1)
 
 
-def test_batches_that_cannot_be_divided_are_told(undisturbed):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as told:
-        patch.setenv("WORLD_SIZE", "3")
-        train(["--resume", str(undisturbed)])
-    assert "2 processes took 4 examples at a time, which 3 processes cannot share equally" in str(told.value)
+def test_batches_that_cannot_be_divided_are_told():
+    saved = {"train_batch_size": 2, "world_size": 2}
+    assert divide_batch(saved, 4) == {"train_batch_size": 1, "world_size": 4}
+    with pytest.raises(UserError) as told:
+        divide_batch(saved, 3)
+    assert str(told.value) == "2 processes took 4 examples at a time, which 3 processes cannot share equally"
