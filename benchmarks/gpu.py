@@ -197,7 +197,8 @@ class Bench:
 
     def sharded(self) -> Iterator[dict]:
         """Training in shards over the GPUs, and on each of them a copy, over training on one: examples a second."""
-        flags = [*prepare(self.setting), "--fp16", "bf16", "--n_epochs", "1"]
+        flags = [*prepare(self.setting), "--n_epochs", "1", "--gradient_accumulation_steps", "1"]
+        flags += ["--fp16", "bf16"] if self.cuda else ["--train_share", "0.1"]
         device = self.setting.device
         one = examples_per_second([], flags, self.setting.folder, device)
         for name, more in (("copies", []), ("shards", ["--sharded"])):
