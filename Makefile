@@ -9,7 +9,7 @@ DEMO_TRAIN := --model_checkpoint example/model --n_epochs 3 --lr 3e-4 --num_cand
 DEMO_CHAT := 'hello, how are you today?' 'what do you do for a living?' 'do you have any pets?'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-oldest test-parlai bench lint audit figures
+.PHONY: help demo chat web test test-oldest test-parlai bench lint audit figures browser
 .NOTPARALLEL:  # two targets would install into .venv at once
 
 help:  ## list the targets
@@ -26,6 +26,13 @@ demo: .venv/base.stamp  ## measure the embedded model, fine-tune it on the examp
 
 chat: .venv/smollm2.stamp  ## chat with SmolLM2-135M, fine-tuned on PersonaChat: example/smollm2
 	$(PY) interact.py --model_checkpoint example/smollm2 --dataset_path example/personachat.json
+
+web: .venv/web.stamp .venv/smollm2.stamp  ## the same on a page: http://127.0.0.1:7860
+	$(PY) interact.py --model_checkpoint example/smollm2 --dataset_path example/personachat.json --web
+
+browser:  ## install Chromium, which the tests of the page and its picture need, where apt-get and root can
+	@command -v chromedriver >/dev/null || { apt-get update -q && apt-get install -yq chromium chromium-driver; } || \
+	echo 'no Chromium could be installed: the tests of the page in a browser are skipped'
 
 test: .venv/dev.stamp  ## run the tests
 	$(PY) -m pytest
@@ -53,12 +60,14 @@ figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN
 	$(PY) docs/figures/tree.py
 	$(PY) docs/figures/chat.py
 	$(PY) docs/figures/character.py
+	$(PY) docs/figures/page.py
 	$(if $(RUN),$(PY) docs/figures/curves.py $(RUN))
 
 .venv/base.stamp: requirements.txt
 .venv/extra.stamp: requirements/extra.txt requirements.txt
-.venv/dev.stamp: requirements/dev.txt requirements/extra.txt requirements/data.txt requirements.txt
-.venv/base.stamp .venv/extra.stamp .venv/dev.stamp:
+.venv/web.stamp: requirements/web.txt requirements.txt
+.venv/dev.stamp: requirements/dev.txt requirements/extra.txt requirements/data.txt requirements/web.txt requirements.txt
+.venv/base.stamp .venv/extra.stamp .venv/web.stamp .venv/dev.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3'; exit 1; }
 	@echo 'Installing $< into .venv: about a minute, more with a slow network'

@@ -2,18 +2,21 @@
 
 python convai_evaluation.py --eval_type all --model_checkpoint runs/Nov21_20-57-01_host_model
 python convai_evaluation.py --eval_type hits@1     # the model of 2019 on PersonaChat, both downloaded
+torchrun --nproc_per_node=8 convai_evaluation.py --eval_type all --model_checkpoint FOLDER     # on eight GPUs
 python convai_evaluation.py --eval_type all --backend parlai --model_checkpoint FOLDER     # in ParlAI
 python -m parlai eval_model --task convai2 -m convai_evaluation:TransformerAgent --model_checkpoint FOLDER
 """
 
 import importlib.metadata
 import json
+import logging
 import math
+import os
 import platform
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from transfertransfo.cli import (
     ArgumentParser,
@@ -47,7 +50,7 @@ def __getattr__(name: str) -> type:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser("Measure a fine-tuned model as ConvAI2 did.")
-    add_evaluation_flags(parser)
+    add_evaluation_flags(parser, "selfchat")
     parser.add_argument(
         "--backend",
         choices=["native", "parlai", "convai2"],
@@ -71,6 +74,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         default=16,
         help="examples of one forward; ConvAI2's own scripts always take one",
     )
+    parser.add_argument(
+        "--num_chats", type=number(int, 2), default=100, help="talks of --eval_type selfchat, of 8 exchanges each"
+    )
+    parser.add_argument(
+        "--sharded",
+        action="store_true",
+        help="divide the model among the processes, which then go through each example together: where no GPU holds it",
+    )
     parser.add_argument("--report", help="file to write the unrounded figures to, as JSON")
     parser.add_argument("--details", help="file to write each example's results to, one JSON object a line")
     add_program_flags(parser)
@@ -87,18 +98,55 @@ def run(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     check_output("--report", args.report)
     check_output("--details", args.details)
+    several = args.sharded or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and args.backend != "native":
+        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
+    if several and args.eval_type == "selfchat":
+        raise UserError("--eval_type selfchat: takes one process; start it without torchrun and --sharded")
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
+    from transfertransfo.model.double_heads import default_device
+    from transfertransfo.processes import (
+        finish_distributed,
+        one_line_for_a_lost_process,
+        rank,
+        setup_distributed,
+    )
+
+    with one_line_for_a_lost_process(remedy="start the evaluation anew"):
+        local_rank = int(os.environ.get("LOCAL_RANK", -1))
+        device = setup_distributed(args.device or default_device(), local_rank, alone=args.sharded)
+        set_up_logging(logging.ERROR if rank() else logging.INFO)
+        set_seed(args.seed)
+        if args.datapath:
+            use_datapath_(args)
+        elif not args.dataset_path:
+            from transfertransfo.data.sources import recorded_dataset
+
+            args.dataset_path = recorded_dataset(args.model_checkpoint)
+        measure = measure_talks if args.eval_type == "selfchat" else measure_replies
+        measured = measure(args, str(device))
+        if not rank():
+            print(*measured.lines, sep="\n")
+            write_files(args, measured)
+        finish_distributed()
+    return measured.figures
+
+
+class Measured(NamedTuple):
+    """What an evaluation has found."""
+
+    details: list[dict]  # of each example, or talk
+    figures: dict
+    beside: dict  # what the report has beside the figures
+    lines: list[str]  # to be printed
+
+
+def measure_replies(args: Namespace, device: str) -> Measured:
+    """ConvAI2's figures and those beside them, over the examples of the validation split."""
     from transfertransfo.evaluation.native import domains, extra_figures, standard_errors
 
-    set_up_logging()
-    set_seed(args.seed)
-    if args.datapath:
-        use_datapath_(args)
-    elif not args.dataset_path:
-        from transfertransfo.data.sources import recorded_dataset
-
-        args.dataset_path = recorded_dataset(args.model_checkpoint)
-    details, figures = evaluate_natively(args) if args.backend == "native" else evaluate_in_backend(args)
+    native = args.backend == "native"
+    details, figures = evaluate_natively(args, device) if native else evaluate_in_backend(args)
     report = {"examples": len(details)} | figures | extra_figures(details)
     measured_on = domains(report)
     errors = standard_errors(details)
@@ -110,18 +158,60 @@ def run(argv: list[str] | None = None) -> dict:
         "distinct-1": "Distinct-1",
         "distinct-2": "Distinct-2",
     }
+    lines = []
     for key, name in names.items():
         if key in report:
-            print(f"{name}: {report[key]:.4g}" + (f" ({measured_on[key]})" if key in measured_on else ""))
+            lines.append(f"{name}: {report[key]:.4g}" + (f" ({measured_on[key]})" if key in measured_on else ""))
+    if "persona_f1" in report:
+        for who, prefix in (("Replies", ""), ("Gold replies", "gold_")):
+            precision, recall, f1, copies = (
+                report[f"{prefix}persona_{key}"] for key in ("precision", "recall", "f1", "copies")
+            )
+            overlap = f"precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}"
+            lines.append(f"{who} and persona: {overlap}; copies {copies:.1%}")
     shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
-    print(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
+    lines.append(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
+    finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
+    return Measured(details, report, {"standard_errors": finite}, lines)
+
+
+def measure_talks(args: Namespace, device: str) -> Measured:
+    """What the model's talks with itself suffer from, and people's beside."""
+    from transfertransfo.decoding import Decoding
+    from transfertransfo.evaluation.selfchat import measure, selfchat
+    from transfertransfo.model.loading import load_finetuned
+
+    if args.backend != "native":
+        raise UserError("--eval_type selfchat: --backend native alone has it")
+    model, tokenizer = load_finetuned(
+        args.model_checkpoint, args.gpt_tokenization, device, args.history_start, args.fp16
+    )
+    talks, of_people = selfchat(
+        model, tokenizer, load_split(args, tokenizer), Decoding.of(args), count=args.num_chats,
+        max_history=args.max_history, batchsize=args.batchsize, seed=args.seed,
+    )  # fmt: skip
+    figures, people = measure(talks), measure(of_people)
+    names = {
+        "repeated": "repeats an own reply whole",
+        "repeats": "repeats four of its own words",
+        "echoes": "repeats four of the partner's words",
+        "persona_used": "persona's words that are used",
+        "words": "words",
+        "empty": "empty",
+        "distinct-2": "distinct-2",
+    }
+    lines = [f"{len(talks)} talks, {figures['replies']} replies {'':12} model  people"]
+    lines += [f"{name:40} {figures[key]:6.3g} {people[key]:7.3g}" for key, name in names.items()]
+    return Measured([talk._asdict() for talk in talks], {"talks": len(talks)} | figures, {"people": people}, lines)
+
+
+def write_files(args: Namespace, measured: Measured) -> None:
+    """Write the files that are asked for."""
     if args.report:
-        finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
-        written = report | {"standard_errors": finite} | provenance(args)
+        written = measured.figures | measured.beside | provenance(args)
         write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
     if args.details:
-        write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in details))
-    return report
+        write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in measured.details))
 
 
 def provenance(args: Namespace) -> dict:
@@ -149,14 +239,16 @@ def load_split(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Tokeni
     """The dataset to measure on; with the validation split of the training where it has none of its own."""
     from transfertransfo.data.sources import recorded
     from transfertransfo.evaluation.native import load_validation
+    from transfertransfo.processes import one_process_first
 
-    return load_validation(
-        tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs,
-        valid_share=args.valid_share, run=recorded(args.model_checkpoint),
-    )  # fmt: skip
+    with one_process_first():
+        return load_validation(
+            tokenizer, args.dataset_path, args.dataset_cache, skip_bad_dialogs=args.skip_bad_dialogs,
+            valid_share=args.valid_share, run=recorded(args.model_checkpoint),
+        )  # fmt: skip
 
 
-def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
+def evaluate_natively(args: Namespace, device: str) -> tuple[list[dict], dict]:
     """Each example's results, and the figures, by this project alone."""
     from transfertransfo.decoding import Decoding
     from transfertransfo.evaluation.evaluator import Evaluator
@@ -165,12 +257,13 @@ def evaluate_natively(args: Namespace) -> tuple[list[dict], dict]:
 
     decoding = Decoding.of(args)
     model, tokenizer = load_finetuned(
-        args.model_checkpoint, args.gpt_tokenization, args.device, args.history_start, args.fp16
+        args.model_checkpoint, args.gpt_tokenization, device, args.history_start, args.fp16, sharded=args.sharded
     )
     dataset = load_split(args, tokenizer)
     counts = partial(word_counts, dataset, args.dict_file)
     evaluator = Evaluator(model, tokenizer, args.eval_type, decoding, counts=counts, gpt2_words=args.gpt2_ppl)
-    return evaluate(evaluator, dataset, max_history=args.max_history, batchsize=args.batchsize)
+    together = args.sharded  # no process has the whole model to go through batches of its own
+    return evaluate(evaluator, dataset, max_history=args.max_history, batchsize=args.batchsize, together=together)
 
 
 def evaluate_in_backend(args: Namespace) -> tuple[list[dict], dict]:

@@ -4,14 +4,19 @@ python interact.py --model_checkpoint runs/Nov21_20-57-01_host_model   # a run o
 python interact.py                                                      # the model of 2019, downloaded
 python interact.py --model_checkpoint runs/... --personality "i like dogs ." "i live in ohio ."
 python interact.py --model_checkpoint runs/... --preset ranked          # the best of four replies
+python interact.py --model_checkpoint runs/... --web                    # on a page, at 127.0.0.1:7860
 printf 'hello\\n/quit\\n' | python interact.py --model_checkpoint runs/...
 """
 
+import gc
 import logging
+import re
+import secrets
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from transfertransfo.cli import (
     ArgumentParser,
@@ -28,7 +33,13 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError, flags_named
+from transfertransfo.errors import UserError, flags_named, printable, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from transfertransfo.decoding import Decoding
+    from transfertransfo.model.double_heads import DoubleHeads
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +71,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_decoding_flags(parser)
     begin_section(parser, "session")
     parser.add_argument(
+        "--web",
+        type=address,
+        nargs="?",
+        const=("127.0.0.1", 7860),
+        metavar="HOST:PORT",
+        help="chat on a page, and answer programs in OpenAI's form, there (without a value 127.0.0.1:7860; unset = in"
+        " the terminal)",
+    )
+    parser.add_argument(
+        "--web_token",
+        type=token,
+        metavar="TOKEN",
+        help="what the page and its endpoint ask for (unset = none on 127.0.0.1, else one that is made and shown)",
+    )
+    parser.add_argument(
         "--transcript", metavar="FILE", help="file to which each turn is added as it is said, a JSON object a line"
     )
     add_seed_flag(parser)
@@ -72,6 +98,21 @@ def is_embedded(checkpoint: str) -> bool:
     return EXAMPLE in Path(checkpoint).absolute().parents
 
 
+def address(text: str) -> tuple[str, int]:
+    """An argparse type: host and port, or one of the two."""
+    found = re.fullmatch(r"(?:(?P<host>[\w.-]*|\[[\da-fA-F:.]+\]):)?(?P<port>\d{1,5})|(?P<alone>[\w.-]+|\[.+\])", text)
+    if not found or int(found["port"] or 0) > 65535:
+        raise ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
+    return (found["host"] or found["alone"] or "127.0.0.1").strip("[]"), int(found["port"] or 7860)
+
+
+def token(text: str) -> str:
+    """An argparse type: what can stand in an address and in a cookie, and cannot be guessed."""
+    if not re.fullmatch(r"[\w.~-]{8,200}", text, re.ASCII):
+        raise ArgumentTypeError("expected at least 8 letters, digits or -._~")
+    return text
+
+
 @flags_named()
 def run(argv: list[str] | None = None) -> None:
     """Chat as the command line says, until the input ends.
@@ -80,9 +121,11 @@ def run(argv: list[str] | None = None) -> None:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
+    if args.web:
+        require("--web", "gradio", "fastapi", "uvicorn", requirements="web")
     name = args.model_checkpoint or "the model of 2019"
     if sys.stdout.isatty():  # what follows takes seconds
-        print(f"Loading {name} ...", flush=True)
+        print(f"Loading {printable(name)} ...", flush=True)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
     from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
@@ -114,11 +157,48 @@ def run(argv: list[str] | None = None) -> None:
     )
     persona = draw() if persona is None else persona  # after the model: a wrong one is said before a dataset is needed
     with open_transcript(args.transcript) as transcript:
+        if args.web:
+            return serve(args, model, tokenizer, decoding, persona, draw, transcript)
         chat = Chat(model, tokenizer, decoding, args.max_history, persona, draw, tell, transcript)
         if sys.stdin.isatty() and sys.stdout.isatty():
             tell(f"Model: {name}; /help lists commands, Ctrl-D leaves")
         show(f"{chat.introduction()}\n", "persona")
         talk(chat, make_reader(), show)
+
+
+def serve(
+    args: Namespace,
+    model: "DoubleHeads",
+    tokenizer: "PreTrainedTokenizerBase",
+    decoding: "Decoding",
+    persona: list[str],
+    draw: Callable[[], list[str]],
+    transcript: TextIO | None,
+) -> None:
+    """Chat on a page, with as many as come, until Ctrl-C."""
+    from transfertransfo.chat.page import Page
+    from transfertransfo.chat.server import Endpoint, Server, is_loopback, listen
+    from transfertransfo.chat.sharing import SharedChat, SharedModel
+
+    host, port = args.web
+    with listen(host, port) as socket:
+        secret = args.web_token or ("" if is_loopback(host) else secrets.token_urlsafe(16))
+        shared = SharedModel(model, tokenizer)
+
+        def make_chat() -> SharedChat:
+            return SharedChat(shared, args.seed, decoding, args.max_history, persona, draw, transcript=transcript)
+
+        name = Path(args.model_checkpoint or "transfertransfo").name
+        page = Page(make_chat, name)
+        server = Server(page.mounted(Endpoint(shared, make_chat(), name), secret), shared.close)
+        place = f"[{host}]" if ":" in host else host
+        print(
+            f"http://{place}:{socket.getsockname()[1]}/{f'?token={secret}' if secret else ''} (Ctrl-C stops)",
+            flush=True,
+        )
+        server.run(sockets=[socket])
+        shared.thread.join(1)
+        gc.freeze()  # else Python looks once more through all that was loaded before it ends: seconds
 
 
 def given_persona(args: Namespace) -> list[str] | None:

@@ -6,6 +6,9 @@ python train.py --dataset_path example/personachat.json --model_checkpoint examp
 # one GPU: GPT on PersonaChat, both downloaded
 python train.py
 
+# a model that is too large for one GPU, in shards on eight: docs/scale.md
+torchrun --nproc_per_node=8 train.py --sharded --fp16 bf16 --gradient_checkpointing --model FOLDER
+
 # eight GPUs of one machine: the paper's recipe
 torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2.0 --max_history 2 --n_epochs 1 \
     --num_candidates 4 --personality_permutations 2 --train_batch_size 2 --valid_batch_size 2
@@ -38,7 +41,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError, flags_named
+from transfertransfo.errors import SettingError, UserError, first_line, flags_named
 
 
 def make_parser() -> ArgumentParser:
@@ -104,6 +107,11 @@ def make_parser() -> ArgumentParser:
         help="compile the model with torch.compile: minutes at the start, then faster steps",
     )
     parser.add_argument(
+        "--sharded",
+        action="store_true",
+        help="divide parameters, gradients and optimizer state among the processes, instead of a copy in each",
+    )
+    parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch (-1 = one process)"
     )
     add_run_flags(parser)
@@ -149,32 +157,39 @@ from transfertransfo.model.double_heads import (
     halve_frozen_,
     merge_adapter_,
 )
-from transfertransfo.model.loading import load_model, save_model, use_eager_attention_
+from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import rank_of
 from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.training.checkpoints import Best, RandomState, TrainedParameters, load_checkpoint, save_checkpoint
+from transfertransfo.processes import one_line_for_a_lost_process, setup_distributed
+from transfertransfo.training.checkpoints import (
+    Best,
+    RandomState,
+    Shards,
+    TrainedParameters,
+    load_checkpoint,
+    save_checkpoint,
+)
 from transfertransfo.training.distribution import (
     average_distributed_scalar,
     check_same_run,
-    one_line_for_a_lost_process,
-    setup_distributed,
     share_weights_,
 )
-from transfertransfo.training.engines import Optimisation, create_evaluator, create_trainer, make_adamw
+from transfertransfo.training.engines import Diverged, Optimisation, create_evaluator, create_trainer, make_adamw
 from transfertransfo.training.handlers import (
-    NoFiniteGradient,
     attach_checkpoints,
     attach_figures,
     attach_replies,
     attach_validation,
 )
 from transfertransfo.training.loaders import Loaders, first_share, make_loaders
+from transfertransfo.training.memory import estimate_memory, free_memory, longest_batch
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 from transfertransfo.training.precision import make_precision
 from transfertransfo.training.runs import (
     NOT_RESUMED,
     Found,
     changed_arguments,
+    divide_batch,
     find_run,
     make_record,
     open_run_folder,
@@ -189,6 +204,7 @@ __all__ = [  # the original's public names, wherever they are defined now
 logger = logging.getLogger(__name__)
 
 GO_ON = "go on from the last checkpoint with --resume"
+SMALL = 10_000_000  # parameters of a model whose memory is no question
 COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
 
 
@@ -206,7 +222,23 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     if run:
         args = resume_args(parser, argv, run)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    if args.sharded:
+        check_sharded(args)
     return args, run
+
+
+def check_sharded(args: Namespace) -> None:
+    """Check that no flag is given that shards do not go with.
+
+    Raises:
+        UserError: one is.
+    """
+    if args.fp16 in ("O1", "O2", "O3"):
+        raise UserError(f"--sharded: not with --fp16 {args.fp16}, whose weights and scale are of one device; use bf16")
+    if args.compile:
+        raise UserError("--sharded: not with --compile")
+    if args.merge_lora:
+        raise UserError("--sharded: not with --merge_lora; without it the run folder holds the adapter")
 
 
 def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Namespace:
@@ -216,6 +248,8 @@ def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Na
         UserError: one differs that may not.
     """
     saved = read_arguments(run)
+    if saved.get("sharded"):
+        saved |= divide_batch(saved, int(os.environ.get("WORLD_SIZE", 1)))
     flags = vars(parser.parse_args([])).keys() - NOT_RESUMED
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & flags})
     args = parser.parse_args(argv)
@@ -293,7 +327,7 @@ def prepare_model(
     """
     source = args.model_checkpoint if args.lora_rank else run or args.model_checkpoint
     tokenizer = load_tokenizer(source, args.gpt_tokenization)
-    model = load_model(source, device, from_scratch=not args.lora_rank)
+    model = load_model(source, device, from_scratch=not args.lora_rank, in_shards=args.sharded)
     add_special_tokens_(model, tokenizer)
     tokenizer.chat_template = make_chat_template(tokenizer, args.max_history)
     if args.lora_rank:
@@ -305,21 +339,89 @@ def prepare_model(
     if args.history_start is not None:
         model.history_start = args.history_start
     freeze_unread_(model)
-    if args.freeze_embeddings and not rank_of(model.network):
-        freeze_embeddings_(model, tokenizer)
-    if device.type == "cpu" and args.fp16 == "bf16":
+    if device.type == "cpu" and args.fp16 == "bf16" and not args.sharded:
         use_eager_attention_(model)
     # merged weights are exported, so they stay as they are
     if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:
         halve_frozen_(model)
+    log_size(model)
+    return model, tokenizer
+
+
+def place_model(args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    """Have a model compute as the flags say, with the first process's weights; in shards, if it is to be."""
     if args.gradient_checkpointing:
         enable_gradient_checkpointing_(model)
+    if not args.sharded:
+        check_prepared(args, model)
     if args.compile:
         # not the heads, whose rows change in number from batch to batch. On a CPU code for any length costs less than
         # rows of few lengths
         model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
-    log_size(model)
-    return model, tokenizer
+    share_weights_(model)  # before a half precision copies them: --seed 0 draws others in each process
+    if args.sharded:
+        into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")
+    if args.freeze_embeddings and not rank_of(model.network):
+        freeze_embeddings_(model, tokenizer)
+
+
+def tell_memory(args: Namespace, model: DoubleHeads, loader: DataLoader, device: torch.device) -> str:
+    """Say what a step needs of a device's memory, and what helps where that is too much; returns what was said.
+
+    "" where it is no question, of models under `SMALL` parameters, and where it is not known.
+    """
+    if sum(map(torch.numel, model.parameters())) < SMALL or args.fp16 in ("O2", "O3"):
+        return ""
+    half = {"bf16": torch.bfloat16, "O1": torch.float16}.get(args.fp16)
+    try:
+        memory = estimate_memory(
+            model, longest_batch(loader, args.train_batch_size), device, half=half,
+            micro_steps=args.gradient_accumulation_steps, n_processes=idist.get_world_size(), sharded=args.sharded,
+            checkpointing=args.gradient_checkpointing,
+        )  # fmt: skip
+    except Exception as error:  # of a model's own code that asks for values, where shapes alone are given
+        logger.debug("memory: not known", exc_info=error)
+        return ""
+    logger.info("Memory: %s", memory)
+    if 0 < (free := free_memory(device)) < memory.peak:
+        logger.warning("%.2f GB are free: a step will hardly fit. What helps: %s", free / 1e9, memory_savers(args))
+    return str(memory)
+
+
+def memory_savers(args: Namespace) -> str:
+    """The flags that save memory and are not given yet, those that cost least first, as docs/questions.md has them."""
+    batch, steps = args.train_batch_size, args.gradient_accumulation_steps
+    savers = [f"--train_batch_size {batch // 2} --gradient_accumulation_steps {2 * steps}"] if batch > 1 else []
+    savers += ["--fp16 bf16"] if args.fp16 in ("", "O0") else []
+    savers += [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
+    savers += [] if args.num_candidates in (1, 2) else ["--num_candidates 2"]
+    savers += ["--gradient_accumulation_steps 1"] if args.sharded and steps > 1 else []
+    savers += [] if args.sharded else ["torchrun with --sharded"]
+    savers += [] if args.lora_rank else ["--lora_rank 16"]
+    return "; ".join(savers) or "more GPUs"
+
+
+def check_prepared(args: Namespace, model: DoubleHeads) -> None:
+    """Check that the model can be trained with the flags that change how it computes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    bf16 = args.fp16 == "bf16"
+    given = {
+        "fp16 bf16": bf16,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "lora_rank": rank_of(model.network),
+    }
+    told = [setting for setting, value in given.items() if value]
+    if not told:
+        return
+    try:
+        check_step(model, bf16=bf16)
+    except UserError as error:
+        advice = "leave it out" if len(told) == 1 else "leave one of them out"
+        names = [setting.split()[0] for setting in told]
+        raise SettingError(f"{', '.join(told)}: {error}; {advice}", *names) from error
 
 
 def log_size(model: DoubleHeads) -> None:
@@ -352,7 +454,10 @@ def attach_handlers(
     """
 
     def export() -> None:
-        if folder is not None:
+        losses = getattr(trainer.state, "losses", None)
+        if valid_loader is None and losses is not None and not losses.isfinite().all():
+            raise Diverged(f"step {trainer.state.optimizer_step}: the loss is not finite; nothing is exported")
+        if folder is not None or args.sharded:
             save_model(model, folder, merge_lora=args.merge_lora)
 
     @trainer.on(Events.EPOCH_STARTED)
@@ -364,7 +469,7 @@ def attach_handlers(
         with to_save["precision"].autocast():
             return reply_to_turns(model, tokenizer, turns)
 
-    if valid_loader is not None and folder is not None:
+    if valid_loader is not None and (folder is not None or args.sharded):  # of shards no process computes alone
         trees: Any = valid_loader.dataset  # torch knows no sequence
         attach_replies(evaluator, partial(make_replies, choose_turns([*chain(*trees)])))
     attach_figures(
@@ -385,11 +490,14 @@ def attach_handlers(
 
 
 @contextlib.contextmanager
-def naming_flags_that_help() -> Iterator[None]:
+def naming_flags_that_help(args: Namespace, memory: str) -> Iterator[None]:
     """Add to an error that ends a run in its midst the flags that help."""
     try:
         yield
-    except NoFiniteGradient as error:
+    except torch.OutOfMemoryError as error:
+        needed = f"a step needs {memory}" if memory else first_line(error)
+        raise UserError(f"out of memory: {needed}; what helps: {memory_savers(args)}") from error
+    except Diverged as error:
         raise UserError(f"{error}; start a new run with a lower --lr, or with --fp16 bf16 or none") from error
     except UserError as error:
         raise UserError(f"{error}; {GO_ON}") from error
@@ -405,7 +513,7 @@ def train(argv: list[str] | None = None) -> str:
     """
     args, run = parse_args(argv)
     saved = read_arguments(run) if run else {}
-    device = setup_distributed(args.device, args.local_rank)
+    device = setup_distributed(args.device or default_device(), args.local_rank, alone=args.sharded)
     check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
@@ -413,6 +521,8 @@ def train(argv: list[str] | None = None) -> str:
     model, tokenizer = prepare_model(args, run, device)
     loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
     train_loader, valid_loader, sampler, _ = loaders
+    memory = tell_memory(args, model, train_loader, device)
+    place_model(args, model, tokenizer, device)
     base = base_digest(model)
     if saved.get("base_digest", base) != base:
         raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
@@ -434,20 +544,20 @@ def train(argv: list[str] | None = None) -> str:
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     make_optimizer = partial(make_adamw, names=names, lr=args.lr, head_lr=args.head_lr)
-    share_weights_(model)  # before their float32 copies are made: --seed 0 draws others in each process
     precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
-    distributed = DistributedDataParallel(model) if idist.get_world_size() > 1 else model
+    copied = idist.get_world_size() > 1 and not args.sharded
+    distributed = DistributedDataParallel(model) if copied else model
     trainer = create_trainer(distributed, precision, optimisation, device)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
-    to_save = {
-        "trainer": trainer,
-        "model": TrainedParameters(model.pretrained, frozen=not rank_of(model.network)),
+    frozen = not rank_of(model.network)
+    tensors: dict[str, Any] = {
+        "model": TrainedParameters(model.pretrained, frozen),
         "optimizer": precision.optimizer,
-        "precision": precision,
-        "best": best,
-        "random": RandomState(),
     }
+    if args.sharded:
+        tensors = {"shards": Shards(model, precision.optimizer, frozen)}
+    to_save = {"trainer": trainer} | tensors | {"precision": precision, "best": best, "random": RandomState()}
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
         load_checkpoint(run, to_save)
@@ -462,7 +572,7 @@ def train(argv: list[str] | None = None) -> str:
         record = make_record(vars(args), found, saved)
         folder = open_run_folder(run, record, trainer.state, model.pretrained.config, tokenizer)
 
-    with naming_flags_that_help():
+    with naming_flags_that_help(args, memory):
         stopped = attach_handlers(
             args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )

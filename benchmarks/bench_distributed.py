@@ -44,10 +44,10 @@ def prepare(setting: Setting) -> list[str]:
             str(model / "cache.bin"), "--n_epochs", "2", "--log_every", "1", "--gpt_tokenization", "basic"]  # fmt: skip
 
 
-def examples_per_second(launcher: list[str], flags: list[str], folder: Path) -> float:
+def examples_per_second(launcher: list[str], flags: list[str], folder: Path, device: str = "cpu") -> float:
     """Of all processes together: the median of a run's steps."""
     with tempfile.TemporaryDirectory(dir=folder) as cwd:
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--device", "cpu"]
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--device", device]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         if done.returncode:

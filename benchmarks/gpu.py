@@ -1,4 +1,6 @@
-"""What one GPU has to show, as JSON lines: correctness in each precision, training's speed, the evaluation's, memory.
+"""What GPUs have to show, as JSON lines: correctness in each precision, training's speed, the evaluation's, memory.
+
+One GPU does; where a machine has several, the last two parts use all of them.
 
 python benchmarks/gpu.py --dataset_path personachat.json.xz --tokenizer openai-gpt
 python benchmarks/gpu.py --dry-run                              # all of it on a CPU with tiny sizes
@@ -8,6 +10,8 @@ import contextlib
 import copy
 import functools
 import itertools
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.bench_distributed import examples_per_second, prepare  # noqa: E402
 from benchmarks.bench_training import PackedTraining, PaddedTraining, make_batches  # noqa: E402
 from benchmarks.measure import Difference, check_close, figure, json_line  # noqa: E402
 from benchmarks.setting import FULL, GPT, QUICK, SMALL, Setting  # noqa: E402
@@ -168,20 +173,59 @@ class Bench:
 
     def evaluation(self) -> Iterator[dict]:
         """hits@1, word ppl and F1 of the whole valid split by the script itself, from the files to the figures."""
-        folder = self.setting.folder / "run"
-        folder.mkdir()
-        save_model(self.setting.model, folder)
-        self.setting.tokenizer.save_pretrained(folder)
-        argv = ["--eval_type", "all", "--no_sample", "--model_checkpoint", str(folder), "--batchsize",
-                str(self.plan.evaluation_batch), "--dataset_path", self.setting.path, "--dataset_cache",
-                str(self.setting.folder / "cache.bin"), "--device", self.setting.device]  # fmt: skip
+        argv = self.evaluation_flags()
         start = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
             report = evaluate(argv)
         yield figure("the three figures of the valid split", (time.perf_counter() - start) / 60, "<= 2", "min",
                      examples=report["examples"])  # fmt: skip
 
+    def shared_evaluation(self) -> Iterator[dict]:
+        """The same by a process a GPU over the same by one, from the start of the processes on; equal figures."""
+        times, reports = [], []
+        for launcher in ([], self.launcher):
+            path = self.setting.folder / "report.json"
+            command = [sys.executable, *launcher, str(ROOT / "convai_evaluation.py"), *self.evaluation_flags()]
+            start = time.perf_counter()
+            run_quietly([*command, "--report", str(path)], self.setting.folder)
+            times.append(time.perf_counter() - start)
+            reports.append(json.loads(path.read_text()))
+        for name in ("hits@1", "ppl", "f1"):
+            check_close(name, reports[0][name], reports[1][name], 0.0 if not self.cuda else 1e-6)
+        yield figure(f"evaluation, {self.processes} processes over one: time", times[1] / times[0], one=times[0],
+                     several=times[1])  # fmt: skip
+
+    def sharded(self) -> Iterator[dict]:
+        """Training in shards over the GPUs, and on each of them a copy, over training on one: examples a second."""
+        flags = [*prepare(self.setting), "--n_epochs", "1", "--gradient_accumulation_steps", "1"]
+        flags += ["--fp16", "bf16"] if self.cuda else ["--train_share", "0.1"]
+        device = self.setting.device
+        one = examples_per_second([], flags, self.setting.folder, device)
+        for name, more in (("copies", []), ("shards", ["--sharded"])):
+            speed = examples_per_second(self.launcher, [*flags, *more], self.setting.folder, device)
+            yield figure(f"training, {self.processes} processes with {name}, over one", speed / one, one=one,
+                         several=speed)  # fmt: skip
+
     # ---------------------------------------------------------------------------------------------------------- tools
+
+    @property
+    def processes(self) -> int:
+        return torch.cuda.device_count() if self.cuda else 2
+
+    @property
+    def launcher(self) -> list[str]:
+        return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+
+    def evaluation_flags(self) -> list[str]:
+        """Flags of the evaluation script for the setting's model, which is written where it is not there yet."""
+        folder = self.setting.folder / "run"
+        if not folder.exists():
+            folder.mkdir()
+            save_model(self.setting.model, folder)
+            self.setting.tokenizer.save_pretrained(folder)
+        return ["--eval_type", "all", "--no_sample", "--model_checkpoint", str(folder), "--batchsize",
+                str(self.plan.evaluation_batch), "--dataset_path", self.setting.path, "--dataset_cache",
+                str(self.setting.folder / "cache.bin"), "--device", self.setting.device]  # fmt: skip
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -223,6 +267,13 @@ class Bench:
                     + backbone.get_parameter("tokens_embed.weight").numel() * labels)  # fmt: skip
 
 
+def run_quietly(command: list[str], folder: Path) -> None:
+    """Run a command in a folder; RuntimeError with what it said where it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+
+
 def precision_name(level: str, tf32: bool) -> str:
     return "tf32" if tf32 else level or "float32"
 
@@ -250,7 +301,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         bench = Bench(setting, DRY if args.dry_run else REAL, start + args.budget)
         name = "CPU" if args.dry_run else torch.cuda.get_device_name()
         print(json_line({"device": name, "torch": torch.__version__, "dataset": args.dataset_path}))
-        for part in (bench.matmul, bench.correctness, bench.learning, bench.evaluation, bench.epoch, bench.training):
+        parts = (bench.matmul, bench.correctness, bench.learning, bench.evaluation, bench.epoch, bench.training,
+                 bench.shared_evaluation, bench.sharded)  # fmt: skip
+        for part in parts:
             if time.perf_counter() > bench.deadline:
                 print(json_line({"benchmark": part.__name__, "skipped": "no time left"}))
                 continue

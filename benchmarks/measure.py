@@ -111,7 +111,7 @@ def peak_memory() -> float:
     """The most memory that this process has had, in MB: Linux's VmHWM, since getrusage's starts with the parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1000
+            return int(line.split()[1]) * 1024 / 1e6  # it is given in KiB
     raise RuntimeError("no VmHWM in /proc/self/status: peak memory is measured on Linux only")
 
 

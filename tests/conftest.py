@@ -1,18 +1,14 @@
 """Tiny models and tokenizers of several families, made here: no network, no GPU, two threads at most."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2Tokenizer,
-    OpenAIGPTConfig,
-    OpenAIGPTTokenizer,
-)
+from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, write_tokenizer
+from transformers import GPT2Config, OpenAIGPTConfig
 
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_model
@@ -32,26 +28,8 @@ def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
     texts = dialogs_of_text(example_json)
     folders = {family: tmp_path_factory.mktemp(family) for family in (*FAMILIES, *OTHERS)}
 
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.BertNormalizer(lowercase=True)
-    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False),
-    )
-    save_tokenizer(OpenAIGPTTokenizer, bpe, folders["gpt"])
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    for family in ("gpt2", *OTHERS):
-        save_tokenizer(GPT2Tokenizer, bpe, folders[family])
+    for family, folder in folders.items():
+        write_tokenizer(family, texts, folder)
 
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 128}
     for family, config_class in (("gpt", OpenAIGPTConfig), ("gpt2", GPT2Config)):
@@ -64,11 +42,6 @@ def base_checkpoints(tmp_path_factory, example_json) -> dict[str, Path]:
         config = config_class(vocab_size=size, tie_word_embeddings=family != "gpt_neox", **shape)
         config.save_pretrained(folders[family])
     return folders
-
-
-def save_tokenizer(tokenizer_class, bpe: Tokenizer, folder: Path) -> None:
-    state = json.loads(bpe.to_str())["model"]
-    tokenizer_class(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]]).save_pretrained(folder)
 
 
 def load_tokenizer_files(folder: Path) -> dict[str, int]:
@@ -109,7 +82,11 @@ def tokenizer(checkpoint):
 
 @pytest.fixture
 def model(checkpoint):
-    return load_model(checkpoint)
+    """A model of the test's own. To load and check one takes a tenth of a second, so that is done once for each."""
+    return copy.deepcopy(load_once(checkpoint))
+
+
+load_once = functools.cache(load_model)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 python tests/crash.py --kills 20        # each run in a process of its own
 python tests/crash.py --kills 3 --short # shorter runs, in forks of one process: what the tests do
+python tests/crash.py --kills 10 --short -- --lora_rank 2   # runs with other flags of train.py
 
 A run is killed with -9 at a seeded random instant of its life: in turn while it trains, validates and saves. It must
 end with the same weights, to the bit, and the same figures at every step as the run that nobody killed, also on
@@ -31,6 +32,7 @@ from ignite.engine import Events  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
 
 import train  # noqa: E402
+from transfertransfo.model.loading import load_model, save_model  # noqa: E402
 from transfertransfo.training.engines import StepEvents  # noqa: E402
 
 PHASES = ("training", "validating", "saving")
@@ -127,11 +129,12 @@ class Result(NamedTuple):
 
 def result(cwd: Path) -> Result:
     """Of the one run that went to its end."""
-    (folder,) = [folder for folder in (cwd / "runs").iterdir() if (folder / "model.safetensors").exists()]
+    (weights,) = (cwd / "runs").glob("*/*model.safetensors")  # an adapter's, or the whole model's
+    folder = weights.parent
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
     events = [event for event in read_events(folder) if not event[1].endswith(TIMES)]
-    return Result((folder / "model.safetensors").read_bytes(), lines, events)
+    return Result(weights.read_bytes(), lines, events)
 
 
 def read_events(folder: Path) -> list[tuple[int, str, float | str]]:
@@ -163,6 +166,8 @@ def prepare(top: Path, short: bool) -> list[str]:
     config = json.loads((model / "config.json").read_text())
     config |= {"n_layer": 1, "n_embd": 12} if short else {"n_layer": 4, "n_embd": 192}
     (model / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    save_model(load_model(model, from_scratch=True), model)  # adapters need weights beside them
     return ["--dataset_path", str(top / "dialogs.json"), "--dataset_cache", str(top / "cache.bin"), "--device", "cpu",
             "--model", str(model), "--lr", "1e-3", "--n_epochs", "2" if short else "3", "--train_batch_size", "2",
             "--gradient_accumulation_steps", "3", "--save_every", "1"]  # fmt: skip
@@ -173,13 +178,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--short", action="store_true", help="shorter runs, in forks of one process")
+    parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a fork cannot go on with the threads of its parent
     generator = random.Random(args.seed)
     context = multiprocessing.get_context("fork" if args.short else "spawn")
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
-        flags = prepare(top, args.short)
+        flags = prepare(top, args.short) + args.flags
         receiver, sender = context.Pipe(duplex=False)
         assert start(context, top / "alone", flags, None, sender) == 0, (top / "alone" / "log").read_text()[-2000:]
         seconds, want = receiver.recv(), result(top / "alone")

@@ -186,10 +186,10 @@ def main(argv: list[str] | None = None) -> int:
             for number in range(args.mutants):
                 seed = f"{args.seed} {kind} {number}"
                 path.write_bytes(make_mutant(random.Random(seed), kind, content))
-                start = time.perf_counter()
+                start = time.process_time()  # another program may have the processor meanwhile
                 try:
                     end = check(path)
-                    seconds = time.perf_counter() - start
+                    seconds = time.process_time() - start
                     assert seconds < MAX_SECONDS, f"{seconds:.1f} s"
                 except Exception as error:
                     failed += 1

@@ -1,17 +1,25 @@
 """What several test modules share: the tree, small datasets, and a training run as a function call."""
 
 import contextlib
+import functools
 import io
 import json
 import logging
+import multiprocessing
+import os
 import signal
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from train import train
+from transfertransfo.cli import run_script
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
@@ -61,6 +69,55 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         "opt": (transformers.OPTConfig, opt),
         "mistral": (transformers.MistralConfig, llama | {"sliding_window": 64}),
         "gemma2": (transformers.Gemma2Config, window),
+        "phi": (transformers.PhiConfig, llama | {"num_key_value_heads": 4}),
+        "ctrl": (transformers.CTRLConfig, gpt | {"dff": 32}),
+        "gptj": (transformers.GPTJConfig, gpt | {"rotary_dim": 4}),
+        "codegen": (transformers.CodeGenConfig, gpt | {"rotary_dim": 4, "n_head": 4}),
+        "qwen3": (transformers.Qwen3Config, llama | {"head_dim": 8}),
+        "phi3": (transformers.Phi3Config, llama | {"sliding_window": 64}),
+        "smollm3": (transformers.SmolLM3Config, llama),
+        "olmo2": (transformers.Olmo2Config, llama),
+        "olmo3": (transformers.Olmo3Config, llama | {"sliding_window": 64}),
+        "exaone4": (transformers.Exaone4Config, llama | {"sliding_window": 64, "sliding_window_pattern": 2}),
+        "starcoder2": (transformers.Starcoder2Config, llama | {"sliding_window": 64}),
+        "mixtral": (transformers.MixtralConfig, llama | experts | {"sliding_window": 64}),
+        "gemma4_text": (
+            transformers.Gemma4TextConfig,
+            window | {"vocab_size_per_layer_input": vocab_size, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
+        ),
+        "bloom": (transformers.BloomConfig, {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
+        "mpt": (transformers.MptConfig, {"d_model": 16, "n_layers": 2, "n_heads": 2}),
+        "gpt_neo": (
+            transformers.GPTNeoConfig,
+            {
+                "hidden_size": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "max_position_embeddings": 400,
+                "window_size": 256,
+            },
+        ),
+        "dbrx": (
+            transformers.DbrxConfig,
+            {
+                "d_model": 16,
+                "n_heads": 2,
+                "n_layers": 2,
+                "max_seq_len": 128,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+                "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
+            },
+        ),
+        "xglm": (
+            transformers.XGLMConfig,
+            {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 512},
+        ),
+        "phimoe": (transformers.PhimoeConfig, llama | experts),
+        "granitemoe": (transformers.GraniteMoeConfig, llama | experts | {"logits_scaling": 3.0}),
+        "cohere": (transformers.CohereConfig, llama),
+        "cohere2": (transformers.Cohere2Config, window),
+        "granite": (transformers.GraniteConfig, llama | {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
         "gemma3_text": (transformers.Gemma3TextConfig, window),
         "gpt_oss": (transformers.GptOssConfig, window | experts),
         "deepseek_v3": (
@@ -69,6 +126,30 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         ),
     }[family]
     return kind(**{"vocab_size": vocab_size, **shape, **tokens, **more})
+
+
+def write_tokenizer(family: str, texts: Sequence[str], folder: Path) -> None:
+    """Write a tokenizer of some hundred tokens: GPT's kind for GPT, GPT-2's for all others."""
+    tokenizer = train_tokenizer(family == "gpt", tuple(texts))
+    state = json.loads(tokenizer.to_str())["model"]
+    kind = transformers.OpenAIGPTTokenizer if family == "gpt" else transformers.GPT2Tokenizer
+    kind(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]]).save_pretrained(folder)
+
+
+@functools.cache
+def train_tokenizer(of_gpt: bool, texts: tuple[str, ...]) -> Tokenizer:
+    if of_gpt:
+        bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.BertNormalizer(lowercase=True)
+        bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        options = {"vocab_size": 300, "special_tokens": ["<unk>"], "end_of_word_suffix": "</w>"}
+    else:
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        options = {"vocab_size": 400, "special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **options))
+    return bpe
 
 
 def dialog(number: int, turns: int = 2) -> dict:
@@ -127,6 +208,42 @@ def run_training(folder: Path, checkpoint: Path, *flags, dataset: dict = DATASET
     with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
         run_folder = train([str(argument) for argument in argv])
     return Run(folder / run_folder, log.getvalue())
+
+
+def run_processes(count: int, cwd: Path, script: Callable, argv: list) -> list[int]:
+    """Run a script's entry function in processes that find one another as a launcher's do, each with one thread.
+
+    They are forks of this one, which start at once. What they say is in `cwd` as `log0`, `log1`, ...
+
+    Returns:
+        Their exit statuses.
+    """
+    cwd.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_run_launched, args=(rank, count, port, cwd, script, list(map(str, argv))))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _run_launched(rank: int, count: int, port: int, cwd: Path, script: Callable, argv: list[str]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(cwd / f"log{rank}", "w"))
+        os.dup2(log.fileno(), 2)
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stack.enter_context(redirect(log))
+        stack.enter_context(contextlib.chdir(cwd))
+        run_script(lambda: script(argv))
 
 
 def dialogs_of_text(dataset: dict) -> list[str]:

@@ -105,6 +105,7 @@ def test_goals():
             check_close("x", 100.0, other, 2e-3)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_childs_own():
     """getrusage of a child begins with what its parent had, which made every side's peak that of the largest."""
     kept = written(1200)
@@ -155,5 +156,6 @@ def test_dry_run_of_the_gpu_benchmarks(monkeypatch):
     names = {row["benchmark"] for row in gpu.main(["--dry-run"])}
     assert {"correctness, float32: largest difference of a loss", "correctness, bf16: largest difference of a loss",
             "training, bf16: loss over O0's after 10 steps, less 1",
+            "evaluation, 2 processes over one: time", "training, 2 processes with shards, over one",
             "training, bf16", "the three figures of the valid split",
             "one epoch of the paper's recipe, bf16, extrapolated"} <= names  # fmt: skip

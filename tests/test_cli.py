@@ -3,16 +3,19 @@
 import argparse
 import logging
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import process_as_it_was
 
 from transfertransfo import cli
 from transfertransfo.cli import ArgumentParser, number, run_script, set_seed, set_up_logging
-from transfertransfo.errors import UserError
+from transfertransfo.errors import UserError, printable, printable_lines
 from transfertransfo.model.double_heads import default_device
 
 LEVELS = {  # the least that a library may say
@@ -173,9 +176,57 @@ def test_user_error_is_one_line_and_status_2(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "train.py: error: data.json: train dialog 3: no utterances\n")
 
 
-def test_other_errors_are_not_hidden():
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_what_nobody_foresaw_is_a_line_that_says_how_to_see_more(monkeypatch, capsys, debug):
+    """The exceptions of other libraries were tracebacks."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv(cli.DEBUG, debug)
+    with pytest.raises(SystemExit) as ending:
         run_script(lambda: 1 / 0)
+    assert ending.value.code == 1
+    *above, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ZeroDivisionError: division by zero (not foreseen; --debug shows where")
+    assert bool(above) == bool(debug)
+
+
+# Text from outside
+
+CONTROLS = "\x1b[31m \x07 \r \x9b2J \x85 \x00 \x7f"
+
+
+def is_harmless(shown: str) -> bool:
+    return not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+
+
+def test_printable():
+    assert printable("a\x1b[31m\tb\r\nc\x9b\x07\x7f\ud800 é😀") == "a\\x1b[31m b  c\\x9b\\x07\\x7f? é😀"
+    assert printable_lines("a\nb\r\n") == "a\nb \n"
+
+
+def test_no_error_line_reaches_the_terminal_raw(monkeypatch, capsys, parser):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def script():
+        raise UserError(f"{CONTROLS}: no such file\nthe second line")
+
+    path = Path(CONTROLS.replace("\x00", ""))
+    for fault in (script, path.read_bytes, lambda: parser.parse_args([f"--no{CONTROLS}"])):
+        with pytest.raises(SystemExit):
+            run_script(fault)
+        error = capsys.readouterr().err
+        assert is_harmless(error) and "\\x1b[31m" in error and "\\x9b2J" in error
+
+
+def test_no_log_line_reaches_the_terminal_raw(capsys):
+    with process_as_it_was():
+        set_up_logging()
+        logging.getLogger("transfertransfo").warning("%s: damaged", CONTROLS)
+        try:
+            raise ValueError(CONTROLS)
+        except ValueError:
+            logging.getLogger("transfertransfo").exception("behind it")
+    error = capsys.readouterr().err
+    assert is_harmless(error) and error.count("\\x1b[31m") >= 2 and "Traceback" in error
 
 
 def test_a_reader_that_leaves_ends_the_script_quietly():

@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from helpers import FAMILIES, OTHERS, ROOT
+from helpers import FAMILIES, OTHERS, ROOT, run_processes
 
 import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
@@ -84,6 +84,26 @@ def parlai_data(dataset, tmp_path) -> Path:
 
 
 # The script
+
+
+def test_processes_measure_what_one_does(checkpoint, dataset, tmp_path, capsys):
+    """Three share six batches of four; to the last digit, sampled replies too, each file written once."""
+    flags = ["--model_checkpoint", checkpoint, "--dataset_path", dataset, "--dataset_cache", "", "--device", "cpu",
+             "--eval_type", "all", "--max_length", 6, "--batchsize", 4]  # fmt: skip
+    report, details = tmp_path / "report.json", tmp_path / "details.jsonl"
+    flags += ["--report", report, "--details", details]
+    run(list(map(str, flags)))
+    one, printed = (report.read_bytes(), details.read_bytes()), capsys.readouterr().out
+    assert run_processes(3, tmp_path / "three", run, flags) == [0, 0, 0]
+    assert (report.read_bytes(), details.read_bytes()) == one
+    said = [(tmp_path / "three" / f"log{rank}").read_text() for rank in range(3)]
+    assert printed in said[0] and said[1:] == ["", ""]
+
+
+def test_other_backends_take_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--backend parlai: takes one process; start it without torchrun and --sh"):
+        run(["--backend", "parlai"])
 
 
 def test_figures_are_those_of_the_details(evaluate, dataset, capsys):
@@ -209,11 +229,22 @@ def test_bfloat16_changes_little(family, evaluate):
     ("eval_type", "keys"),
     [("hits@1", {"hits@1", "fewest_candidates", "most_candidates", "sole_candidates"}),
      ("ppl", {"ppl", "token_ppl", "scored_words", "unknown_words"}),
-     ("f1", {"f1", "label_words", "distinct-1", "distinct-2"})],
+     ("f1", {"f1", "label_words", "distinct-1", "distinct-2"} | {f"{whose}persona_{figure}" for whose in ("", "gold_")
+             for figure in ("precision", "recall", "f1", "copies")})],
 )  # fmt: skip
 def test_only_what_is_asked_for_is_measured(evaluate, eval_type, keys):
     report, _, _ = evaluate("--eval_type", eval_type)
     assert set(report) == {"examples"} | keys
+
+
+def test_the_model_talks_to_itself(evaluate, capsys):
+    report, written, talks = evaluate("--eval_type", "selfchat", "--num_chats", 2, "--num_beams", 2, "--rank")
+    assert report == {key: written[key] for key in report} and set(report) > set(written["people"])
+    assert (report["talks"], report["replies"]) == (2, 32) and [len(talk["turns"]) for talk in talks] == [17, 17]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("2 talks, 32 replies") and len(said) == len(written["people"])
+    with pytest.raises(UserError, match=r"^--eval_type selfchat: --backend native alone has it$"):
+        evaluate("--eval_type", "selfchat", "--backend", "parlai")
 
 
 def test_empty_replies_count_as_wrong(evaluate, monkeypatch):

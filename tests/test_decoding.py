@@ -27,6 +27,7 @@ from transfertransfo.decoding import (
     sample_sequence,
     score_replies,
     top_filtering,
+    weigh_replies,
 )
 from transfertransfo.errors import SettingError, UserError, flags_named
 from transfertransfo.model.double_heads import DoubleHeads
@@ -351,6 +352,22 @@ def one_sequence_score(model, context, reply, tokenizer) -> float:
         return float(model.choice_scores(hidden[0, row["mc_token_ids"]]))
 
 
+@of_every_family
+def test_weighed_replies_equal_one_sequence_a_reply(model, tokenizer):
+    replies = [[[7], [8, 9]], [[7, 8, 9]], [[]], [[9, 7], [9, 8], [9]]]
+    for context, row, weighed in zip(CONTEXTS, replies, weigh_replies(model, CONTEXTS, replies, tokenizer)):
+        for reply, (score, log_p) in zip(row, weighed, strict=True):
+            assert score == pytest.approx(one_sequence_score(model, context, reply, tokenizer), abs=1e-4)
+            sequence = build_input_from_segments(*context, reply, tokenizer, lm_labels=True)
+            ids, types = (torch.tensor([sequence[name]]) for name in ("input_ids", "token_type_ids"))
+            with torch.inference_mode():
+                hidden = model.hidden_states(ids, types, torch.arange(ids.size(1))[None])
+                losses = model.lm_logits(hidden[0, :-1]).float().log_softmax(-1)
+            labels = torch.tensor(sequence["lm_labels"][1:])
+            expected = losses[labels >= 0, labels[labels >= 0]].sum().item()
+            assert log_p == pytest.approx(expected, abs=1e-3)
+
+
 def test_scores_of_different_numbers_of_replies(model, tokenizer):
     replies = [[[7], [8, 9]], [[7]], [[]], [[9]]]
     assert [len(row) for row in score_replies(model, CONTEXTS, replies, tokenizer)] == [2, 1, 1, 1]
@@ -396,6 +413,24 @@ def test_rows_that_have_ended_say_so(model, tokenizer):
     steps = list(decode(model, CONTEXTS, tokenizer, args))
     assert [list(itertools.chain(*gained)) for gained in zip(*steps)] == want
     assert len(steps) == max(map(len, want))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("changed", [{}, {"no_sample": False}, {"num_beams": 2}])
+def test_scores_that_are_not_finite_are_said(model, tokenizer, monkeypatch, changed, bad):
+    """They were a traceback: "probability tensor contains either `inf`, `nan` or element < 0"."""
+    lm_logits, steps = type(model).lm_logits, []
+
+    def spoiled(self, hidden):
+        steps.append(None)
+        return lm_logits(self, hidden).index_fill(-1, torch.tensor([7]), bad if len(steps) == 3 else 0.0)
+
+    monkeypatch.setattr(type(model), "lm_logits", spoiled)
+    with pytest.raises(UserError, match=r"^the model gives scores that are not finite"):
+        generate(model, [CONTEXTS[0]], tokenizer, options(min_length=8, **changed))
+    monkeypatch.setattr(type(model), "choice_scores", lambda self, hidden: hidden[..., 0] * bad)
+    with pytest.raises(UserError, match=r"^the model gives scores that are not finite"):
+        score_replies(model, [CONTEXTS[0]], [[[7], [8]]], tokenizer)
 
 
 # A chat's turns, one after another

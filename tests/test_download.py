@@ -270,7 +270,7 @@ def test_nothing_is_seen_of_a_file_before_it_is_whole(server, cache):
     server.answers = [Answer(meanwhile=look)]
     path = fetch(server.root + "/data.json")
     assert path.name not in seen
-    assert [mode for name, mode in seen.items() if name.startswith("part-")] == [0o700]
+    assert [mode for name, mode in seen.items() if name.startswith("part.")] == [0o700]
     assert left_in(cache) == [path.name]
 
 

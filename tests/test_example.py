@@ -130,8 +130,42 @@ def test_answers_beside_one_another(run_script, checkpoints, tmp_path, capsys):
     assert [row[0] for row in cells] == ["hello !", "any pets ?"] and all(row[1] == row[2] != "" for row in cells)
 
 
+def test_sentences_and_their_contraries(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "example")
+    from contradictions import OF_NEGATIVE, OF_POSITIVE, contrary, make_cases
+
+    for sentence, other in [
+        ("i like tea .", "i hate tea ."), ("i am a nurse .", "i am not a nurse ."), ("i'm old .", "i am not old ."),
+        ("i can sing .", "i cannot sing ."), ("i work at sea .", "i do not work at sea ."),
+        ("my best friend is tall .", "my best friend is not tall ."), ("two dogs are mine .", None),
+        ("i likewise agree .", None),
+    ]:  # fmt: skip
+        assert contrary(sentence, OF_POSITIVE) == other
+    for sentence, other in [
+        ("i do not eat meat .", "i eat meat ."), ("i hate tea .", "i love tea ."), ("i am not old .", "i am old ."),
+        ("i can't sing .", "i can sing ."), ("my dog is not big .", "my dog is big ."), ("i sing .", None),
+    ]:  # fmt: skip
+        assert contrary(sentence, OF_NEGATIVE) == other
+    dialogs = [{"personality": ["i am not old .", "i ski .", "i like tea ."]}, {"personality": ["i am not old ."]}]
+    assert make_cases(dialogs) == {
+        "positive": [(dialogs[0]["personality"], "i like tea .", "i hate tea .")],
+        "negative": [(dialogs[0]["personality"], "i am not old .", "i am old .")],
+    }
+
+
+def test_the_heads_say_what_they_prefer(run_script, checkpoints, example_json, tmp_path, capsys):
+    (tmp_path / "valid.json").write_text(json.dumps({"valid": example_json["valid"][:2]}))
+    flags = ["--dataset_path", tmp_path / "valid.json", "--dataset_cache", "", "--device", "cpu"]
+    run_script("contradictions.py", checkpoints["gpt"], *flags)
+    _, positive, negative = map(str.split, capsys.readouterr().out.splitlines())
+    assert positive[0] == "positive" and int(positive[1]) > 3 and all(0 <= float(share) <= 1 for share in positive[2:])
+    assert negative[0] == "negative"
+
+
 @pytest.mark.parametrize(("name", "args", "line"), [
     ("compare.py", ["a"], "compare.py: error: --questions or --dataset_path: give one of the two\n"),
+    ("contradictions.py", ["a", "--count", "0"],
+     "contradictions.py: error: argument --count: expected a whole number of at least 1, got '0'\n"),
     ("compare.py", ["a", "--questions", "q", "--html", "no/x.html"],
      "compare.py: error: --html no/x.html: no file can be written there\n"),
     ("ship.py", [".", "f"], "ship.py: error: .: no model.safetensors or adapter_model.safetensors there\n"),

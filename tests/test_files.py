@@ -1,10 +1,15 @@
 """Files are whole or as they were before."""
 
 import os
+import re
+import signal
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 
-from transfertransfo.files import write_atomically
+from transfertransfo.files import TEMPORARY, own_prefix, remove_abandoned, write_atomically
 
 
 def test_write_atomically_replaces_and_keeps_the_usual_rights(tmp_path):
@@ -31,3 +36,30 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_process_was_writing_is_removed_at_the_next_start(tmp_path):
+    """It stayed beside the dataset's cache for ever."""
+    code = f"""
+import os, signal, tempfile
+from pathlib import Path
+from transfertransfo.files import TEMPORARY, open_atomically, own_prefix
+tempfile.mkdtemp(prefix=own_prefix("cache_2"), suffix=TEMPORARY, dir={str(tmp_path)!r})
+with open_atomically(Path({str(tmp_path)!r}, "cache_1.bin")) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert ended.returncode == -signal.SIGKILL
+    left = sorted(os.listdir(tmp_path))
+    assert len(left) == 2 and all(name.endswith(TEMPORARY) for name in left)
+    own = f"{own_prefix('cache_3')}abc{TEMPORARY}"  # this process lives
+    other_machine = re.sub(r"-[0-9a-f]{8}[.]", "-00000000.", left[0])
+    kept = {own, other_machine, f"cache_x{TEMPORARY}", "cache_1.bin"}
+    for name in kept:
+        (tmp_path / name).touch()
+    remove_abandoned(tmp_path, "other_")
+    assert set(os.listdir(tmp_path)) == {*kept, *left}
+    remove_abandoned(tmp_path, "cache_")
+    assert set(os.listdir(tmp_path)) == kept

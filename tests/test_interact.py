@@ -26,7 +26,7 @@ from helpers import ROOT
 import interact
 from transfertransfo.chat import conversation, terminal
 from transfertransfo.chat.commands import COMMANDS, answer
-from transfertransfo.chat.conversation import Chat, readable
+from transfertransfo.chat.conversation import Chat
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.parlai import write_parlai
@@ -408,13 +408,20 @@ def test_the_transcript_has_each_turn(chat):
     ]
 
 
+def test_nothing_that_is_shown_reaches_the_terminal_raw(chat, tokenizer, monkeypatch, capsys, checkpoint):
+    """Escape sequences of a persona or a reply could clear the screen, or type into it."""
+    hostile = "a \x1b[2J \x07 \r \x9b1m \x00 tea"
+    (ids,) = tokenize(tokenizer, [hostile])
+    flags = ["--model", checkpoint, "--personality", hostile, "--no_sample"]
+    lines = [f"hi{hostile}", "/history", f"/{hostile}", f"/set {hostile}", f"/save {hostile}/x", "/undo"]
+    shown = [chat.text_of(ids), chat.begin([hostile]), chat_through_a_pipe(monkeypatch, capsys, lines, *flags)]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "".join(shown))
+    assert "\\x1b[2J" in shown[1] and "Persona: a \\x1b[2J \\x07" in shown[2] and ">>> hia \\x1b[2J" in shown[2]
+
+
 def test_quit(chat):
     with pytest.raises(EOFError):
         say(chat, "/quit")
-
-
-def test_readable():
-    assert readable("a\x1b[31m\nb\x9b\ud800 é😀") == "a [31m b ? é😀"
 
 
 # ---- personas ----
@@ -751,6 +758,7 @@ def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
         with killed_in_the_end(process):
             assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]), "Ctrl-Z does not suspend"
         process.send_signal(signal.SIGCONT)
+        read_until(ours, ">>>")  # only then does it read keys again: Ctrl-D is the terminal's own before
     os.write(ours, b"\x04")
     assert process.wait(PATIENCE) == 0
     os.close(ours)

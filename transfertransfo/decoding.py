@@ -21,7 +21,7 @@ from transfertransfo.data.inputs import Example, build_input_from_segments, cont
 from transfertransfo.data.tokenization import special_ids
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
-from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads, finite
 
 LEAVE = 4  # a batch of greedy replies is made smaller when one row in so many has ended
 
@@ -150,6 +150,41 @@ def score_replies(
     return [scored[: len(row)] for scored, row in zip(scores, replies)]
 
 
+class Weighed(NamedTuple):
+    """What the two heads say about a reply."""
+
+    score: float  # of the choice head
+    log_p: float  # log-probability of its words and of `<eos>`
+
+
+@torch.inference_mode()
+def weigh_replies(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    replies: list[list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[Weighed]]:
+    """Score and log-probability of each reply to its context, each complete with `<eos>`.
+
+    A fork for each reply has all of them predicted; in a context's tree they share what they have in common.
+    """
+    examples = [Example(context[0], context[1], row) for context, row in zip(contexts, replies)]
+    start = model.history_start
+    together = [make_fork(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
+    forks = [fork._replace(replies=[reply], lm_reply=0) for fork in together for reply in fork.replies]
+    batch = pack(forks, tokenizer.pad_token_id, sizes=[len(row) for row in replies]).to(model.device)
+    hidden = model.packed_hidden_states(batch)
+    scores = model.choice_scores(hidden[batch.last_positions]).flatten().tolist()
+    lengths = [len(fork.replies[0]) for fork in forks]
+    weighed = []
+    # one reply after another: the logits of all at once would be as large as the vocabulary times all their tokens
+    for score, positions, labels in zip(scores, batch.lm_positions.split(lengths), batch.lm_labels.split(lengths)):
+        log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)  # (tokens of the reply, vocabulary)
+        weighed.append(Weighed(score, float(log_p.gather(-1, labels[:, None]).sum())))
+    rest = iter(weighed)
+    return [[next(rest) for _ in row] for row in replies]
+
+
 def fit_context(model: DoubleHeads, context: Context, max_length: int) -> Context:
     """The context as the model sees it: shortened, the oldest turns first, where it leaves no room for a reply.
 
@@ -265,7 +300,7 @@ class CachedRows:
             mask = (causal & self.attended[:, None, None, :columns]) | itself
         new = slice(served, columns)
         hidden = model.hidden_states(ids[:, new], types[:, new], positions[:, new], mask, self.cache)[:, -1]
-        self.logits = model.lm_logits(hidden).float()
+        self.logits = finite(model.lm_logits(hidden).float())
         self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token
         self.certain = columns  # that all copies of a row have in common
 
@@ -304,7 +339,7 @@ class CachedRows:
         self.columns += 1
         keys = self.attended[:, None, None, : self.columns] if self.ragged else None
         hidden = self.model.hidden_states(tokens[:, None], self.types, self.positions, keys, self.cache)[:, -1]
-        self.logits = self.model.lm_logits(hidden).float()
+        self.logits = finite(self.model.lm_logits(hidden).float())
         self.positions = self.positions + 1
         if len(self.held) == self.columns - 1:  # not before: a forward may be interrupted
             self.held.append(token)
@@ -397,6 +432,7 @@ def decode(
     decoding: Decoding,
     prefix: list[int] | None = None,
     memory: Memory | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Generator[list[list[int]]]:
     """Each reply's next token, step by step, sampled or greedy: a list of one token, or of none if it has ended.
 
@@ -406,6 +442,7 @@ def decode(
     Args:
         prefix: the first tokens of every reply, if they are given already.
         memory: of a chat whose replies are made with it one after another; it changes nothing but the time they take.
+        generators: what each context's replies are drawn by, so that they are those that it has alone; None = torch's.
 
     Raises:
         SettingError: `max_length` is more than the model has room for.
@@ -419,7 +456,7 @@ def decode(
     n_replies = len(replies)
     # 4) a token a step
     for step in range(decoding.max_length):
-        chosen = _choose(penalize(tokens, rows.logits), decoding, special, go_on=step < decoding.min_length)
+        chosen = _choose(penalize(tokens, rows.logits), decoding, special, generators, go_on=step < decoding.min_length)
         ended |= torch.isin(chosen, special)
         if ended.all():
             return
@@ -442,11 +479,19 @@ def decode(
         rows.append_(chosen)
 
 
-def _choose(logits: Tensor, decoding: Decoding, special: Tensor, *, go_on: bool) -> Tensor:
+def _choose(
+    logits: Tensor,
+    decoding: Decoding,
+    special: Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    *,
+    go_on: bool,
+) -> Tensor:
     """The next token of each row: (R, vocabulary) -> (R,).
 
     Args:
         special: ids of the tokens that end a reply.
+        generators: as in `decode`.
         go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves no word.
     """
     if decoding.no_sample and not go_on:
@@ -456,7 +501,12 @@ def _choose(logits: Tensor, decoding: Decoding, special: Tensor, *, go_on: bool)
         words = probabilities.index_fill(-1, special, 0.0)
         # original: draws again until it is a word, for ever where no word is left
         probabilities = torch.where(words.any(-1, keepdim=True), words, probabilities)
-    return probabilities.argmax(-1) if decoding.no_sample else torch.multinomial(probabilities, 1).squeeze(-1)
+    if decoding.no_sample:
+        return probabilities.argmax(-1)
+    if generators is None:
+        return torch.multinomial(probabilities, 1).squeeze(-1)
+    groups = zip(probabilities.split(decoding.num_samples), generators)
+    return torch.cat([torch.multinomial(group, 1, generator=generator) for group, generator in groups]).squeeze(-1)
 
 
 def _probabilities(logits: Tensor, decoding: Decoding) -> Tensor:

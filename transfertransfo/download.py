@@ -22,6 +22,7 @@ from requests.structures import CaseInsensitiveDict
 from tqdm import tqdm
 
 from transfertransfo.errors import UserError
+from transfertransfo.files import TEMPORARY, own_prefix, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _sha256(path: Path) -> str:
 def _download(url: str, shown: str, path: Path, sha256: str | None) -> None:
     """Download to a temporary folder beside `path`, and rename the file when it is whole."""
     logger.info("downloading %s", shown)
-    with tempfile.TemporaryDirectory(prefix="part-", dir=path.parent) as folder, requests.Session() as session:
+    with _part_folder(path.parent) as folder, requests.Session() as session:
         if url.lower().startswith("https:"):
             del session.adapters["http://"]  # a redirect to plain http then has no way to go
         session.headers["Accept-Encoding"] = "identity"  # lengths and ranges are then those of the file itself
@@ -135,6 +136,12 @@ def _download(url: str, shown: str, path: Path, sha256: str | None) -> None:
         if sha256 and (found := _sha256(part)) != sha256:
             raise ValueError(f"the content's SHA-256 is {found}, expected {sha256}")
         os.replace(part, path)
+
+
+def _part_folder(parent: Path) -> tempfile.TemporaryDirectory:
+    """A private folder for what is not whole yet. Those of processes that were killed are removed."""
+    remove_abandoned(parent, "part.")
+    return tempfile.TemporaryDirectory(prefix=own_prefix("part"), suffix=TEMPORARY, dir=parent)
 
 
 class _StatusError(requests.RequestException):
@@ -240,7 +247,7 @@ def extract(archive: Path, into: Path | None = None) -> Path:
 
 
 def _extract_to(archive: Path, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="part-", dir=folder.parent) as temporary:
+    with _part_folder(folder.parent) as temporary:
         content = Path(temporary, "content")
         content.mkdir(mode=0o700)
         with archive.open("rb") as file:

@@ -5,6 +5,9 @@ import importlib.util
 import re
 from collections.abc import Iterator
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+CONTROLS |= dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " ")  # white space
+
 
 class UserError(Exception):
     """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2."""
@@ -36,12 +39,31 @@ def in_flags(error: UserError) -> str:
     return text
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error's message in one line, whatever library it came from."""
     text = str(error).strip() or type(error).__name__
     if "weights only" in text.lower().replace("_", " "):  # torch goes on with how to load it all the same
         return "not safe to load: a pickle of more than weights, or damaged"
-    return text.splitlines()[0]
+    return shortened(text.splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """Text from outside in one line, which a terminal shows and does not obey.
+
+    White space, line ends too, becomes a blank. Other control characters, C0 and C1, become `\\x1b`, and what is no
+    Unicode, as half of a surrogate pair, `?`.
+    """
+    return text.translate(CONTROLS).encode("utf-8", "replace").decode()
+
+
+def printable_lines(text: str) -> str:
+    """The same of several lines, which stay so."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def require(flag: str, *packages: str, requirements: str = "extra") -> None:

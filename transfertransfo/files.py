@@ -1,9 +1,13 @@
 """Files that at any instant are either whole or as they were before."""
 
 import contextlib
+import glob
 import os
+import re
 import shutil
+import socket
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +28,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write to, which takes its place at `path` when the block ends well, and else is gone."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=TEMPORARY)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=own_prefix(path.name), suffix=TEMPORARY)
     try:
         with open(descriptor, "wb") as file:
             yield file
@@ -38,6 +42,38 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed was about to write in a folder."""
     for path in folder.glob(f"*{TEMPORARY}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def own_prefix(name: str) -> str:
+    """What begins the name of a temporary file or folder of this process, for `remove_abandoned`."""
+    return f"{name}.{os.getpid()}-{_machine()}."
+
+
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Remove the temporary files and folders whose names begin so and whose process, on this machine, is no more.
+
+    They are those of `own_prefix`. What cannot be removed stays.
+    """
+    for path in folder.glob(f"{glob.escape(name)}*{TEMPORARY}"):
+        found = re.search(r"\.(\d{1,9})-([0-9a-f]{8})\.\w+" + re.escape(TEMPORARY) + "$", path.name)
+        if found and found[2] == _machine() and not _is_alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _machine() -> str:
+    """Tells this machine from others that write to the same disk; a container counts as one."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def move_into_place(temporary: str | Path, path: Path) -> None:

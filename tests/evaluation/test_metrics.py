@@ -9,12 +9,15 @@ import pytest
 from transfertransfo.evaluation.metrics import (
     SPECIAL_WORDS,
     WordProbabilities,
+    content_words,
+    copies,
     count_words,
     distinct_n,
     f1,
     hit,
     normalize,
     perplexity,
+    persona_overlap,
     rank,
     read_word_counts,
     right_places,
@@ -195,3 +198,20 @@ def test_right_places_are_those_whose_choice_is_a_hit():
     places = right_places(rows)
     assert places == [[1, 2, 3], [0], [1], [0, 1, 2]]
     assert places == [[i for i in range(len(row)) if hit([i], row, row[-1])] for row in rows]
+
+
+def test_content_words_are_those_without_grammar():
+    assert content_words("I don't like the green teas, and we've had them!") == ["like", "green", "teas"]
+    assert content_words("it isn't about you .") == []
+
+
+def test_persona_overlap():
+    persona = ["i like green tea .", "i have two dogs , old dogs ."]  # like green tea two dogs old dogs
+    assert persona_overlap("my dogs and dogs like big dogs", persona) == pytest.approx((3 / 5, 3 / 7, 2 * 3 / (5 + 7)))
+    assert persona_overlap("what do you do ?", persona) == persona_overlap("tea", []) == (0.0, 0.0, 0.0)
+
+
+def test_copies_takes_four_words_in_a_row_of_one_text():
+    assert copies("Oh, I have two old dogs!", ["i like tea .", "i have two old cats ."])
+    assert not copies("i have two", ["i have two"]) and not copies("", ["", "a b c d"])
+    assert not copies("i like tea i have", ["i like tea .", "i have two old cats ."])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
 
-FAMILIES = ("gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "gemma3_text", "gemma3", "mistral", "gpt_oss")
+WINDOWED = ("mistral", "gemma2", "gemma3_text", "gemma3", "gpt_oss", "cohere2")
+FAMILIES = ("gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "cohere", "granite", "deepseek_v3", "phimoe", *WINDOWED)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -42,7 +44,8 @@ def bases(base_checkpoints, tmp_path_factory):
     def make(family: str) -> Path:
         folder = tmp_path_factory.mktemp(f"{family}-base")
         tokenizer = load_tokenizer(base_checkpoints["gpt" if family == "gpt" else "gpt2"])
-        tiny_config(family, len(tokenizer)).save_pretrained(folder)
+        window = {"sliding_window": 4} if family in WINDOWED else {}  # shorter than the texts
+        tiny_config(family, len(tokenizer), **window).save_pretrained(folder)
         model = load_model(folder, from_scratch=True)
         draw_(model, seed=1)
         save_model(model, folder)
@@ -82,14 +85,16 @@ def save(model: DoubleHeads, tokenizer, folder: Path, merge_lora: bool = False) 
     return folder
 
 
+EXAMPLES = [
+    Example([[7, 8], [9]], [[9, 10, 11], [13, 14], [15, 16]], [[12, 13], [14], [15, 16, 17]]),
+    Example([[20, 8]], [[19, 10, 11]], [[22, 13], [14, 12], [13, 14, 23]]),
+]
+
+
 @torch.inference_mode()
 def losses_of(model: DoubleHeads, tokenizer) -> torch.Tensor:
     """Language-model loss, choice loss, and the scores of candidates that the choice head must not confuse."""
-    examples = [
-        Example([[7, 8], [9]], [[9, 10, 11], [13, 14], [15, 16]], [[12, 13], [14], [15, 16, 17]]),
-        Example([[20, 8]], [[19, 10, 11]], [[22, 13], [14, 12], [13, 14, 23]]),
-    ]
-    batch = pack([make_fork(example, tokenizer) for example in examples], tokenizer.pad_token_id)
+    batch = pack([make_fork(example, tokenizer) for example in EXAMPLES], tokenizer.pad_token_id)
     logits, scores = model(batch)
     losses = cross_entropy(logits, batch.lm_labels), cross_entropy(scores, batch.choice_labels)
     return torch.cat([torch.stack(losses), scores.flatten()])
@@ -122,12 +127,25 @@ def reply_of(model: DoubleHeads, tokenizer) -> list[int]:
 
 
 def reply_in_transformers(folder: Path, tokenizer, token_types: bool) -> list[int]:
+    return greedy_reply(logits_in_transformers(folder, token_types), tokenizer)
+
+
+def logits_in_transformers(folder: Path, token_types: bool):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return lambda ids, types: model(input_ids=ids, **{"token_type_ids": types} if token_types else {}).logits
 
-    def logits_of(ids, types):
-        return model(input_ids=ids, **{"token_type_ids": types} if token_types else {}).logits
 
-    return greedy_reply(logits_of, tokenizer)
+@torch.inference_mode()
+def loss_in_transformers(folder: Path, tokenizer, token_types: bool) -> torch.Tensor:
+    """The language-model loss, of each sequence alone."""
+    logits_of, logits, labels = logits_in_transformers(folder, token_types), [], []
+    for example in EXAMPLES:
+        fork = make_fork(example, tokenizer)
+        reply, start = fork.replies[fork.lm_reply], len(fork.context)
+        types = [*fork.token_types, *[fork.token_types[-1]] * len(reply)]
+        logits += logits_of(torch.tensor([fork.context + reply]), torch.tensor([types]))[0, start - 1 : -1]
+        labels += reply
+    return cross_entropy(torch.stack(logits), torch.tensor(labels))
 
 
 def test_adapted_is_reloaded_is_merged(base, tmp_path):
@@ -146,6 +164,8 @@ def test_adapted_is_reloaded_is_merged(base, tmp_path):
         torch.testing.assert_close(losses_of(model, tokenizer), want, atol=1e-5, rtol=1e-5, msg=name)
         assert reply_of(model, tokenizer) == reply, name
     assert reply_in_transformers(whole, tokenizer, adapted.token_types) == reply
+    loss = loss_in_transformers(whole, tokenizer, adapted.token_types)
+    torch.testing.assert_close(loss, want[0], atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_are_where_a_text_passes(base, family):
@@ -187,6 +207,101 @@ def test_an_adapters_weights_that_do_not_fit_are_refused(base, tmp_path, change)
     message = f"^--model_checkpoint {run}: no usable adapter there .its weights are not those of the adapter: "
     with pytest.raises(UserError, match=message):
         load_model(run)
+
+
+@pytest.fixture(scope="module")
+def run(bases, tmp_path_factory):
+    """A run folder with an adapter of a Llama."""
+    return save(*adapt(bases("llama")), tmp_path_factory.mktemp("adapted") / "run")
+
+
+ENDLESS = "(a+)+$"  # as a regular expression it takes years on "a" * 60
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "megatron.evil"}, "megatron_"),
+        ({"layer_replication": [[0, 2]] * 1000}, "layer_replication: this kind of adapter is not read here"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: this"),
+        ({"rank_pattern": {ENDLESS: 4}}, "rank_pattern: expected ranks by names of parameters, got"),
+        ({"alpha_pattern": {ENDLESS: 4}}, "alpha_pattern: expected"),
+        ({"layers_to_transform": [0], "layers_pattern": ENDLESS}, "layers_"),
+        ({"target_parameters": ENDLESS}, "target_parameters: expected"),
+        ({"use_dora": True}, "use_dora: this"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: this"),
+        ({"peft_type": "XLORA"}, "peft_type: this"),
+        ({"bias": "all"}, "bias: this"),
+        ({"field\x1b\n": 1}, "field"),
+        ({"target_modules": ENDLESS}, "target_modules: expected names of layers, got"),
+        ({"exclude_modules": ENDLESS}, "exclude_modules: expected names of layers, got"),
+        ({"target_modules": []}, "target_modules: expected names of layers, got a list"),
+        ({"modules_to_save": [ENDLESS]}, "modules_to_save: expected"),
+        ({"modules_to_save": None}, "modules_to_save: expected"),
+        ({"r": 0}, "r: expected a whole number of at least 1, got 0"),
+        ({"r": True}, "r: expected"),
+        ({"r": "x"}, 'r: expected a whole number of at least 1, got "x"'),
+        ({"lora_alpha": float("nan")}, "lora_alpha: expected a number above 0, got NaN"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected"),
+        ({"lora_dropout": 2}, "lora_dropout: expected"),
+        ({"trainable_token_indices": {"model.embed_tokens": [-1]}}, "trainable_token_indices: expected"),
+        ({"trainable_token_indices": {"model.embed_tokens": [1, 1]}}, "trainable_token_indices: expected"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path: expected a text, got 5"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_an_adapters_configuration_does_not_steer_peft(run, tmp_path, monkeypatch, changed, message):
+    """It had peft import modules, run regular expressions and repeat layers."""
+    trap = tmp_path / "trapped"
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").touch()
+    (tmp_path / "megatron" / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = with_config(run, tmp_path, changed)
+    with pytest.raises(UserError, match=f"^{folder}/adapter_config.json: {re.escape(message)}"):
+        load_model(folder)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"r": 10**9}, "r or rank_pattern is 1000000000, that of its weights 2"),
+        ({"r": 3}, "r or rank_pattern is 3, that of its weights 2"),
+        ({"r": 1}, ""),
+        ({"rank_pattern": {r".*\.q_proj": 10**9}}, "r or rank_pattern is 1000000000, that of its weights 2"),
+        ({"target_modules": ["q_proj"]}, "its weights are not those of the adapter: "),
+        ({"target_modules": ["embed_tokens"]}, ""),
+        ({"trainable_token_indices": {"model.embed_tokens": [10**6]}}, "trainable_token_indices: model.embed_tokens"),
+        ({"trainable_token_indices": {"model.norm": [1]}}, "trainable_token_indices: model.norm: no embeddings of"),
+    ],
+)
+def test_an_adapters_sizes_are_those_of_its_weights(run, tmp_path, changed, message):
+    folder = with_config(run, tmp_path, changed)
+    with pytest.raises(UserError, match=rf"^--model_checkpoint {folder}: no usable adapter there \({message}"):
+        load_model(folder)
+
+
+def test_an_adapter_on_an_adapter_is_refused(run, tmp_path):
+    """One on itself was loaded without end."""
+    folder = with_config(run, tmp_path, {"base_model_name_or_path": str(tmp_path / "changed")})
+    with pytest.raises(UserError, match=f"^{folder} adapts another model: {folder}: an adapter itself$"):
+        load_model(folder)
+
+
+def test_a_note_of_peft_that_decides_nothing_is_passed_over(run, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(run)
+    mapping = {"base_model_class": "Evil", "parent_library": "evil"}
+    folder = with_config(run, tmp_path, {"auto_mapping": mapping, "peft_version": "9", "task_type": "CAUSAL_LM"})
+    assert torch.equal(losses_of(load_model(folder), tokenizer), losses_of(load_model(run), tokenizer))
+    assert json.loads((run / "adapter_config.json").read_text())["r"] == 2
+
+
+def with_config(run: Path, tmp_path: Path, changed: dict) -> Path:
+    folder = shutil.copytree(run, tmp_path / "changed")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    return folder
 
 
 @pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox", "opt"])

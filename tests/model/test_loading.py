@@ -1,7 +1,10 @@
 """What a folder holds is the model that is loaded, or it is refused: weights, tokenizers, kinds of decoders."""
 
+import contextlib
+import io
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import transformers
 from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 
+from transfertransfo.cli import run_script
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import DoubleHeads
@@ -36,7 +40,8 @@ def with_weights(folder: Path, checkpoint: Path, change) -> Path:
     [
         (lambda name: f"module.{name}", r"missing \d+, as .*; too many \d+, as module"),
         (lambda name: f"_orig_mod.{name}", r"missing \d+, as .*; too many \d+, as _orig_mod"),
-        (lambda name: name if ".1." not in name else None, "missing [0-9]+, as .*[.]1[.][a-z_.0-9]+[)]$"),
+        (lambda name: name if ".1." not in name else None, "num_hidden_layers is 2 there, 1 layers are here[)]$"),
+        (lambda name: name if ".0." not in name else None, "missing [0-9]+, as .*[.]0[.][a-z_.0-9]+[)]$"),
         (lambda name: name.replace(".1.", ".2."), "missing [0-9]+, as .*[.]1[.].*; too many [0-9]+, as .*[.]2[.]"),
         (
             lambda name: name if "ln_2" not in name and "post_" not in name else None,
@@ -97,6 +102,97 @@ def test_masks_of_old_files_and_heads_for_other_ends_are_passed_over(family, che
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
+# Configurations
+
+LAYERS = {"gpt": "n_layer", "gpt2": "n_layer", "llama": "num_hidden_layers"}
+
+
+def with_config(folder: Path, checkpoint: Path, changed: dict, file: str = "config.json") -> Path:
+    shutil.copytree(checkpoint, folder)
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(values | changed))
+    return folder
+
+
+@pytest.mark.parametrize("number", [-1, 0, 3, 1000, 30_000, 10**30, "2", None])
+@pytest.mark.parametrize("family", LAYERS)
+def test_layers_are_those_of_the_weights(family, checkpoints, tmp_path, number):
+    """30,000 were made one by one, before anything was compared; 0 and -1 were taken for none."""
+    changed = {LAYERS[family]: number, "layer_types": None}
+    folder = with_config(tmp_path / "model", checkpoints[family], changed)
+    with pytest.raises(
+        UserError, match=f"^--model_checkpoint {folder}: no usable (weights|config.json) there "
+    ) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_labels": 10**9}, "num_labels: expected a number from 0 to 1024, got 1000000000"),
+        ({"eos_token_id": [1] * 20_000}, "eos_token_id: a list of 20000, more than 10000"),
+        ({"eos_token_id": [1] * 10**6}, "config.json is [0-9]+ bytes, more than 1048576"),
+        ({"max_position_embeddings": 10**9, "n_positions": 10**9}, "expected a number from 0 to 16777216"),
+        ({"text_config": {"num_hidden_layers": -1}}, "num_hidden_layers: expected a number from 0"),
+        ({"token_types": "no"}, "token_types: expected true or false, got 'no'"),
+        ({"token_types": 5}, "token_types: expected true or false, got 5"),
+        ({"rms_norm_eps": float("nan"), "layer_norm_epsilon": float("nan")}, ""),
+    ],
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_values_that_no_configuration_has(family, checkpoints, tmp_path, changed, message):
+    folder = with_config(tmp_path / "model", checkpoints[family], changed)
+    with pytest.raises(UserError, match=f"^--model_checkpoint {folder}: .*{message}") as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_long_list_in_the_generations_configuration(checkpoints, tmp_path):
+    folder = with_config(
+        tmp_path / "model", checkpoints["llama"], {"eos_token_id": [1] * 10**6}, "generation_config.json"
+    )
+    with pytest.raises(UserError, match=r"generation_config.json is [0-9]+ bytes"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_weights_that_are_not_finite_are_neither_loaded_nor_written(family, checkpoints, tmp_path, bad):
+    """A chat with them ended in a traceback, and they took the place of good ones."""
+    folder = shutil.copytree(checkpoints[family], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = max(name for name in weights if ".1." in name)
+    weights[name].view(-1)[-1] = bad
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"^--model_checkpoint {folder}: no usable weights there \(not finite: .*{name}\)"
+    ):
+        load_model(folder)
+    model = load_model(checkpoints[family])
+    good = (folder / "model.safetensors").read_bytes()
+    model.pretrained.get_parameter(name).data.view(-1)[-1] = bad
+    with pytest.raises(UserError, match=rf"model.safetensors: not written \(not finite: .*{name}\)"):
+        save_model(model, folder)
+    assert (folder / "model.safetensors").read_bytes() == good and not [*folder.glob("*.tmp")]
+
+
+@pytest.mark.parametrize("name", ["model_type", "dtype", "summary_type", "hidden_act", "activation_function", "afn"])
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_escape_sequences_of_a_configuration_do_not_reach_the_terminal(family, checkpoints, tmp_path, name, capsys):
+    folder = with_config(tmp_path / "model", checkpoints[family], {name: "\x1b[2J\x07\r\n\x9b1m" * 99})
+
+    def script():
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar
+            load_model(folder)
+
+    with contextlib.suppress(SystemExit):
+        run_script(script)
+    error = capsys.readouterr().err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", error)
+    assert error.count("\n") <= 1 and len(error) < 1000
+
+
 # Tokenizers
 
 
@@ -135,17 +231,12 @@ def decoder(config: transformers.PretrainedConfig, std: float) -> DoubleHeads:
     return model
 
 
-KNOWN = [tiny_config(family, 60) for family in ("llama", "gpt_neox", "opt", "gemma3", "mistral", "deepseek_v3")]
+KNOWN = [
+    *(tiny_config(family, 60) for family in ("llama", "gpt_neox", "opt", "gemma3", "mistral", "deepseek_v3")),
+    *(tiny_config(family, 60) for family in ("gemma2", "cohere", "cohere2", "granite")),  # which scale their logits
+]
 UNKNOWN = [
-    tiny_config("gemma2", 60),  # a cap on the logits
-    transformers.CohereConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, pad_token_id=0,
-        bos_token_id=0, eos_token_id=0,
-    ),
-    transformers.GraniteConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        logits_scaling=2.0,
-    ),
+    transformers.BloomConfig(vocab_size=60, hidden_size=16, n_layer=1, n_head=2),
     transformers.GPTNeoConfig(
         vocab_size=60, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["local"], 1]],
         max_position_embeddings=400,

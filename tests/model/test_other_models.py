@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import DATASET, FAMILIES, OTHERS, process_as_it_was, run_training
+from helpers import DATASET, FAMILIES, OTHERS, process_as_it_was, run_training, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -263,7 +263,7 @@ def test_an_adapter_goes_on_beside_its_base_wherever_that_is_now(adapter, bases,
 
 @pytest.mark.parametrize(("name", "changed"), [
     ("config.json", {"history_start": "85"}), ("config.json", {"vocab_size": 10**13}),
-    ("adapter_config.json", {"r": "x"}),
+    ("adapter_config.json", {"r": 5}),
 ])  # fmt: skip
 def test_a_damaged_adapter_is_one_line(adapter, tmp_path, name, changed):
     folder = shutil.copytree(adapter.folder, tmp_path / "run")
@@ -291,6 +291,42 @@ def test_training_goes_on_from_an_adapter_or_with_all_weights(adapter, bases, tm
 def test_a_package_that_is_missing():
     with pytest.raises(UserError, match=r"^--lora_rank: needs nopackage; pip install -r requirements/extra.txt$"):
         require("--lora_rank", "nopackage", "torch")
+
+
+# What a model cannot do
+
+
+def tiny_model(family: str, base_checkpoints, folder):
+    """A checkpoint without weights, with GPT-2's kind of tokenizer."""
+    tokenizer = load_tokenizer(base_checkpoints["llama"])
+    tokenizer.save_pretrained(folder)
+    tiny_config(family, len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "message"),
+    [
+        ("dbrx", ["--fp16", "bf16"], r"^--fp16 bf16: a dbrx model cannot be trained so \(.*\); leave it out$"),
+        ("ctrl", ["--gradient_checkpointing"], "^--gradient_checkpointing: a ctrl model cannot do it$"),
+    ],
+)
+def test_what_a_model_cannot_be_trained_with_is_said_at_once(base_checkpoints, tmp_path, family, flags, message):
+    """It was a traceback of the first step."""
+    with pytest.raises(UserError, match=message):
+        run_training(tmp_path, tiny_model(family, base_checkpoints, tmp_path), *flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_does_not_run_in_bfloat16_is_refused_so(base_checkpoints, tmp_path):
+    folder = tiny_model("xglm", base_checkpoints, tmp_path)
+    model, tokenizer = load_model(folder, from_scratch=True), load_tokenizer(folder)
+    add_special_tokens_(model, tokenizer)
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+    load_finetuned(str(folder))
+    with pytest.raises(UserError, match=r"^--fp16 bf16: a xglm model does not run in it \(.*\); leave the flag out$"):
+        load_finetuned(str(folder), fp16="bf16")
 
 
 # Tokenizers

@@ -161,6 +161,17 @@ def test_kills_at_any_instant():
     assert done.returncode == 0 and "3 of 3 runs that were killed ended like the one that was not" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    ["--lora_rank 2", "--lora_rank 2 --merge_lora", "--export best", "--fp16 bf16", "--freeze_embeddings"],
+)
+def test_kills_of_runs_with_other_flags(flags):
+    command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "10", "--short", "--", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "10 of 10 runs that were killed ended like" in done.stdout, done.stdout
+
+
 def test_tensorboard_shows_the_lines_of_the_run(alone):
     (run,) = (alone / "runs").iterdir()
     lines = Run(run, "").lines
@@ -410,6 +421,29 @@ def test_ten_bad_steps_in_a_row_end_the_run(gpt2, tmp_path, monkeypatch):
     states = [torch.load(path, weights_only=True)["model"] for path in list_checkpoints(run)]
     assert len(states) == 3 and all(tensor.isfinite().all() for state in states for tensor in state.values())
     assert run_training(tmp_path, gpt2, *flags, "--resume", "auto").steps[-1]["step"] == 18
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_good_export_stays_where_the_next_would_not_be_finite(gpt2, tmp_path, monkeypatch, valid):
+    """Weights of NaN took its place."""
+    losses, calls = engines.distributed_losses, []
+
+    def spoiled(model, *args):
+        calls.append(None)
+        if len(calls) == 8:  # of 6 an epoch
+            model.pretrained.lm_head.weight.data[0, 0] = float("nan")
+        return losses(model, *args)
+
+    monkeypatch.setattr(engines, "distributed_losses", spoiled)
+    saved, save = [], train.save_model
+    monkeypatch.setattr(train, "save_model", lambda *args, **kwargs: (save(*args, **kwargs), saved.append(None)))
+    dataset = DATASET if valid else {"train": DATASET["train"]}
+    reason = "validation: the model's loss is nan" if valid else "step 12: the loss is not finite; nothing is exported"
+    with pytest.raises(UserError, match=f"^{reason}"):
+        run_training(tmp_path, gpt2, *FLAGS, "--gradient_accumulation_steps", 1, dataset=dataset)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(saved) == 1 and len(calls) == 12
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
 
 
 # An orderly stop

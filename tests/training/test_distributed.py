@@ -43,7 +43,8 @@ SHARED = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from transfertransfo.training.distribution import max_over_processes, setup_distributed, share_weights_
+from transfertransfo.processes import setup_distributed
+from transfertransfo.training.distribution import max_over_processes, share_weights_
 setup_distributed("cpu", int(os.environ["LOCAL_RANK"]))
 rank = int(os.environ["RANK"])
 torch.manual_seed(rank)
@@ -139,7 +140,8 @@ def check_equal(one: Path, several: Path) -> None:
     lines = list(map(read_metrics, (one, several)))
     assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
     for a, b in zip(*lines):
-        numbers = [[value for key, value in line.items() if key != "split"] for line in (a, b)]
+        assert a.get("replies") == b.get("replies")
+        numbers = [[value for key, value in line.items() if key not in ("split", "replies")] for line in (a, b)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-6, abs=1e-6)
     assert sum("split" not in line for line in lines[0]) > 20 and sum("split" in line for line in lines[0]) == 2
     weights = list(map(read_weights, (one, several)))

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transfertransfo.chat.conversation import Chat, readable
-from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags
+from transfertransfo.chat.conversation import Chat
+from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
 from transfertransfo.decoding import Decoding, fit_context, score_replies
-from transfertransfo.errors import SettingError, UserError
+from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
 
 
@@ -32,7 +32,7 @@ def answer(chat: Chat, line: str) -> str | Generator[str]:
         return chat.say(line)
     name, *rest = line.split(maxsplit=1)
     if name not in COMMANDS:
-        raise UserError(f"{readable(name)}: no such command{nearest(name, COMMANDS)}; /help lists them")
+        raise UserError(f"{printable(name)}: no such command{nearest(name, COMMANDS)}; /help lists them")
     chat.record(command=line.strip())
     return COMMANDS[name](chat, "".join(rest).strip())
 
@@ -73,7 +73,7 @@ def undo(chat: Chat, rest: str) -> str:
     """: take back your last turn and the reply to it"""
     if not chat.exchanges:
         return "(nothing was said yet)"
-    return f"(taken back: {readable(chat.exchanges.pop().text)})"
+    return f"(taken back: {printable(chat.exchanges.pop().text)})"
 
 
 def retry(chat: Chat, rest: str) -> Generator[str] | str:
@@ -86,14 +86,14 @@ def show_history(chat: Chat, rest: str) -> str:
     lines = []
     for exchange in chat.exchanges:
         marks = " (stopped)" * exchange.stopped + f" (rated {exchange.rating})" * bool(exchange.rating)
-        lines += [f"you:   {readable(exchange.text)}", f"model: {chat.text_of(exchange.reply)}{marks}"]
+        lines += [f"you:   {printable(exchange.text)}", f"model: {chat.text_of(exchange.reply)}{marks}"]
     return "\n".join(lines) or "(nothing was said yet)"
 
 
 def rate(chat: Chat, rest: str) -> str:
     """1..5: rate the last reply; the rating goes into the transcript and into what /save writes"""
     if rest not in ("1", "2", "3", "4", "5"):
-        raise UserError(f"/rate: expected a number from 1 to 5, got {readable(rest)!r}")
+        raise UserError(f"/rate: expected a number from 1 to 5, got {printable(rest)!r}")
     if not chat.exchanges:
         return "(nothing was said yet)"
     chat.rate(int(rest))
@@ -105,7 +105,7 @@ def change_setting(chat: Chat, rest: str) -> str:
     settings = asdict(chat.decoding) | {"max_history": chat.max_history}
     name, _, value = rest.partition(" ")
     if name and name not in settings:
-        raise UserError(f"/set {readable(name)}: no such setting{nearest(name, settings)}; /set lists them")
+        raise UserError(f"/set {printable(name)}: no such setting{nearest(name, settings)}; /set lists them")
     if not value.strip():
         return "\n".join(f"{name} = {settings[name]}" for name in ([name] if name else settings))
     changed = parse_setting(name, value.strip(), is_switch=isinstance(settings[name], bool))
@@ -124,12 +124,9 @@ def change_setting(chat: Chat, rest: str) -> str:
 def parse_setting(name: str, value: str, *, is_switch: bool) -> Any:
     """The value of a setting, checked as that of the flag of its name."""
     if not is_switch:
-        parser = SettingsParser("/set")
-        add_decoding_flags(parser)
-        add_model_flags(parser, default="")
-        return getattr(parser.parse_args([f"--{name}={value}"]), name)
+        return getattr(SettingsParser().parse_args([f"--{name}={value}"]), name)
     if value.lower() not in SWITCH:
-        raise UserError(f"/set {name}: expected on or off, got {readable(value)!r}")
+        raise UserError(f"/set {name}: expected on or off, got {printable(value)!r}")
     return SWITCH[value.lower()]
 
 
@@ -137,6 +134,23 @@ SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0"
 
 
 class SettingsParser(ArgumentParser):
+    """Parses settings as the flags of their names.
+
+    Attributes:
+        helps: what each setting does.
+    """
+
+    def __init__(self) -> None:
+        self.helps: dict[str, str] = {}
+        super().__init__("/set")
+        add_decoding_flags(self)
+        add_model_flags(self, default="")
+        add_seed_flag(self)
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        self.helps[names[0].lstrip("-")] = options.get("help", "")
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         help_with = "; /set no_sample on takes the likeliest token each time" if "--temperature" in message else ""
         raise UserError(message.replace("argument --", "/set ", 1) + help_with)
@@ -159,7 +173,7 @@ def save(chat: Chat, rest: str) -> str:
             raise UserError(f"/save {path}: not a file of JSON lines, to which a dialog can be added")
         write_atomically(path, before + "\n" * (before != "" and before[-1] != "\n") + json.dumps(dialog) + "\n")
     except (OSError, ValueError, RuntimeError) as error:  # no such file can be; no such user's folder
-        raise UserError(f"/save {readable(name)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"/save {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
     return f"({'added' if before else 'written'} to {path})"
 
 

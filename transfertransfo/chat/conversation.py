@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transfertransfo.data.inputs import window
 from transfertransfo.data.tokenization import count_unknown, tokenize
 from transfertransfo.decoding import Context, Decoding, Memory, candidate_replies, decode, fit_context
-from transfertransfo.errors import SettingError
+from transfertransfo.errors import SettingError, printable
 from transfertransfo.model.double_heads import DoubleHeads
 
 
@@ -59,8 +59,8 @@ class Chat:
 
     def begin(self, persona: list[str]) -> str:
         """Begin a dialog with this persona; returns `introduction`."""
-        texts = [text for text in map(unicode_of, persona) if readable(text).strip()]
-        self.persona = [readable(text) for text in texts]
+        texts = [text for text in map(unicode_of, persona) if re.search(r"[^\s\x00-\x1f\x7f-\x9f]", text)]
+        self.persona = [printable(text) for text in texts]
         self.persona_ids = tokenize(self.tokenizer, texts)
         self.persona_note = self.note_of_unknown("of it", texts, self.persona_ids)
         self.told_of_cut_persona = False
@@ -117,9 +117,7 @@ class Chat:
         stopped = {"stopped": True}
         try:
             if self.decoding.num_beams or self.decoding.num_samples > 1:
-                (candidates,) = candidate_replies(
-                    self.model, [context], self.tokenizer, self.decoding, memory=self.memory
-                )
+                candidates = self.candidates(context)
                 reply = candidates[0]
                 yield self.text_of(reply)
             else:
@@ -142,21 +140,32 @@ class Chat:
             if len(self.exchanges) == kept:
                 self.exchanges.append(last)
 
-    def stream(self, context: Context, reply: list[int]) -> Generator[str]:
-        """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`.
+    def candidates(self, context: Context) -> list[list[int]]:
+        """All replies to a context, the one to give first."""
+        (found,) = candidate_replies(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)
+        return found
 
-        The last word is not: a later token may go on with it. Nor is an `n` before it, which may yet become `n't` and
-        join the word before.
-        """
-        shown = ""
-        with closing(decode(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)) as steps:
+    def tokens(self, context: Context) -> Generator[list[list[int]]]:
+        """The one reply to a context, a token a step, as `decode` gives it."""
+        return decode(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)
+
+    def stream(self, context: Context, reply: list[int]) -> Generator[str]:
+        """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`."""
+        growing = Growing(self.text_of)
+        with closing(self.tokens(context)) as steps:
             for (tokens,) in steps:
                 reply += tokens
-                certain = re.sub(r"( n)? \S*$|^\S*$", "", self.text_of(reply))
-                if len(certain) > len(shown):
-                    yield certain[len(shown) :]
-                    shown = certain
-        yield self.text_of(reply)[len(shown) :]
+                if piece := growing.piece(reply):
+                    yield piece
+        yield growing.piece(reply, whole=True)
+
+    def take(self, turn: int, candidate: int) -> None:
+        """Have another candidate be the reply of a turn; the dialog goes on from there."""
+        exchange = self.exchanges[turn]
+        reply = exchange.candidates[candidate]
+        others = [*exchange.candidates[:candidate], *exchange.candidates[candidate + 1 :]]
+        self.exchanges[turn:] = [Exchange(exchange.text, exchange.heard, reply, [reply, *others])]
+        self.record(speaker="model", text=self.text_of(reply), taken=True)
 
     def context(self, before: list[Exchange], heard: list[int]) -> Context:
         """Persona and history as the model sees them when `heard` has just been said."""
@@ -167,7 +176,7 @@ class Chat:
     def text_of(self, ids: list[int]) -> str:
         """Text as people write it, without spaces before punctuation and within contractions, on one line."""
         (text,) = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
-        return readable(self.tokenizer.clean_up_tokenization(text))
+        return printable(self.tokenizer.clean_up_tokenization(text))
 
     def rate(self, rating: int) -> None:
         """Rate the last reply, from 1 to 5."""
@@ -178,7 +187,7 @@ class Chat:
         """What was said as a dialog of a dataset that can be trained on; it has no utterances where nothing was."""
         turns, utterances = [], []
         for exchange in self.exchanges:
-            turns.append(readable(exchange.text))
+            turns.append(printable(exchange.text))
             reply = self.text_of(exchange.reply)
             if reply.strip():  # a dataset has no empty ones
                 rated = {"rating": exchange.rating} if exchange.rating else {}
@@ -198,9 +207,23 @@ class Chat:
             raise SettingError(f"transcript {self.transcript.name}: {error.strerror}", "transcript") from error
 
 
-def readable(text: str) -> str:
-    """Text that any file and terminal takes, with blanks for control characters and `?` for what is no Unicode."""
-    return unicode_of(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text))
+class Growing:
+    """The text of a reply that grows, in pieces whenever they are certain.
+
+    The last word is not: a later token may go on with it. Nor is an `n` before it, which may yet become `n't` and join
+    the word before.
+    """
+
+    def __init__(self, text_of: Callable[[list[int]], str]):
+        self.text_of, self.shown = text_of, ""
+
+    def piece(self, reply: list[int], *, whole: bool = False) -> str:
+        """What has become certain of a reply's text since the last call; all the rest where the reply is whole."""
+        text = self.text_of(reply)
+        certain = text if whole else re.sub(r"( n)? \S*$|^\S*$", "", text)
+        piece = certain[len(self.shown) :]
+        self.shown += piece
+        return piece
 
 
 def unicode_of(text: str) -> str:

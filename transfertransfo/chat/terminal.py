@@ -18,7 +18,7 @@ from prompt_toolkit.utils import get_cwidth
 from transfertransfo.chat.commands import COMMANDS, answer
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.download import cache_folder
-from transfertransfo.errors import SettingError, UserError, in_flags
+from transfertransfo.errors import SettingError, UserError, in_flags, printable, printable_lines
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def make_printer() -> Callable[..., None]:
     wrap = Wrapper(lambda: shutil.get_terminal_size().columns) if terminal else str
 
     def show(text: str, kind: str = "") -> None:
-        text = wrap(text)
+        text = wrap(printable_lines(text))
         print(f"{COLOURS[kind]}{text}\x1b[0m" if coloured and kind else text, end="", flush=True)
 
     return show
@@ -117,7 +117,7 @@ def make_reader() -> Callable[[], str]:
 def read_plainly() -> str:
     line = input(PROMPT)
     if not sys.stdin.isatty():
-        print(line)  # so that the output reads as a dialog
+        print(printable(line))  # so that the output reads as a dialog
     return line
 
 

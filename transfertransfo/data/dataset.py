@@ -24,7 +24,7 @@ from transfertransfo.data.sources import HUB, Files, dataset_files, hub_files, s
 from transfertransfo.data.tokenization import count_unknown, fingerprint, tokenize
 from transfertransfo.download import fetch, is_url
 from transfertransfo.errors import SettingError, UserError
-from transfertransfo.files import write_atomically
+from transfertransfo.files import remove_abandoned, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,7 @@ def load_dataset(
         dataset = TokenizedDataset(_tokenized_arrays(tokenizer, files, skip_bad_dialogs))
     else:
         cache = _cache_file(dataset_cache, tokenizer, files, skip_bad_dialogs)
+        remove_abandoned(cache.parent, f"{Path(dataset_cache).stem}_")
         arrays = _read_cache(cache, ", which bad dialogs are left out of" if skip_bad_dialogs else "")
         if arrays is None:
             arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)

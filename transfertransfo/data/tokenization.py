@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -18,12 +19,18 @@ ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
     "pad_token": "<pad>",
     "additional_special_tokens": ["<speaker1>", "<speaker2>"],
 }
+_one_at_a_time = threading.Lock()  # a tokenizer is told what to do with special tokens by a setting of its own
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens: one written in the text, as `<eos>`, stays text."""
-    if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
-        return _tokenize_with_spacy(tokenizer, texts)
+    with _one_at_a_time:
+        if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
+            return _tokenize_with_spacy(tokenizer, texts)
+        return _tokenize(tokenizer, texts)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     backend = tokenizer.backend_tokenizer
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:

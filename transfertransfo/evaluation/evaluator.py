@@ -25,7 +25,7 @@ from transfertransfo.data.trees import Fork, pack
 from transfertransfo.decoding import Context, Decoding, generate
 from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.metrics import WordProbabilities, rank, read_word_counts, split_words
-from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads, finite
 
 TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of probabilities, which stay in a cache
 
@@ -154,7 +154,7 @@ class LabelScorer:
         of_words, of_tokens, of_labels = (list(itertools.chain(*parts)) for parts in (at_words, at_tokens, labels))
         positions = of_words + sorted(set(of_tokens) - set(of_words))
         place = {position: i for i, position in enumerate(positions)}
-        log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)
+        log_p = finite(model.lm_logits(hidden[positions]).float()).log_softmax(-1)
         losses = -log_p[[place[position] for position in of_tokens], of_labels].double().cpu()
         found = iter(self._look_up(words, log_p[: len(of_words)].exp_()))
         results = []

@@ -27,6 +27,21 @@ SMOOTHING = 5  # added to each word's count; ConvAI2's evaluation of TransferTra
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _SPACED = re.compile(r"([.,;:!?])")
+# Words of grammar, by their kinds, as `normalize` leaves them: it makes two words of "don't" and none of an article.
+_FUNCTION_WORDS = """
+i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself
+we us our ours ourselves they them their theirs themselves who whom whose which what this that these those
+am is are was were be been being have has had having do does did doing done
+can could will would shall should may might must ought cannot
+s t m d ll re ve don doesn didn isn aren wasn weren haven hasn hadn won wouldn couldn shouldn mustn ain
+and or but nor so if because as until while than though although whether
+of at by for with about against between into through during before after above below to from up down in out on off
+over under again further
+not no yes too very just only then there here now when where why how all any both each few more most other some
+such own same once also
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+COPIED = 4  # words in a row that are a copy rather than a coincidence
 
 
 def perplexity(nll: float, count: int) -> float:
@@ -208,6 +223,37 @@ def distinct_n(replies: Iterable[Sequence[str]], n: int) -> float:
     """
     ngrams = [ngram for words in replies for ngram in zip(*(words[i:] for i in range(n)), strict=False)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def content_words(text: str) -> list[str]:
+    """The words of a text that say what it is about: those of `normalize` without English words of grammar."""
+    return [word for word in normalize(text) if word not in FUNCTION_WORDS]
+
+
+def persona_overlap(reply: str, persona: Sequence[str]) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the bags of a reply's and its persona's content words; 0 where none is shared.
+
+    It tells how much a reply takes from the persona, not whether it agrees with it. After the "Knowledge R/P/F1" of
+    Lian et al. 2019, "Learning to Select Knowledge for Response Generation in Dialog Systems".
+    """
+    said, given = content_words(reply), content_words(" ".join(persona))
+    shared = (Counter(said) & Counter(given)).total()
+    if not shared:
+        return 0.0, 0.0, 0.0
+    precision, recall = shared / len(said), shared / len(given)
+    return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def word_ngrams(text: str, n: int = COPIED) -> set[tuple[str, ...]]:
+    """The n-grams of a text's words, as `normalize` gives them."""
+    words = normalize(text)
+    return set(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def copies(reply: str, texts: Iterable[str]) -> bool:
+    """Whether a reply has four words in a row from one of the texts."""
+    ngrams = word_ngrams(reply)
+    return any(not ngrams.isdisjoint(word_ngrams(text)) for text in texts)
 
 
 def mean_error(values: Sequence[float]) -> float:

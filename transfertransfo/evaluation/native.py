@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +13,7 @@ from transfertransfo.data.inputs import fit, tell_of_cut, window
 from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.evaluator import Evaluator, by_length, make_turns, read_dictionary
 from transfertransfo.evaluation.metrics import (
+    copies,
     count_words,
     distinct_n,
     f1,
@@ -19,7 +22,9 @@ from transfertransfo.evaluation.metrics import (
     normalize,
     perplexity,
     perplexity_error,
+    persona_overlap,
 )
+from transfertransfo.processes import gather, n_processes, rank
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +32,16 @@ FEW = 0.5  # share of the words in the dictionary below which their perplexity i
 
 
 def evaluate(
-    evaluator: Evaluator, dataset: TokenizedDataset, *, max_history: int, batchsize: int
+    evaluator: Evaluator, dataset: TokenizedDataset, *, max_history: int, batchsize: int, together: bool = False
 ) -> tuple[list[dict], dict]:
-    """Each example's results, and the figures on the validation split."""
+    """Each example's results, and the figures on the validation split.
+
+    Several processes take its batches in turn. They are those of one process, and each is drawn replies for from a
+    random state of its own, so that every process returns what one alone would.
+
+    Args:
+        together: have all processes go through each batch, as they must where each has a share of the model.
+    """
     model = evaluator.model
     tokens, texts = (dataset.dialogs("valid", sentences) for sentences in (dataset.tokens, dataset.texts))
     turns = make_turns(tokens, texts, max_history)
@@ -38,11 +50,20 @@ def evaluate(
     tell_of_cut(cut, len(turns), model.n_positions)
     labels = [turn.candidate_texts[-1] for turn in turns]
     details = make_rows(texts, max_history)
-    with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=None) as bar:
-        for indices in by_length(turns, batchsize, evaluator.measured):
-            for i, result in zip(indices, evaluator([turns[i] for i in indices])):
-                add_result_(details[i], result, labels[i])
-            bar.update(len(indices))
+    batches = list(by_length(turns, batchsize, evaluator.measured))
+    results: dict[int, dict] = {}
+    seed = torch.initial_seed()
+    first, step = (0, 1) if together else (rank(), n_processes())
+    hidden = True if rank() else None  # None = shown on a terminal only
+    with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=hidden) as bar:
+        for number in range(first, len(batches), step):
+            torch.manual_seed((seed + number) % 2**63)
+            indices = batches[number]
+            results.update(zip(indices, evaluator([turns[i] for i in indices])))
+            bar.update(sum(map(len, batches[number : number + step])))
+    for share in [results] if together else gather(results):
+        for i, result in share.items():
+            add_result_(details[i], result, labels[i])
     figures = {}
     if "ranking" in details[0]:
         hits = [hit(row["ranking"], turn.candidate_texts, label) for row, turn, label in zip(details, turns, labels)]
@@ -138,7 +159,8 @@ def add_result_(row: dict, result: dict, label: str) -> None:
 
 
 def extra_figures(details: list[dict]) -> dict:
-    """The figures that ConvAI2 has not: numbers of candidates and words, perplexity of tokens, distinct n-grams."""
+    """The figures that ConvAI2 has not: numbers of candidates and words, perplexity of tokens, distinct n-grams, and
+    what replies take from their personas. The gold replies' own stand beside as "gold_..."."""
     report: dict = {}
     if "ranking" in details[0]:
         candidates = [len(row["ranking"]) for row in details]
@@ -154,7 +176,20 @@ def extra_figures(details: list[dict]) -> dict:
         report["label_words"] = sum(row["label_words"] for row in details) / len(details)
         replies = [row["reply"].lower().split() for row in details]
         report |= {f"distinct-{n}": distinct_n(replies, n) for n in (1, 2)}
+        personas = [row["persona"] for row in details]
+        report |= persona_figures([row["reply"] for row in details], personas)
+        of_people = persona_figures([row["gold"] for row in details], personas)
+        report |= {f"gold_{key}": value for key, value in of_people.items()}
     return report
+
+
+def persona_figures(replies: Sequence[str], personas: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Means over replies: precision, recall and F1 of their persona's content words, and the share that copies it."""
+    n = len(replies)
+    overlaps = [persona_overlap(reply, persona) for reply, persona in zip(replies, personas)]
+    precision, recall, f1_ = (sum(values) / n for values in zip(*overlaps))
+    copied = sum(copies(reply, persona) for reply, persona in zip(replies, personas)) / n
+    return {"persona_precision": precision, "persona_recall": recall, "persona_f1": f1_, "persona_copies": copied}
 
 
 def domains(report: dict) -> dict[str, str]:

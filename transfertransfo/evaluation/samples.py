@@ -1,6 +1,5 @@
 """Replies of a model in training to a few turns of its dataset, to be read by whoever trains it."""
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.inputs import Example
 from transfertransfo.decoding import Context, Decoding, generate
+from transfertransfo.errors import printable
 from transfertransfo.model.double_heads import DoubleHeads
 
 
@@ -34,7 +34,7 @@ def reply_to_turns(
 
     def text_of(ids: list[int]) -> str:
         text = tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
-        return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", tokenizer.clean_up_tokenization(text)).split())
+        return " ".join(printable(tokenizer.clean_up_tokenization(text)).split())
 
     return [
         {

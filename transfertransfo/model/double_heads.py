@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     Cache,
     PreTrainedModel,
@@ -35,6 +36,7 @@ from transfertransfo.model.lora import (
     rank_of,
     text_parts,
 )
+from transfertransfo.model.sharding import Place, on_cpu_without_memory, own_part, whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +49,19 @@ class DoubleHeads(nn.Module):
 
     Attributes:
         additive_mask: whether its attention adds the mask to the scores; if not, it takes True and False.
+        window_by: how it takes masks of the layers that look back over a sliding window only: "layer type", each kind
+            of layer its own; "model", as all are of that kind; "" = it does not, and sequences end with the window.
         new_head: whether the choice head was in no checkpoint and waits to be trained.
+        unread: parameters that have no values yet, and where these are.
     """
 
     def __init__(self, network: Network):
         super().__init__()
         self.network = network
         self.additive_mask = False
+        self.window_by = ""
         self.new_head = False
+        self.unread: dict[nn.Parameter, Place] = {}
 
     @property
     def pretrained(self) -> PreTrainedModel:
@@ -66,9 +73,14 @@ class DoubleHeads(nn.Module):
 
     @property
     def n_positions(self) -> int:
-        """The longest sequence that the model attends to, in tokens: its positions, or its sliding window."""
-        config = self.pretrained.config.get_text_config()
-        return min(getattr(config, name, None) or sys.maxsize for name in ("max_position_embeddings", "sliding_window"))
+        """The longest sequence that the model attends to, in tokens: its positions, or what `window_by` leaves."""
+        positions = getattr(self.pretrained.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        return positions if self.window_by else min(positions, self.window or sys.maxsize)
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a token attends to, with itself, in layers with a sliding window; None = no such layer."""
+        return getattr(self.pretrained.config.get_text_config(), "sliding_window", None) or None
 
     @property
     def latest_history_start(self) -> int:
@@ -115,26 +127,57 @@ class DoubleHeads(nn.Module):
         Returns:
             (B, T, C).
         """
-        embeddings = self.pretrained.get_input_embeddings()
+        embeddings: Any = self.pretrained.get_input_embeddings()
         if self.token_types:
             # one look-up for both: the gradient of each is a matrix of the vocabulary's size
-            embedded = embeddings(torch.stack([input_ids, token_type_ids])).sum(0)
-        else:
-            embedded = embeddings(input_ids)
-        if self.additive_mask and isinstance(attention_mask, Tensor):
-            lowest = torch.finfo(embedded.dtype).min
-            attention_mask = torch.zeros_like(attention_mask, dtype=embedded.dtype).masked_fill(~attention_mask, lowest)
+            inputs = {"inputs_embeds": embeddings(torch.stack([input_ids, token_type_ids])).sum(0)}
+        else:  # Gemma 4 has embeddings of each layer too, which it looks up itself
+            inputs = {"input_ids": input_ids}
+        masks: Any = attention_mask
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if self.window and self.window_by and past + input_ids.size(1) > self.window:
+            assert not isinstance(attention_mask, Blocks)
+            masks = self._masks_of_layers(attention_mask, input_ids.size(1), past, is_tree=past_key_values is None)
+        if self.additive_mask:
+            masks = _additive(masks, embeddings.weight.dtype)
         return self.pretrained.base_model(
-            inputs_embeds=embedded,
+            **inputs,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=masks,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
+    def _masks_of_layers(
+        self, mask: Tensor | None, length: int, past: int, *, is_tree: bool
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask, (B, 1, T, past + T), as `window_by` says, with the window in it.
+
+        Args:
+            is_tree: whether a token's distance to another is that in a tree. Else it is that of their columns.
+        """
+        assert self.window
+        column = torch.arange(past + length, device=self.device)
+        if mask is None:
+            mask = (column <= column[past:, None])[None, None]
+        depth = mask.sum(-1) if is_tree else column.expand(*mask.shape[:2], -1)  # (B, 1, past + T)
+        windowed = mask & (depth[..., past:, None] - depth[..., None, :] < self.window)
+        return {"full_attention": mask, "sliding_attention": windowed} if self.window_by == "layer type" else windowed
+
     def lm_logits(self, hidden: Tensor) -> Tensor:
-        """Scores of each next token: (..., C) -> (..., vocabulary)."""
-        return self.pretrained.get_output_embeddings()(hidden)
+        """Scores of each next token: (..., C) -> (..., vocabulary), scaled and capped as the model's own are.
+
+        `loading.check_packing_` compares them with what the model gives.
+        """
+        config = self.pretrained.config.get_text_config()
+        logits = self.pretrained.get_output_embeddings()(hidden)
+        if isinstance(scale := getattr(config, "logit_scale", None), int | float):  # Cohere
+            logits = logits * scale
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 (Riviere et al. 2024, section 2)
+            logits = cap * (logits / cap).tanh()
+        return logits
 
     def choice_scores(self, hidden: Tensor) -> Tensor:
         """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
@@ -152,7 +195,7 @@ class DoubleHeads(nn.Module):
         """Choice scores of a batch's replies, (E, K), those of equal replies equal to the last digit."""
         positions, places = batch.last_positions.unique(return_inverse=True)
         scores = self.choice_scores(self.packed_hidden_states(batch.to(self.device))[positions.to(self.device)])
-        return scores[places.to(self.device)]
+        return finite(scores)[places.to(self.device)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Both heads over trees, each only where it is asked for.
@@ -164,6 +207,26 @@ class DoubleHeads(nn.Module):
         hidden = self.packed_hidden_states(batch)
         scores = self.choice_scores(hidden[batch.last_positions])
         return self.lm_logits(hidden[batch.lm_positions]), scores.masked_fill(batch.last_positions < 0, -torch.inf)
+
+
+def _additive(mask: Any, dtype: torch.dtype) -> Any:
+    """A mask of True and False, or several of them by name, as numbers to be added to the scores."""
+    if isinstance(mask, dict):
+        return {name: _additive(part, dtype) for name, part in mask.items()}
+    if not isinstance(mask, Tensor):
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """The same logits or scores, of which no reply and no figure can be made where some are none.
+
+    Raises:
+        UserError: one is NaN or infinitely great.
+    """
+    if scores.numel() and not scores.max().isfinite():
+        raise UserError("the model gives scores that are not finite: its weights or its precision are at fault")
+    return scores
 
 
 def default_device() -> str:
@@ -231,7 +294,8 @@ def freeze_unread_(model: DoubleHeads) -> None:
 def base_digest(model: DoubleHeads) -> str:
     """Text that tells the model beside an adapter from others, by up to 256 numbers of each weight; "" = no adapter.
 
-    Embeddings and choice head do not count: some of their numbers were drawn here.
+    All processes of a model in shards must ask for it. Embeddings and choice head do not count: some of their numbers
+    were drawn here.
     """
     if not rank_of(model.network):
         return ""
@@ -240,7 +304,7 @@ def base_digest(model: DoubleHeads) -> str:
     key = hashlib.blake2b(digest_size=16)
     for name, parameter in pretrained.get_decoder().named_parameters():
         if not parameter.requires_grad and parameter not in drawn:
-            sample = parameter.flatten()[:: max(1, parameter.numel() // 256)]
+            sample = whole(parameter).flatten()[:: max(1, parameter.numel() // 256)]
             key.update(f"{name} {tuple(parameter.shape)}".encode() + sample.float().cpu().numpy().tobytes())
     return key.hexdigest()
 
@@ -251,7 +315,11 @@ def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -
     for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
         trained = torch.zeros(len(weight), 1, device=weight.device)
         trained[special_ids(tokenizer)] = 1.0
-        weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
+        if isinstance(weight, DTensor):  # whose gradient no hook of autograd's sees
+            own = own_part(trained, weight)
+            weight.register_post_accumulate_grad_hook(lambda weight, trained=own: weight.grad.mul_(trained))
+        else:
+            weight.register_hook(lambda gradient, trained=trained: gradient * trained.to(gradient.dtype))
 
 
 def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: int, base: str) -> None:
@@ -262,7 +330,8 @@ def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: i
     """
     present = rank_of(model.network)
     if not present:
-        model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
+        with on_cpu_without_memory(model):
+            model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
     elif present != rank:
         raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
 
@@ -273,9 +342,16 @@ def merge_adapter_(model: DoubleHeads) -> None:
 
 
 def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
-    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    """Compute each layer's activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: the model cannot.
+    """
     pretrained = model.pretrained  # transformers renamed the method
-    getattr(pretrained, "activation_checkpointing_enable", pretrained.gradient_checkpointing_enable)()
+    try:
+        getattr(pretrained, "activation_checkpointing_enable", pretrained.gradient_checkpointing_enable)()
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing: a {pretrained.config.model_type} model cannot do it") from error
 
 
 def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from transfertransfo.download import cache_folder
 from transfertransfo.errors import UserError, first_line
-from transfertransfo.files import TEMPORARY, move_into_place
+from transfertransfo.files import TEMPORARY, move_into_place, own_prefix, remove_abandoned
 
 Check = Callable[[PreTrainedModel, Collection[str], Collection[str]], bool]
 
@@ -123,7 +123,9 @@ def keep(file: str, tensors: dict[str, torch.Tensor]) -> None:
         path = place_of(file)
         record = expected_record(file) | {"config": json.dumps(read_gguf_config(file))}
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name, suffix=TEMPORARY) as temporary:
+        remove_abandoned(path.parent, "gguf-")
+        prefix = own_prefix(path.name)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, suffix=TEMPORARY) as temporary:
             save_file({key: smallest(tensor) for key, tensor in tensors.items()}, f"{temporary}/weights", record)
             move_into_place(f"{temporary}/weights", path)
     except (OSError, SafetensorError, UserError, TypeError) as error:

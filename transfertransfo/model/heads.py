@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from transfertransfo.errors import UserError
+from transfertransfo.errors import UserError, printable
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {  # that have a choice head, and token types, from transformers
@@ -65,7 +65,7 @@ def double_heads_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
-    kind = f"a {config.model_type} model"
+    kind = f"a {printable(config.model_type)} model"
     if config.is_encoder_decoder:
         raise UserError(f"{kind}, which has an encoder; a decoder alone is wanted, as GPT, Llama or Qwen")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):

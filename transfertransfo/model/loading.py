@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+import json
 import logging
+import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     Cache,
@@ -20,6 +22,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from transfertransfo.data.tokenization import knows_dialog_tokens
 from transfertransfo.errors import UserError, first_line
@@ -35,11 +38,25 @@ from transfertransfo.model.gguf import load_gguf
 from transfertransfo.model.heads import FAMILIES, double_heads_class
 from transfertransfo.model.lora import (
     HEAD,
-    base_of,
     is_adapter,
     load_adapter,
     merge,
+    rank_of,
+    read_adapter,
     save_network,
+)
+from transfertransfo.model.sharding import (
+    NotStoredSo,
+    Place,
+    blocks_of,
+    is_sharded,
+    on_cpu_without_memory,
+    parameters_on_meta,
+    places_of,
+    shard_,
+    weight_places,
+    whole,
+    with_drawn_values,
 )
 from transfertransfo.model.sources import (
     cannot_load,
@@ -55,16 +72,19 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
 MASKS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants in files of old
+LARGEST_FILE = "5GB"  # of weights, as the hub has them
+INDEX = "model.safetensors.index.json"
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
 def load_model(
-    checkpoint: str | Path, device: str | torch.device = "cpu", *, from_scratch: bool = False
+    checkpoint: str | Path, device: str | torch.device = "cpu", *, from_scratch: bool = False, in_shards: bool = False
 ) -> DoubleHeads:
     """The double-head model of a hub name, a folder, a GGUF file or the URL of an archive, in float32, for evaluation.
 
     Args:
         from_scratch: give random weights where the checkpoint is a folder without any, and say so.
+        in_shards: leave its blocks without values, as `into_shards_` takes it.
 
     Raises:
         UserError: no such model, no weights, or a model that cannot be used so.
@@ -73,31 +93,80 @@ def load_model(
     config = load_config(checkpoint)
     if not has_weights(folder) and not from_scratch:
         raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
-    if is_adapter(folder):
-        return load_adapted(checkpoint, folder, config).to(device).eval()
+    load = load_adapted if is_adapter(folder) else load_whole
+    model = load(checkpoint, folder, config, device, in_shards=in_shards)
+    return (model if in_shards else model.to(device)).eval()
+
+
+def load_whole(
+    checkpoint: str | Path, folder: str, config: PretrainedConfig, device: str | torch.device, *, in_shards: bool
+) -> DoubleHeads:
+    """The model of a resolved checkpoint without an adapter; with random weights where it has none.
+
+    Args:
+        device: where a model that is to be in shards is tried.
+    """
     try:
         family = double_heads_class(config)
     except UserError as error:
         raise UserError(f"--model_checkpoint {checkpoint}: {error}") from error
+    if not os.path.exists(folder) and find_adapter_config_file(folder):  # whose configuration peft would follow
+        raise UserError(f"--model_checkpoint {checkpoint}: an adapter on the hub; give a local folder instead")
+    unread: dict[nn.Parameter, Place] = {}
     try:
-        if has_weights(folder):
+        if has_weights(folder) and in_shards:
+            pretrained, new_head, unread = read_around_blocks(family, folder, config)
+        elif has_weights(folder):
             pretrained, new_head = read_weights(family, folder, config)
+            check_finite(pretrained.named_parameters())
         else:
             logger.info("%s holds no weights: the model begins with random ones", checkpoint)
             pretrained, new_head = family(config), True
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
         raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
     model = DoubleHeads(pretrained).eval()
-    model.new_head = new_head
+    model.new_head, model.unread = new_head, unread
     try:
         check_settings(model)
-        if config.model_type in FAMILIES:
-            check_heads(model)
+        if unread:  # the answer is the configuration's, whatever the values
+            with with_drawn_values(model, device):
+                check_computation_(model.to(device), checkpoint)
+        else:
+            check_computation_(model, checkpoint)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+    return model
+
+
+def check_computation_(model: DoubleHeads, checkpoint: str | Path) -> None:
+    """Check that a model computes what is asked of it, and find how it takes a mask.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        if model.pretrained.config.model_type not in FAMILIES:
+            check_packing_(model, checkpoint)
+        check_heads(model)
+    except UserError:
+        raise
     except Exception as error:  # of sizes that do not go together: RuntimeError, IndexError, UnboundLocalError, ...
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
-    if config.model_type not in FAMILIES:
-        check_packing_(model, checkpoint)
-    return model.to(device)
+
+
+def into_shards_(model: DoubleHeads, checkpoint: str | Path, device: torch.device, *, bf16: bool = False) -> None:
+    """Leave to this process its share of a model that was loaded for it (`shard_`).
+
+    Raises:
+        UserError: the values cannot be read.
+    """
+    try:
+        shard_(model, device, model.unread, bf16=bf16)
+    except (OSError, SafetensorError) as error:
+        raise UserError(cannot_load(checkpoint, "weights", error)) from error
+    model.unread = {}
 
 
 def check_settings(model: DoubleHeads) -> None:
@@ -106,6 +175,11 @@ def check_settings(model: DoubleHeads) -> None:
     Raises:
         ValueError: a value that is none.
     """
+    layers = getattr(model.pretrained.config.get_text_config(), "num_hidden_layers", 1)
+    if type(layers) is not int or layers < 1:
+        raise ValueError(f"num_hidden_layers, n_layer: at least 1 is needed, got {layers!r}")
+    if type(model.token_types) is not bool:
+        raise ValueError(f"token_types: expected true or false, got {model.token_types!r}")
     if model.n_positions < SHORTEST:
         raise ValueError(f"n_positions: at least {SHORTEST} are needed, got {model.n_positions}")
     if type(model.history_start) is not int or not 0 <= model.history_start <= model.latest_history_start:
@@ -115,24 +189,95 @@ def check_settings(model: DoubleHeads) -> None:
         raise ValueError(f"summary_type: expected one of {', '.join(SUMMARY_TYPES)}, got {kind!r}")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_heads(model: DoubleHeads) -> None:
     """Run both heads on the shortest dialog turn: transformers takes many a configuration that none can be run with.
 
     Raises:
         ValueError: the choice head is none, or whatever the model raises.
     """
-    tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
-    hidden = model.hidden_states(tokens, tokens, torch.arange(SHORTEST)[None])
-    model.lm_logits(hidden)
-    if model.choice_scores(hidden).shape != tokens.shape:
+    hidden = shortest_turn(model)
+    if not model.lm_logits(hidden).isfinite().all():
+        raise ValueError("the logits are not finite")
+    if model.choice_scores(hidden).shape != hidden.shape[:2]:
         raise ValueError("summary_use_proj, summary_proj_to_labels: the choice head does not give one score")
 
 
-def read_weights(
+def check_step(model: DoubleHeads, *, bf16: bool) -> None:
+    """Run a step of training on the shortest dialog turn, with the model as it was prepared; it is left as it was.
+
+    Args:
+        bf16: whether it is to be trained by autocast to bfloat16.
+
+    Raises:
+        UserError: the model's code, or an adapter's, cannot do it.
+    """
+    training, device = model.training, model.device.type
+    model.train()
+    try:
+        with torch.random.fork_rng(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+            hidden = shortest_turn(model)
+            score = model.lm_logits(hidden).float().sum() + model.choice_scores(hidden).float().sum()
+        score.backward()
+    except Exception as error:
+        kind = f"a {model.pretrained.config.model_type} model"
+        raise UserError(f"{kind} cannot be trained so ({first_line(error)})") from error
+    finally:
+        model.zero_grad()
+        model.train(training)
+
+
+def shortest_turn(model: DoubleHeads) -> torch.Tensor:
+    """The hidden states of the shortest dialog turn, (1, T, C), with a mask as trees have it."""
+    tokens = torch.zeros(1, SHORTEST, dtype=torch.long, device=model.device)
+    positions = torch.arange(SHORTEST, device=model.device)[None]
+    mask = torch.ones(1, 1, SHORTEST, SHORTEST, dtype=torch.bool, device=model.device).tril()
+    return model.hidden_states(tokens, tokens, positions, mask)
+
+
+def read_around_blocks(
     family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig
+) -> tuple[PreTrainedModel, bool, dict[nn.Parameter, Place]]:
+    """The same as `read_weights` without the values of the blocks' parameters; and where these are.
+
+    Where they cannot be read one by one the model is read as a whole, and a line says so.
+
+    Raises:
+        ValueError: the weights are not those of the configuration's model.
+    """
+    check_depth(config, checkpoint)
+    with parameters_on_meta():
+        hollow = family(config)
+    blocks = blocks_of(hollow)
+    prefix = hollow.base_model_prefix
+    (path,) = (name for name, module in hollow.named_modules() if module is blocks)
+    inside = {name: value for name, value in hollow.state_dict(keep_vars=True).items() if name.startswith(f"{path}.")}
+    parameters: dict[str, Any] = {name: value for name, value in inside.items() if isinstance(value, nn.Parameter)}
+    try:
+        places = places_of(inside, prefix, weight_places(checkpoint))
+    except NotStoredSo as reason:
+        logger.info("Each process reads the whole model before it leaves all but its share: %s", reason)
+        return *read_weights(family, checkpoint, config), {}
+    for name in inside.keys() - parameters.keys():  # buffers, as the biases by which DeepSeek-V3 chooses experts
+        with safe_open(places[name].file, "pt") as file:
+            inside[name].copy_(file.get_tensor(places[name].key))
+    without = copy.deepcopy(config)
+    without.get_text_config().num_hidden_layers = 0
+    elsewhere = {key for name in inside for key in (name, name.removeprefix(f"{prefix}."))}
+    pretrained, new_head = read_weights(family, checkpoint, without, elsewhere)
+    parent, _, attribute = path.rpartition(".")
+    setattr(pretrained.get_submodule(parent), attribute, blocks)
+    pretrained.config.get_text_config().num_hidden_layers = config.get_text_config().num_hidden_layers
+    return pretrained, new_head, {parameter: places[name] for name, parameter in parameters.items()}
+
+
+def read_weights(
+    family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig, elsewhere: Collection[str] = ()
 ) -> tuple[PreTrainedModel, bool]:
     """The model of a resolved checkpoint, in float32, and whether its choice head is a new one.
+
+    Args:
+        elsewhere: names of weights that the model has no place for, and need not have.
 
     Raises:
         ValueError: the weights are not those of the configuration's model.
@@ -141,11 +286,45 @@ def read_weights(
     loaded: Any  # a pair, since it is asked for
     if "gguf_file" in arguments:
         return load_gguf(family, checkpoint, config, check_fit)
+    check_depth(config, checkpoint)
     loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
     pretrained, found = loaded
-    new_head = check_fit(pretrained, found["missing_keys"], found["unexpected_keys"])
+    new_head = check_fit(pretrained, found["missing_keys"], set(found["unexpected_keys"]) - set(elsewhere))
     separate_(pretrained)
     return pretrained, new_head
+
+
+def check_depth(config: PretrainedConfig, folder: str) -> None:
+    """Check that a folder's weights have the configuration's layers, before these are made.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    whole, shards = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    if whole.is_file():
+        with safe_open(whole, "pt") as file:
+            names = list(file.keys())
+    elif shards.is_file():
+        names = list(json.loads(shards.read_text())["weight_map"])
+    else:
+        return
+    # the first number in a name is its layer's, as of model.layers.3.mlp.experts.7
+    numbers = [int(found[1]) for name in names if (found := re.search(r"\.(\d{1,9})\.", name))]
+    layers, found_layers = getattr(config.get_text_config(), "num_hidden_layers", 0), max(numbers, default=-1) + 1
+    if layers > found_layers:
+        message = f"num_hidden_layers is {layers} there, {found_layers} layers are here"
+        raise ValueError(f"not those of the model in config.json: {message}")
+
+
+def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Check that a model's parameters, each with its name, are numbers.
+
+    Raises:
+        ValueError: some are NaN or infinite.
+    """
+    for name, parameter in parameters:
+        if not parameter.detach().sum(dtype=torch.float32).isfinite():  # half of the time of asking each number
+            raise ValueError(f"not finite: {name}")
 
 
 def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> bool:
@@ -194,11 +373,19 @@ def separate_(pretrained: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) -> DoubleHeads:
+def load_adapted(
+    checkpoint: str | Path, folder: str, config: PretrainedConfig, device: str | torch.device, *, in_shards: bool
+) -> DoubleHeads:
     """The model of a run folder that holds an adapter; the model that it adapts is loaded from where it was then."""
-    base = base_of(folder)
+    fields = read_adapter(folder)
+    base = fields["base_model_name_or_path"]
     try:
-        model = load_model(base)
+        base_folder = resolve_checkpoint(base)
+        if is_adapter(base_folder):
+            raise UserError(f"{base}: an adapter itself")
+        if not has_weights(base_folder):
+            raise UserError(f"{base}: no weights there")
+        model = load_whole(base, base_folder, load_config(base), device, in_shards=in_shards)
     except UserError as error:
         raise UserError(f"{checkpoint} adapts another model: {error}") from error
     for name in ("history_start", "token_types"):
@@ -207,7 +394,9 @@ def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) 
     try:
         check_settings(model)
         model.pretrained.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
-        model.network = load_adapter(model.pretrained, folder)
+        with on_cpu_without_memory(model):
+            model.network = load_adapter(model.pretrained, folder, fields)
+        check_finite((name, tensor) for name, tensor in model.network.named_parameters() if tensor.requires_grad)
     except UserError:  # no peft
         raise
     except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
@@ -217,7 +406,7 @@ def load_adapted(checkpoint: str | Path, folder: str, config: PretrainedConfig) 
 
 
 def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
-    """Check that packed rows and cached steps give what a model gives a sequence alone, and find how it takes a mask.
+    """Check that packed rows and cached steps give what a model gives a sequence alone, and find how it takes masks.
 
     There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
 
@@ -225,13 +414,16 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
         UserError: the model is of such a kind.
     """
     error = None
-    for additive_mask in (False, True):
-        try:
-            if computes_the_same(model, additive_mask):
-                model.additive_mask = additive_mask
-                return
-        except Exception as raised:  # whatever a model's code does with arguments that it does not expect
-            error = raised
+    before = model.additive_mask, model.window_by
+    for window_by in ("layer type", "model", "") if model.window else ("",):
+        for additive_mask in (False, True):
+            model.additive_mask, model.window_by = additive_mask, window_by
+            try:
+                if computes_the_same(model):
+                    return
+            except Exception as raised:  # whatever a model's code does with arguments that it does not expect
+                error = raised
+    model.additive_mask, model.window_by = before
     reason = f" ({first_line(error)})" if error else ""
     raise UserError(
         f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
@@ -240,29 +432,53 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
 
 
 @torch.no_grad()
-def computes_the_same(model: DoubleHeads, additive_mask: bool) -> bool:
+def computes_the_same(model: DoubleHeads) -> bool:
     """Whether packed rows and cached steps give what the model gives a sequence alone; it is left as it was.
 
-    All matrix products count as scaled to one size, so that the answer is the configuration's, not the weights'.
+    All matrix products count as scaled to one size, so that the answer is the configuration's, not the weights'. A
+    sliding window that a mask is to have counts as one of three tokens.
     """
     n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
-    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]])  # a context and two replies
-    positions, segments = torch.tensor([[*range(3 + n), 3, 4]]), torch.tensor([0] * 3 + [1] * n + [2] * 2)
+    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]], device=model.device)  # a context and two replies
+    positions = torch.tensor([[*range(3 + n), 3, 4]], device=model.device)
+    segments = torch.tensor([0] * 3 + [1] * n + [2] * 2, device=model.device)
     alone = [0, 1, 2, n + 3, n + 4]
-    mask = torch.ones(n + 5, n + 5, dtype=torch.bool).tril() & ((segments == 0) | (segments == segments[:, None]))
-    before = model.additive_mask, model.token_types
-    model.additive_mask, model.token_types = additive_mask, False
+    causal = torch.ones(n + 5, n + 5, dtype=torch.bool, device=model.device).tril()
+    mask = causal & ((segments == 0) | (segments == segments[:, None]))
+    token_types, config = model.token_types, model.pretrained.config.get_text_config()
+    window = model.window
+    model.token_types = False
+    if model.window_by:
+        config.sliding_window = 3
     try:
-        with at_one_size(model):
+        with at_one_size(model), inputs_of(model.pretrained.get_output_embeddings()) as hidden_alone:
             want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
             packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
             cache = Cache(layer_class_to_replicate=DynamicLayer)
             for part in (alone[:3], alone[3:4], alone[4:]):
                 cached = model.hidden_states(ids[:, part], ids[:, part], positions[:, part], None, cache)[0, -1:]
-            got = model.lm_logits(torch.cat([packed, cached]))
+            hidden = torch.cat([packed, cached])
+            got = model.lm_logits(hidden)
     finally:
-        model.additive_mask, model.token_types = before
-    return bool((got - want[[0, 1, 1]]).norm() < 1e-3 * want.norm())
+        model.token_types = token_types
+        if window:
+            config.sliding_window = window
+    if not want.isfinite().all():
+        raise ValueError("its logits are not finite")
+    # the logits alone would say little where they are capped
+    pairs = [(got, want), (hidden, hidden_alone[0][0, -2:])]
+    return all((here - there[[0, 1, 1]]).norm() < 1e-3 * there.norm() for here, there in pairs)
+
+
+@contextlib.contextmanager
+def inputs_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A list to which each input of a layer is added."""
+    inputs: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -273,7 +489,12 @@ def at_one_size(model: DoubleHeads) -> Iterator[None]:
     """
 
     def scale_to(size: float) -> Callable:
-        return lambda module, inputs, output: output * (size * (output.square().mean(-1, keepdim=True) + 1e-30).rsqrt())
+        def scaled(module: nn.Module, inputs: tuple, output: Any) -> Any:
+            if not isinstance(output, torch.Tensor):  # of a layer that chooses experts
+                return output
+            return output * (size * (output.square().mean(-1, keepdim=True) + 1e-30).rsqrt())
+
+        return scaled
 
     output = model.pretrained.get_output_embeddings()
     layers = [layer for layer in model.pretrained.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
@@ -294,13 +515,12 @@ def use_eager_attention_(model: DoubleHeads) -> None:
     pretrained = model.pretrained
     if pretrained.config.model_type in FAMILIES:
         return
-    before = pretrained.config._attn_implementation, model.additive_mask
+    before = pretrained.config._attn_implementation
     pretrained.set_attn_implementation("eager")
     try:
         check_packing_(model, "")
     except UserError:
-        pretrained.set_attn_implementation(before[0])
-        model.additive_mask = before[1]
+        pretrained.set_attn_implementation(before)
 
 
 def load_finetuned(
@@ -311,11 +531,13 @@ def load_finetuned(
     fp16: str = "",
     *,
     force: bool = False,
+    sharded: bool = False,
 ) -> tuple[DoubleHeads, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
 
     `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given. An adapter is
-    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken.
+    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken. With `sharded` the model is
+    in shards over all processes, and an adapter stays beside its weights.
 
     Raises:
         UserError: as `load_model`, or the checkpoint does not know the dialog tokens.
@@ -327,20 +549,35 @@ def load_finetuned(
             message = f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py"
             raise UserError(message)
         logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
-    model = load_model(checkpoint, device or default_device())
+    device = device or default_device()
+    model = load_model(checkpoint, device, in_shards=sharded)
     if model.new_head:
         logger.warning("%s has no choice head: hits@1 and all that ranks replies are as good as chance", checkpoint)
     add_special_tokens_(model, tokenizer)
     if history_start is not None:
         model.history_start = history_start
-    merge_adapter_(model)
+    if not sharded:
+        merge_adapter_(model)
     if fp16:
         halve_(model)
+        try:
+            if not sharded:
+                check_heads(model)
+        except Exception as error:  # whatever a model's code does with weights of two types
+            kind = f"a {model.pretrained.config.model_type} model"
+            raise UserError(
+                f"--fp16 {fp16}: {kind} does not run in it ({first_line(error)}); leave the flag out"
+            ) from error
+    if sharded:
+        into_shards_(model.requires_grad_(False), checkpoint, torch.device(device))
     return model, tokenizer
 
 
-def save_model(model: DoubleHeads, folder: Path, *, merge_lora: bool = False) -> None:
+def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = False) -> None:
     """Write `config.json` and `model.safetensors`, as transformers does, each whole or not at all.
+
+    Weights of more than `LARGEST_FILE` are several files, with an index that changes when all of them are there. All
+    processes of a model in shards must call it; those without a folder do not write.
 
     Of an adapted model `adapter_model.safetensors` and `adapter_config.json` are written in its place, as peft does,
     unless `merge_lora` asks for the whole model that they make.
@@ -348,13 +585,56 @@ def save_model(model: DoubleHeads, folder: Path, *, merge_lora: bool = False) ->
     Raises:
         UserError: they cannot be written.
     """
+    gathered = gather_weights(model, keep=folder is not None) if is_sharded(model) else None
+    if folder is None:
+        return
     try:
+        check_finite(model.network.named_parameters() if gathered is None else gathered.items())
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
             if generation := getattr(model.pretrained, "generation_config", None):
                 generation.save_pretrained(temporary)
-            save_network(merge(copy.deepcopy(model.network)) if merge_lora else model.network, temporary)
-            for file in Path(temporary).iterdir():
-                move_into_place(file, folder / file.name)
-    except (OSError, SafetensorError) as error:
+            network = merge(copy.deepcopy(model.network)) if merge_lora else model.network
+            save_network(network, temporary, gathered, LARGEST_FILE)
+            move_export(Path(temporary), folder)
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder / 'model.safetensors'}: not written ({first_line(error)})") from error
+
+
+def gather_weights(model: DoubleHeads, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The whole tensors that a run folder has of a model in shards, in RAM; one after another is whole on the device.
+
+    Args:
+        keep: whether this process is to have them; {} for those that only help.
+    """
+    model.reshard()  # type: ignore[operator]  # what the last forward has gathered
+    adapter = rank_of(model.network)
+    gathered: dict[str, torch.Tensor] = {}
+    done: dict[int, torch.Tensor] = {}  # tied weights are one tensor
+    for name, tensor in model.network.state_dict(keep_vars=True).items():
+        if adapter and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
+        if id(tensor) not in done:
+            value = whole(tensor.detach())
+            done[id(tensor)] = value.cpu() if keep else torch.empty(0)
+        if keep:
+            gathered[name] = done[id(tensor)]
+    return gathered
+
+
+def move_export(temporary: Path, folder: Path) -> None:
+    """Move a model's files into place; where its weights are several, under new names, so that no two exports mix."""
+    index = temporary / INDEX
+    files = {file.name: file.name for file in temporary.iterdir() if file != index}
+    if index.exists():
+        content = json.loads(index.read_text())
+        files |= {name: f"{temporary.stem}-{name}" for name in set(content["weight_map"].values())}
+        content["weight_map"] = {key: files[name] for key, name in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+    for name, final in files.items():
+        move_into_place(temporary / name, folder / final)
+    if index.exists():
+        move_into_place(index, folder / INDEX)
+        for old in folder.glob("model*-of-*.safetensors"):
+            if old.name not in files.values():
+                old.unlink()

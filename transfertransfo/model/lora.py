@@ -4,23 +4,73 @@ A run folder then holds these matrices, the dialog tokens' embeddings, the choic
 """
 
 import json
+import math
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from transfertransfo.errors import UserError, require
+from transfertransfo.data.reading import kind
+from transfertransfo.errors import UserError, first_line, require, shortened
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "multiple_choice_head"
+MAX_CONFIG = 1 << 20  # bytes of a configuration
 Network = Any  # a PreTrainedModel, or peft's around it, an optional library's
+
+
+def _are_names(value: Any) -> bool:
+    """Whether a value is a list of names: peft takes a text for a regular expression, which may never end."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_ids(value: Any) -> bool:
+    """Whether a value holds lists of different token ids by name."""
+    return isinstance(value, dict) and all(
+        isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) and len({*ids}) == len(ids)
+        for ids in value.values()
+    )
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether a value holds numbers by patterns such as peft writes for layers of experts, in which nothing repeats."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"\.\*\\\.\w+", name) and type(number) in (int, float) and 1 <= number < math.inf
+        for name, number in value.items()
+    )
+
+
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # that peft is to see: what each is, and whether a value is it
+    "base_model_name_or_path": ("a text", lambda value: isinstance(value, str)),
+    "r": ("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
+    "lora_alpha": ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+    "lora_dropout": ("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value < 1),
+    "target_modules": ("names of layers", lambda value: _are_names(value) and value != []),
+    "target_parameters": ("names of parameters", lambda value: value is None or _are_names(value)),
+    "rank_pattern": ("ranks by names of parameters", _are_numbers),
+    "alpha_pattern": ("numbers by names of parameters", _are_numbers),
+    "exclude_modules": ("names of layers", lambda value: value is None or _are_names(value)),
+    "modules_to_save": (f'["{HEAD}"]', lambda value: value == [HEAD]),
+    "trainable_token_indices": ("token ids by the names of embeddings", lambda value: value is None or _are_ids(value)),
+    "fan_in_fan_out": ("true or false", lambda value: type(value) is bool),
+    "use_rslora": ("true or false", lambda value: type(value) is bool),
+}
+FIXED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+}
+UNREAD = {  # that peft writes, and that decide nothing where what they belong to is off
+    "auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
+}  # fmt: skip
 
 
 def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], base: str) -> Network:
@@ -32,17 +82,15 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
         base: where the model is, for the adapter's record.
 
     Raises:
-        UserError: no peft, or a model whose output has a bias, which peft leaves out.
+        UserError: no peft, or a model that cannot have adapters, as one whose output has a bias, which peft leaves out.
     """
     require("--lora_rank", "peft")
     from peft import LoraConfig, get_peft_model
 
-    output = pretrained.get_output_embeddings()
-    if getattr(output, "bias", None) is not None:
+    if getattr(pretrained.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--lora_rank {rank}: a {pretrained.config.model_type} model, whose output layer has a bias")
     adapted, others = linear_layers(pretrained)
     names = {last_part(name) for name in adapted}
-    embeddings = (pretrained.get_input_embeddings(), output)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -50,12 +98,14 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
         exclude_modules=[name for name in others if last_part(name) in names] or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
         modules_to_save=[HEAD],
-        trainable_token_indices={
-            name: list(tokens) for name, module in pretrained.named_modules() if module in embeddings
-        },
+        trainable_token_indices={name: list(tokens) for name in embedding_names(pretrained)},
     )
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that transformers changed
-        network = get_peft_model(pretrained, config)
+        try:
+            network = get_peft_model(pretrained, config)
+        except Exception as error:  # whatever peft does with layers that it does not expect
+            kind = f"a {pretrained.config.model_type} model"
+            raise UserError(f"--lora_rank {rank}: {kind} cannot have adapters ({first_line(error)})") from error
     config.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
     return network
 
@@ -66,15 +116,22 @@ def text_parts(pretrained: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def linear_layers(pretrained: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The linear layers of a model's blocks by their names, and those of parts that no text passes through."""
+    """The linear layers of a model's blocks by their names, and others: of a kind of their own, or not for text."""
     inside: dict[str, nn.Module] = {}
     outside: dict[str, nn.Module] = {}
     passed = {layer for part in text_parts(pretrained) for layer in part.modules()}
     heads = (pretrained.get_output_embeddings(), *pretrained.get_submodule(HEAD).modules())
     for name, layer in pretrained.named_modules():
         if isinstance(layer, nn.Linear | Conv1D) and layer not in heads:
-            (inside if layer in passed else outside)[name] = layer
+            plain = type(layer) in (nn.Linear, Conv1D)  # others return more, as what chooses experts
+            (inside if layer in passed and plain else outside)[name] = layer
     return inside, outside
+
+
+def embedding_names(pretrained: PreTrainedModel) -> list[str]:
+    """The names of a model's embeddings, input and output; of tied ones both."""
+    embeddings = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
+    return [name for name, module in pretrained.named_modules() if module in embeddings]
 
 
 def last_part(name: str) -> str:
@@ -85,12 +142,31 @@ def is_adapter(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, CONFIG))
 
 
-def base_of(folder: str) -> str:
-    """The checkpoint that a folder's adapter was trained on."""
+def read_adapter(folder: str) -> dict[str, Any]:
+    """The fields of a folder's `adapter_config.json` that an ordinary LoRA has.
+
+    peft is to see no others: it imports modules, runs regular expressions and repeats layers as the file says.
+
+    Raises:
+        UserError: no such file, or a field that asks for something else.
+    """
+    file = Path(folder, CONFIG)
     try:
-        return json.loads(Path(folder, CONFIG).read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{Path(folder, CONFIG)}: no adapter's configuration") from error
+        with file.open("rb") as opened:
+            values = json.loads(opened.read(MAX_CONFIG))
+        kept = {"base_model_name_or_path": values["base_model_name_or_path"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: no adapter's configuration") from error
+    for name, value in values.items():
+        expected, is_good = FIELDS.get(name, ("", None))
+        if is_good and not is_good(value):
+            got = kind(value) if isinstance(value, dict | list) else shortened(json.dumps(value))
+            raise UserError(f"{file}: {name}: expected {expected}, got {got}")
+        if is_good:
+            kept[name] = value
+        elif name not in UNREAD and value not in FIXED.get(name, (None, False, {}, [])):
+            raise UserError(f"{file}: {shortened(name)}: this kind of adapter is not read here; an ordinary LoRA is")
+    return kept
 
 
 def rank_of(network: Network) -> int:
@@ -98,22 +174,36 @@ def rank_of(network: Network) -> int:
     return 0 if isinstance(network, PreTrainedModel) else network.active_peft_config.r
 
 
-def load_adapter(pretrained: PreTrainedModel, folder: str) -> Network:
+def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any]) -> Network:
     """The model with a folder's adapter, ready to be trained on.
+
+    Args:
+        fields: of its configuration, as `read_adapter` gives them.
 
     Raises:
         UserError: no peft.
         Exception: whatever peft raises of a damaged adapter; ValueError of weights that are not the adapter's.
     """
     require(f"--model_checkpoint {folder}", "peft")
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
-    with warnings.catch_warnings(action="ignore"):
-        network = PeftModel.from_pretrained(pretrained, folder, is_trainable=True)
-        wanted = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
+    layer: Any = pretrained.get_input_embeddings()
+    rows, embeddings = len(layer.weight), embedding_names(pretrained)
+    for name, ids in (fields.get("trainable_token_indices") or {}).items():
+        if name not in embeddings or max(ids, default=0) >= rows:
+            message = f"no embeddings of this model, or beyond their {rows} rows"
+            raise ValueError(f"trainable_token_indices: {shortened(name)}: {message}")
     with safe_open(os.path.join(folder, WEIGHTS), "pt") as file:
-        if strange := wanted ^ set(file.keys()):  # peft begins what is missing anew, and passes over the rest
-            raise ValueError(f"its weights are not those of the adapter: {len(strange)} differ, as {min(strange)}")
+        there = set(file.keys())
+        largest = max((file.get_slice(name).get_shape()[0] for name in there if ".lora_A." in name), default=0)
+    config = LoraConfig(**fields)
+    if (rank := max(config.r, *(config.rank_pattern or {}).values(), 0)) > largest:  # before memory is taken for it
+        raise ValueError(f"r or rank_pattern is {rank}, that of its weights {largest}")
+    with warnings.catch_warnings(action="ignore"):
+        network = PeftModel.from_pretrained(pretrained, folder, is_trainable=True, config=config)
+        wanted = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
+    if strange := wanted ^ there:  # peft begins what is missing anew, and passes over the rest
+        raise ValueError(f"its weights are not those of the adapter: {len(strange)} differ, as {min(strange)}")
     return network
 
 
@@ -122,9 +212,15 @@ def merge(network: Network) -> PreTrainedModel:
     return network.merge_and_unload() if rank_of(network) else network
 
 
-def save_network(network: Network, folder: str) -> None:
-    """Write a model as transformers does; of one with an adapter write the adapter alone, as peft does."""
+def save_network(network: Network, folder: str, weights: dict[str, Tensor] | None, largest: str) -> None:
+    """Write a model as transformers does; of one with an adapter write the adapter alone, as peft does.
+
+    Args:
+        weights: the tensors by their names, where those of the model itself are in shards.
+        largest: size beyond which the weights are several files.
+    """
     if not rank_of(network):
-        return network.save_pretrained(folder)
-    network.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub about the model
+        return network.save_pretrained(folder, state_dict=weights, max_shard_size=largest)
+    # without the embeddings, else it would ask the hub about the model
+    network.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     os.remove(os.path.join(folder, "README.md"))  # a form to be filled in

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from transfertransfo.model.gguf import read_gguf_config
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
+MAX_CONFIG = 1 << 20  # bytes of a configuration
+MAX_LIST = 10_000
+COUNTED, MAX_COUNT = re.compile(r"(^|_)(n|num)_.*(layers?|labels|experts|heads?)$"), 1024
+POSITIONS, MAX_POSITIONS = re.compile(r"positions?(_embeddings)?$|^n_ctx$|max_seq_len$"), 1 << 24
 HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
@@ -106,12 +111,42 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
     try:
         if is_gguf(folder):
             return AutoConfig.for_model(**read_gguf_config(folder))
+        check_file_sizes(folder)
         values, _ = PretrainedConfig.get_config_dict(folder)
+        check_sizes(values)
         if "model_type" not in values and "n_embd" in values:
             return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
     except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
         raise UserError(cannot_load(checkpoint, "GGUF header" if is_gguf(folder) else "config.json", error)) from error
+
+
+def check_file_sizes(folder: str) -> None:
+    """Check that a folder's configurations are as small as such are; transformers takes half a minute for large ones.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in ("config.json", "generation_config.json"):
+        if os.path.isfile(file := os.path.join(folder, name)) and os.path.getsize(file) > MAX_CONFIG:
+            raise ValueError(f"{name} is {os.path.getsize(file)} bytes, more than {MAX_CONFIG}")
+
+
+def check_sizes(values: Mapping) -> None:
+    """Check the sizes of a configuration that transformers would make a list or a layer of each.
+
+    Raises:
+        ValueError: one is less than 0, or more than any model has.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_sizes(value)
+        elif isinstance(value, list) and len(value) > MAX_LIST:
+            raise ValueError(f"{name}: a list of {len(value)}, more than {MAX_LIST}")
+        elif isinstance(value, int | float):
+            most = MAX_COUNT if COUNTED.search(name) else MAX_POSITIONS if POSITIONS.search(name) else None
+            if most and not 0 <= value <= most:
+                raise ValueError(f"{name}: expected a number from 0 to {most}, got {value}")
 
 
 def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) -> PreTrainedTokenizerBase:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, EventEnum, Events
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from transfertransfo.data.trees import IGNORED, Batch
+from transfertransfo.errors import UserError
 from transfertransfo.model.lora import HEAD
 from transfertransfo.training.precision import Precision
 
@@ -40,6 +42,10 @@ class Optimisation:
     mc_coef: float
     label_smoothing: float
     max_norm: float
+
+
+class Diverged(UserError):
+    """The numbers of a run are finite no more: there is no use in going on."""
 
 
 class StepEvents(EventEnum):
@@ -73,6 +79,8 @@ def create_trainer(
         with contextlib.ExitStack() as stack:
             if isinstance(model, DistributedDataParallel) and not full:
                 stack.enter_context(model.no_sync())  # processes exchange their gradients once an optimizer step
+            elif isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(full)
             with precision.autocast():
                 losses = distributed_losses(model, batch.to(device), optimisation.label_smoothing)
             loss = losses @ coefficients
@@ -127,10 +135,8 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     """An engine that leaves `nll` (nats a token), `ppl` and `accuracy` (hits@1) of all examples in `state.metrics`."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # nll, tokens, hits, examples
 
-    @torch.inference_mode()
-    def step(engine: Engine, batch: Batch | None) -> None:
-        if batch is None:
-            return
+    @torch.no_grad()  # not inference_mode: what a model in shards gathers here, the training goes on with
+    def step(engine: Engine, batch: Batch) -> None:
         batch = batch.to(device)
         with precision.autocast():
             lm_logits, choice_scores = model(batch)
@@ -150,6 +156,8 @@ def create_evaluator(model: torch.nn.Module, precision: Precision, device: torch
     def finish(engine: Engine) -> None:
         nll, tokens, hits, examples = idist.all_reduce(sums.clone()).tolist()
         nll /= max(tokens, 1)
+        if not math.isfinite(nll):
+            raise Diverged(f"validation: the model's loss is {nll}, not a number to go by; nothing is exported")
         ppl = math.exp(min(nll, 700))  # JSON, in which it is written, has no infinity
         engine.state.metrics = {"nll": nll, "ppl": ppl, "accuracy": hits / examples}
         model.train()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import signal
 import socket
 import time
@@ -20,15 +21,11 @@ from torch.utils.data import DataLoader
 from transfertransfo.errors import UserError
 from transfertransfo.training.checkpoints import Best
 from transfertransfo.training.distribution import max_over_processes
-from transfertransfo.training.engines import StepEvents
+from transfertransfo.training.engines import Diverged, StepEvents
 from transfertransfo.training.precision import MAX_BAD_STEPS, Precision
 from transfertransfo.training.runs import METRICS
 
 logger = logging.getLogger(__name__)
-
-
-class NoFiniteGradient(UserError):
-    """So many steps in a row without a finite gradient that a run is given up."""
 
 
 class FigureWriter:
@@ -188,9 +185,11 @@ def attach_figures(
             "skipped_steps": int(precision.skipped_steps),
         }
         since.update(time=time.perf_counter(), iteration=engine.state.iteration)
+        if not math.isfinite(loss):
+            logger.warning("step %d: the loss is %s; the weights stay as they were", engine.state.optimizer_step, loss)
         if precision.bad_steps >= MAX_BAD_STEPS:
             count = int(precision.bad_steps)
-            raise NoFiniteGradient(f"step {engine.state.optimizer_step}: {count} steps in a row had no finite gradient")
+            raise Diverged(f"step {engine.state.optimizer_step}: {count} steps in a row had no finite gradient")
 
     if folder is None:
         return

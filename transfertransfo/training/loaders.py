@@ -61,13 +61,12 @@ def make_loaders(
     train = make_examples(
         train_dialogs, max_history, n_positions, num_candidates, personality_permutations, history_start
     )
-    collate = partial(pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple)
-    # every process takes part in a training step, so where a share is empty one works on what does not count
-    collate_or_fill = partial(collate, filler=train[0])
-    trees = make_trees(train) if by_dialog else [[example] for example in train]
-    train_loader, train_sampler = make_loader(
-        trees, collate_or_fill, batch_size=train_batch_size, shuffle=True, seed=seed
+    # every process takes part in each forward, so where a share is empty one works on what does not count
+    collate = partial(
+        pack_examples, tokenizer=tokenizer, history_start=history_start, multiple=multiple, filler=train[0]
     )
+    trees = make_trees(train) if by_dialog else [[example] for example in train]
+    train_loader, train_sampler = make_loader(trees, collate, batch_size=train_batch_size, shuffle=True, seed=seed)
     log_examples("train", trees, train_sampler)
     logger.info("One example as the model sees it:\n%s", format_example(train[0], tokenizer, rows=10))
     if valid_dialogs is None:
@@ -85,7 +84,7 @@ def make_loaders(
 
 def make_loader(
     trees: list[list[Example]],
-    collate: Callable[[list[list[Example]]], Batch | None],
+    collate: Callable[[list[list[Example]]], Batch],
     *,
     batch_size: int,
     shuffle: bool,
@@ -117,14 +116,14 @@ def pack_examples(
     *,
     history_start: int,
     multiple: int,
-    filler: Example | None = None,
-) -> Batch | None:
-    """A batch of trees; of none, as a process's share of a batch may be, `filler` without labels, or None."""
+    filler: Example,
+) -> Batch:
+    """A batch of trees; of none, as a process's share of a batch may be, `filler` without labels."""
     forks = [make_fork(example, tokenizer, history_start) for example in chain.from_iterable(trees)]
     sizes = list(map(len, trees))
-    if not forks and filler:
+    if not forks:
         forks, sizes = [make_fork(filler, tokenizer, history_start)._replace(lm_reply=IGNORED)], [1]
-    return pack(forks, tokenizer.pad_token_id, multiple, sizes) if forks else None
+    return pack(forks, tokenizer.pad_token_id, multiple, sizes)
 
 
 def log_examples(split: str, trees: list[list[Example]], sampler: BucketSampler) -> None:

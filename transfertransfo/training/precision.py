@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import prepare_bfloat16
+from transfertransfo.model.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class NativePrecision:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         self._scaler.unscale_(self.optimizer)
-        bad = ~clip_grad_norm_(self.masters, max_norm or math.inf).isfinite()
+        bad = ~whole(clip_grad_norm_(self.masters, max_norm or math.inf)).isfinite()
         self.optimizer.found_inf = bad.float()  # read by torch's fused optimizers: skips without waiting for the device
         self._scaler.step(self.optimizer)
         self._scaler.update()

@@ -120,6 +120,19 @@ def changed_arguments(saved: Mapping, flags: Mapping) -> dict[str, tuple]:
     }
 
 
+def divide_batch(saved: Mapping, world_size: int) -> dict[str, int]:
+    """The arguments by which another number of processes goes on with a run's own batches.
+
+    Raises:
+        UserError: they cannot be divided by it.
+    """
+    examples = saved["train_batch_size"] * saved["world_size"]
+    if examples % world_size:
+        here, there = (f"{n} process" + "es" * (n > 1) for n in (world_size, saved["world_size"]))
+        raise UserError(f"{there} took {examples} examples at a time, which {here} cannot share equally")
+    return {"world_size": world_size, "train_batch_size": examples // world_size}
+
+
 def open_run_folder(
     folder: Path | None,
     record: Mapping,

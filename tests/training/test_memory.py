@@ -1,0 +1,82 @@
+"""The memory that a training step is said to need is what it takes."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers import DATASET, run_training, tiny_config
+from ignite.engine import Events
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import train
+from transfertransfo.data.trees import Fork, pack
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import DoubleHeads, enable_gradient_checkpointing_
+from transfertransfo.model.heads import double_heads_class
+from transfertransfo.training.engines import Optimisation, create_trainer, make_adamw
+from transfertransfo.training.memory import estimate_memory
+from transfertransfo.training.precision import make_precision
+
+CPU = torch.device("cpu")
+OPTIMISATION = Optimisation(lr=1e-3, head_lr=None, warmup_steps=0, gradient_accumulation_steps=1, lm_coef=1.0,
+                            mc_coef=1.0, label_smoothing=0.0, max_norm=1.0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "level", "micro_steps", "checkpointing"),
+    [
+        ("gpt", "", 1, False),
+        ("gpt", "bf16", 1, False),
+        ("gpt2", "", 1, True),
+        ("llama", "", 2, False),
+    ],
+)
+def test_a_step_needs_what_is_estimated(family, level, micro_steps, checkpointing):
+    """Within 15 %, as torch's tracker counts the tensors that are there at once; no parameter is copied for it."""
+    config = tiny_config(family, 400)
+    model = DoubleHeads(double_heads_class(config)(config)).train()
+    model.additive_mask = family == "llama"
+    forks = [Fork([5] * 90, [1] * 90, [*range(90)], [[i] * 20, [9] * 20], 1) for i in range(4)]
+    batch = pack(forks, 0)
+    half = torch.bfloat16 if level else None
+    memory = estimate_memory(
+        model, batch, CPU, half=half, micro_steps=micro_steps, n_processes=1, sharded=False, checkpointing=checkpointing
+    )
+    if checkpointing:
+        enable_gradient_checkpointing_(model)
+    names = [name for name, _ in model.named_parameters()]
+    precision = make_precision(level, model, partial(make_adamw, names=names, lr=1e-3), CPU)
+    optimisation = replace(OPTIMISATION, gradient_accumulation_steps=micro_steps)
+    trainer = create_trainer(model, precision, optimisation, CPU)
+    tracker = MemTracker()
+    tracker.track_external(model, precision.optimizer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: tracker.reset_mod_stats())
+    with tracker:
+        trainer.run([batch] * 2 * micro_steps, max_epochs=1)
+    peak = tracker.get_tracker_snapshot("peak")[CPU]
+    (measured,) = (size for kind, size in peak.items() if "Total" in str(kind))
+    assert memory.peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture
+def not_small(monkeypatch):
+    monkeypatch.setattr(train, "SMALL", 0)
+
+
+def test_memory_is_told_before_the_first_step(base_checkpoints, tmp_path, monkeypatch, not_small):
+    """With what helps where there is not as much."""
+    monkeypatch.setattr(train, "free_memory", lambda device: 1000)
+    log = run_training(tmp_path, base_checkpoints["gpt"], "--n_epochs", 1, "--fp16", "bf16").log
+    assert log.index("Memory: about 0.00 GB a device (parameters 0.00, ") < log.index("Training: ")
+    assert "0.00 GB are free: a step will hardly fit. What helps: --train_batch_size 2 --gradient_acc" in log
+    assert "--gradient_accumulation_steps 16; --gradient_checkpointing; torchrun with --sharded; --lora_rank 16" in log
+
+
+def test_a_device_that_is_full_is_told_so(base_checkpoints, tmp_path, monkeypatch, not_small):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("transfertransfo.training.engines.distributed_losses", fill)
+    with pytest.raises(UserError, match=r"^out of memory: a step needs about .* GB a device .*; what helps: --train_b"):
+        run_training(tmp_path, base_checkpoints["gpt"], dataset=DATASET)

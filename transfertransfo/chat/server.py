@@ -1,0 +1,467 @@
+"""The chat as a server: an endpoint in OpenAI's form, and what keeps it safe."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from itertools import groupby
+from types import FrameType
+from typing import Any, Literal
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from transfertransfo.chat.conversation import Chat, Growing, unicode_of
+from transfertransfo.chat.sharing import (
+    MOST_REPLIES,
+    MOST_TOKENS,
+    MOST_TURNS,
+    Busy,
+    Failed,
+    Finished,
+    SharedModel,
+    check_length,
+)
+from transfertransfo.data.inputs import window
+from transfertransfo.data.tokenization import tokenize
+from transfertransfo.decoding import Context, Decoding
+from transfertransfo.errors import SettingError, UserError, printable
+
+MOST_BYTES = 1 << 20  # of a request
+SMALLEST = 1e-6  # temperature, as the flag has it
+MOST_CONNECTIONS = 512  # a visitor's page holds two
+MOST_SECONDS = 30.0  # for a request's body to come
+# What the page loads, and the endpoint. Gradio has more: uploads, files, a proxy, its own interface for programs.
+OPEN_PATHS = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/v1/models", "/v1/chat/completions"}
+OPEN_PATHS |= {f"/gradio_api/{name}" for name in ("queue/join", "queue/data", "cancel", "reset", "startup-events")}
+OPEN_FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
+PAGES_OWN = "/gradio_api/"
+HEADERS = {
+    # Gradio's page makes its functions of text; nothing of it comes from another place
+    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+logger = logging.getLogger(__name__)
+
+
+# ---- the endpoint ----
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Turn(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def text(self) -> str:
+        text = self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
+        return unicode_of(text)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Question(BaseModel, allow_inf_nan=False):
+    """What `POST /v1/chat/completions` takes; other fields of OpenAI's have no effect. None = as the server's flags."""
+
+    model: str = ""
+    messages: list[Turn] = Field(min_length=1, max_length=MOST_TURNS)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1, le=MOST_REPLIES)
+    rank: bool | None = None  # OpenAI has none: whether the choice head says which replies come first
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    def decoding(self, flags: Decoding) -> Decoding:
+        """How the replies are chosen: as this says, and where it says nothing as the flags do."""
+        changed: dict[str, Any] = {}
+        if length := self.max_completion_tokens or self.max_tokens:
+            changed |= {"max_length": length, "min_length": min(flags.min_length, length)}
+        if self.top_p is not None:
+            changed["top_p"] = max(self.top_p, SMALLEST)  # 0 is the likeliest token here, and no filter to the flag
+        if self.temperature is not None:
+            changed["no_sample"] = self.temperature < SMALLEST
+            changed["temperature"] = max(self.temperature, SMALLEST)
+        if self.n > 1 or self.temperature is not None or self.top_p is not None:
+            changed["num_beams"] = 0  # which are not sampled
+        rank = flags.rank if self.rank is None else self.rank
+        beams = changed.get("num_beams", flags.num_beams)
+        samples = max(self.n, flags.num_samples if rank else 1)
+        greedy = changed.get("no_sample", flags.no_sample)
+        if beams or (greedy and self.n == 1):
+            samples = 1
+        return replace(flags, num_samples=samples, rank=rank and max(beams, samples) > 1, **changed)
+
+    def context(self, chat: Chat) -> Context:
+        """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last.
+
+        Raises:
+            UserError: there are none that could be answered.
+        """
+        for i, turn in enumerate(self.messages):
+            check_length(f"messages.{i}.content", turn.text)
+        persona = [
+            line for turn in self.messages if turn.role in ("system", "developer") for line in turn.text.split("\n")
+        ]
+        check_length("messages: a persona", "\n".join(persona))
+        spoken = [turn for turn in self.messages if turn.role in ("user", "assistant")]
+        turns = [" ".join(turn.text for turn in group) for _, group in groupby(spoken, key=lambda turn: turn.role)]
+        if not spoken or spoken[-1].role != "user":
+            raise SettingError("messages: the last one must be the user's", "messages")
+        heard = tokenize(chat.tokenizer, turns)
+        if not heard[-1]:
+            raise SettingError("messages: the last one says nothing", "messages")
+        persona = [text for text in map(printable, persona) if text.strip()]
+        persona_ids = tokenize(chat.tokenizer, persona) if persona else chat.persona_ids
+        kept = window(heard, chat.max_history)
+        return Context(persona_ids, kept, heard[: -len(kept)][::-2])
+
+
+class Endpoint:
+    """Answers `Question`s.
+
+    Args:
+        chat: persona, decoding and history where a question has none.
+        name: of the model.
+    """
+
+    def __init__(self, shared: SharedModel, chat: Chat, name: str):
+        self.shared, self.chat, self.name = shared, chat, name
+        self.started = int(time.time())
+
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/chat/completions", self.complete, methods=["POST"], response_model=None)
+        app.add_exception_handler(RequestValidationError, invalid)
+        app.add_exception_handler(UserError, refused)
+        app.add_exception_handler(HTTPException, denied)
+        app.add_exception_handler(Exception, failed)
+
+    def models(self) -> dict[str, Any]:
+        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "transfertransfo"}
+        return {"object": "list", "data": [model]}
+
+    async def complete(self, question: Question, request: Request) -> JSONResponse | StreamingResponse:
+        decoding = question.decoding(self.chat.decoding)
+        context = await run_in_threadpool(question.context, self.chat)
+        # -1 and 2**64 - 1 are one seed to torch
+        seed = uuid.uuid4().int >> 66 if question.seed is None else question.seed % 2**63
+        events = self.shared.reply(context, decoding, seed)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        if question.stream:
+            chunks = self.chunks(question, request, context, decoding, events, head)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        replies: list[list[int]] = []
+        async for event in while_connected(request, events):
+            if isinstance(event, Finished):
+                replies = event.result[: question.n]
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": self.chat.text_of(reply).strip()},
+             "logprobs": None, "finish_reason": reason(reply, decoding)} for i, reply in enumerate(replies)
+        ]  # fmt: skip
+        usage = count(context, replies)
+        return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage})
+
+    async def chunks(
+        self,
+        question: Question,
+        request: Request,
+        context: Context,
+        decoding: Decoding,
+        events: Generator[list[list[int]] | Finished],
+        head: dict[str, Any],
+    ) -> AsyncGenerator[str]:
+        """The replies as server-sent events; those that are ranked or beams come whole."""
+
+        def chunk(**fields: Any) -> str:
+            return f"data: {json.dumps(head | {'object': 'chat.completion.chunk'} | fields)}\n\n"
+
+        def delta(i: int, content: dict[str, str], ending: str | None = None) -> str:
+            return chunk(choices=[{"index": i, "delta": content, "logprobs": None, "finish_reason": ending}])
+
+        texts = [Growing(self.chat.text_of) for _ in range(question.n)]
+        replies: list[list[int]] = [[] for _ in texts]
+        for i in range(question.n):
+            yield delta(i, {"role": "assistant", "content": ""})
+        try:
+            async for event in while_connected(request, events):
+                whole = isinstance(event, Finished)
+                if isinstance(event, Finished):
+                    replies = event.result[: question.n]
+                elif not decoding.rank:
+                    for reply, tokens in zip(replies, event):
+                        reply += tokens
+                for i, (text, reply) in enumerate(zip(texts, replies)):
+                    if piece := text.piece(reply, whole=whole):
+                        yield delta(i, {"content": piece})
+        except UserError as error:  # too late for another status
+            yield f"data: {json.dumps(problem(str(error), 'server_error'))}\n\n"
+            return
+        for i, reply in enumerate(replies):
+            yield delta(i, {}, reason(reply, decoding))
+        if question.stream_options.include_usage:
+            yield chunk(choices=[], usage=count(context, replies))
+        yield "data: [DONE]\n\n"
+
+
+async def while_connected(request: Request, events: Generator) -> AsyncGenerator[Any]:
+    """The events of a reply; it is stopped when the client leaves."""
+    with closing(events):
+        async for event in iterate_in_threadpool(events):
+            if await request.is_disconnected():
+                return
+            yield event
+
+
+def reason(reply: list[int], decoding: Decoding) -> str:
+    return "length" if len(reply) >= decoding.max_length else "stop"
+
+
+def count(context: Context, replies: list[list[int]]) -> dict[str, int]:
+    """The tokens of a question and of its replies."""
+    asked = sum(map(len, [*context.persona, *context.history]))
+    given = sum(map(len, replies))
+    return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
+
+
+def problem(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+async def invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"][1:]))
+    name = printable(field)[:100] or "the request"
+    return JSONResponse(problem(f"{name}: {first['msg']}", param=name), 400)
+
+
+async def denied(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(problem(str(error.detail)), error.status_code, error.headers)
+
+
+async def failed(request: Request, error: Exception) -> JSONResponse:
+    logger.debug("a request failed", exc_info=error)
+    return JSONResponse(problem("the server failed", "server_error"), 500)
+
+
+async def refused(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, Failed):
+        return JSONResponse(problem(str(error), "server_error"), 500)
+    if isinstance(error, Busy):
+        return JSONResponse(problem(str(error), "server_error"), 503, {"retry-after": "1"})
+    names = error.names if isinstance(error, SettingError) else ()
+    return JSONResponse(problem(str(error), param=names[0] if names else None), 400)
+
+
+# ---- who may ask, and for what ----
+
+
+class Guard:
+    """Lets through what page and endpoint need, from whoever has the token, or from this machine where there is none.
+
+    A browser that comes with `/?token=TOKEN` gets a cookie; a program sends `Authorization: Bearer TOKEN`. Without a
+    token the server must be called by a name of this machine: a page from elsewhere may have a name of its own that
+    leads here.
+
+    Args:
+        inputs: how many values each of the page's handlers takes, by its number.
+    """
+
+    def __init__(self, app: ASGIApp, token: str = "", inputs: Mapping[int, int] | None = None):
+        self.app, self.token, self.inputs = app, token, inputs or {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        path, query = scope["path"], parse_qs(scope["query_string"].decode("latin-1"))
+        if self.token and path == "/" and self.fits(query.get("token", [""])[0]):
+            cookie = f"token={self.token}; Path=/; HttpOnly; SameSite=Lax"
+            return await JSONResponse({}, 303, {"location": "/", "set-cookie": cookie})(scope, receive, send)
+        try:
+            self.check(path, headers)
+            body = await body_of(receive)
+            if path.startswith(PAGES_OWN) and body:
+                check_press(path, body, self.inputs)
+        except HTTPException as refusal:
+            response = JSONResponse(problem(refusal.detail), refusal.status_code, refusal.headers)
+            return await response(scope, receive, send)
+        except ClientDisconnect:
+            return None
+        if path in ("/", "/config"):  # its query may name a file
+            scope = {**scope, "query_string": b""}
+        await self.app(scope, given(body, receive), with_headers(send))
+
+    def check(self, path: str, headers: dict[str, str]) -> None:
+        """Check what is asked for, and by whom.
+
+        Raises:
+            HTTPException: it is not let through.
+        """
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        if origin and split(origin).netloc != host:
+            raise HTTPException(403, "asked from a page of another site")
+        if not self.token and not is_loopback(split(f"//{host}").hostname or ""):
+            raise HTTPException(403, "called by a name that is not this machine's")
+        if self.token and not self.knows(headers):
+            message = "needs the token: open the address that the server shows, or send it as Authorization: Bearer"
+            raise HTTPException(401, message, {"www-authenticate": "Bearer"})
+        if (path not in OPEN_PATHS and not path.startswith(OPEN_FOLDERS)) or ".." in path:
+            raise HTTPException(404, f"{printable(path)[:100]}: there is nothing")
+
+    def knows(self, headers: dict[str, str]) -> bool:
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        cookies = [cookie.strip() for cookie in headers.get("cookie", "").split(";")]
+        return any(map(self.fits, [bearer, *(text[6:] for text in cookies if text.startswith("token="))]))
+
+    def fits(self, token: str) -> bool:
+        return hmac.compare_digest(token.encode(), self.token.encode())
+
+
+async def body_of(receive: Receive) -> bytes:
+    """The body of a request, once it is there.
+
+    Raises:
+        HTTPException: it is too long, or too long in coming.
+        ClientDisconnect: it does not come.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(MOST_SECONDS):
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > MOST_BYTES:
+                    raise HTTPException(413, f"more than {MOST_BYTES} bytes")
+                more = message.get("more_body", False)
+    except TimeoutError as error:
+        raise HTTPException(408, f"more than {MOST_SECONDS:.0f} seconds") from error
+    return bytes(body)
+
+
+def given(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was received already, and then what else comes."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return first.pop() if first else await receive()
+
+    return receive_again
+
+
+def check_press(path: str, body: bytes, inputs: Mapping[int, int]) -> None:
+    """Check that a request of the page's is one that it sends: lists of words and numbers, as many as a handler takes.
+
+    Gradio takes an object among them for a file, which it fetches from wherever the object says. Of too few, and of a
+    handler that is not there, it shows a traceback.
+
+    Raises:
+        HTTPException: they do.
+    """
+
+    def is_flat(value: Any, depth: int) -> bool:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return depth >= 0 if not inner else depth > 0 and all(is_flat(item, depth - 1) for item in inner)
+
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, "not JSON") from error
+    if not isinstance(request, dict) or not is_flat(request, 2):
+        raise HTTPException(400, "not what the page sends")
+    if path == f"{PAGES_OWN}queue/join":
+        handler, values = request.get("fn_index"), request.get("data")
+        if not isinstance(handler, int) or not isinstance(values, list) or len(values) != inputs.get(handler):
+            raise HTTPException(400, "not what the page sends")
+
+
+def split(address: str) -> SplitResult:
+    """The parts of an address; none where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
+def with_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            message = {**message, "headers": [*message["headers"], *added]}
+        await send(message)
+
+    return send_with_headers
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name, is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# ---- the server ----
+
+
+class Server(uvicorn.Server):
+    """Stops within two seconds, whoever is connected."""
+
+    def __init__(self, app: ASGIApp, close: Callable[[], None]):
+        config = uvicorn.Config(
+            app, log_level="critical", timeout_graceful_shutdown=1, ws="none", limit_concurrency=MOST_CONNECTIONS
+        )
+        super().__init__(config)
+        self.close = close
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.close()
+        self.force_exit = self.should_exit  # the second time
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        SettingError: it cannot be had.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise SettingError(f"web {host}:{port}: {error.strerror or error}", "web") from error
