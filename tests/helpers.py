@@ -24,6 +24,7 @@ from transfertransfo.cli import run_script
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
 OTHERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}  # with GPT-2's kind of tokenizer
+AS_IN_5_3 = transformers.__version__.startswith("5.3.")  # the oldest that works, with faults of its own
 ANSWERS = ["i like tea .", "i have two dogs .", "no , never .", "yes , i do !", "hello !", "we live in a big house ."]
 QUESTIONS = ["what do you like ?", "any pets ?", "did you go there ?", "do you cook ?", "hi !", "where do you live ?"]
 
@@ -82,7 +83,7 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         "starcoder2": (transformers.Starcoder2Config, llama | {"sliding_window": 64}),
         "mixtral": (transformers.MixtralConfig, llama | experts | {"sliding_window": 64}),
         "gemma4_text": (
-            transformers.Gemma4TextConfig,
+            getattr(transformers, "Gemma4TextConfig", None),  # not in the oldest that works
             window | {"vocab_size_per_layer_input": vocab_size, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
         ),
         "bloom": (transformers.BloomConfig, {"hidden_size": 16, "n_layer": 2, "n_head": 2}),

@@ -27,6 +27,8 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
 
+pytest.importorskip("peft", reason="needs requirements/extra.txt")
+
 WINDOWED = ("mistral", "gemma2", "gemma3_text", "gemma3", "gpt_oss", "cohere2")
 FAMILIES = ("gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "cohere", "granite", "deepseek_v3", "phimoe", *WINDOWED)
 

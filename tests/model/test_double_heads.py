@@ -248,7 +248,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, tokenizer):
     ("changed", "message"),
     [
         ({"n_positions": 3}, "n_positions: at least 4 are needed, got 3"),
-        ({"n_positions": "many"}, "Validation error for field 'n_positions':"),
+        ({"n_positions": "many"}, "no usable config.json there ("),
         ({"n_head": 3}, "divisible"),
         ({"n_head": -2}, ""),
         ({"n_embd": 0}, ""),

@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
 from fuzz_checkpoint import main
+
+pytest.importorskip("peft", reason="needs requirements/extra.txt")
 
 MUTANTS = int(os.environ.get("FUZZ", 15))
 
