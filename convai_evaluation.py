@@ -98,6 +98,8 @@ def run(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     check_output("--report", args.report)
     check_output("--details", args.details)
+    if args.eval_type == "selfchat" and args.backend != "native":
+        raise UserError("--eval_type selfchat: --backend native alone has it")
     several = args.sharded or int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and args.backend != "native":
         raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
@@ -181,8 +183,6 @@ def measure_talks(args: Namespace, device: str) -> Measured:
     from transfertransfo.evaluation.selfchat import measure, selfchat
     from transfertransfo.model.loading import load_finetuned
 
-    if args.backend != "native":
-        raise UserError("--eval_type selfchat: --backend native alone has it")
     model, tokenizer = load_finetuned(
         args.model_checkpoint, args.gpt_tokenization, device, args.history_start, args.fp16
     )

@@ -160,7 +160,7 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import rank_of
 from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.processes import one_line_for_a_lost_process, setup_distributed
+from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (
     Best,
     RandomState,
@@ -281,7 +281,7 @@ def load_batches(
     saved_digest: str | None = None,
 ) -> tuple[Loaders, str]:
     """The result of `get_data_loaders`, and the dataset's digest, which must be that of a run to resume."""
-    with idist.one_rank_first(local=True):  # one process a machine tokenises, the others find its cache
+    with one_process_first():  # one process a machine tokenises, the others find its cache
         content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     name, digest = args.dataset_path or "PersonaChat", content.digest
     if saved_digest not in (None, digest):
@@ -551,12 +551,11 @@ def train(argv: list[str] | None = None) -> str:
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     frozen = not rank_of(model.network)
-    tensors: dict[str, Any] = {
-        "model": TrainedParameters(model.pretrained, frozen),
-        "optimizer": precision.optimizer,
-    }
+    tensors: dict[str, Any]
     if args.sharded:
         tensors = {"shards": Shards(model, precision.optimizer, frozen)}
+    else:
+        tensors = {"model": TrainedParameters(model.pretrained, frozen), "optimizer": precision.optimizer}
     to_save = {"trainer": trainer} | tensors | {"precision": precision, "best": best, "random": RandomState()}
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:

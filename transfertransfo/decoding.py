@@ -17,7 +17,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
-from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_fork
+from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_fork, window
 from transfertransfo.data.tokenization import special_ids
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
@@ -72,6 +72,12 @@ class Context(NamedTuple):
     persona: list[list[int]]
     history: list[list[int]]  # the partner's last turn at its end
     earlier: Sequence[list[int]] = ()  # the model's own turns from before that history; only to block their n-grams
+
+    @classmethod
+    def of(cls, persona: list[list[int]], turns: list[list[int]], max_history: int) -> "Context":
+        """The context of a reply to the last of these turns, in which two speakers alternate."""
+        kept = window(turns, max_history)
+        return cls(persona, kept, turns[len(turns) % 2 : -len(kept) : 2])
 
 
 def sample_sequence(

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from transfertransfo.data.inputs import window
-from transfertransfo.data.tokenization import count_unknown, tokenize
+from transfertransfo.data.tokenization import count_unknown, text_of, tokenize
 from transfertransfo.decoding import Context, Decoding, Memory, candidate_replies, decode, fit_context
 from transfertransfo.errors import SettingError, printable
 from transfertransfo.model.double_heads import DoubleHeads
@@ -170,13 +169,11 @@ class Chat:
     def context(self, before: list[Exchange], heard: list[int]) -> Context:
         """Persona and history as the model sees them when `heard` has just been said."""
         turns = [*chain.from_iterable((exchange.heard, exchange.reply) for exchange in before), heard]
-        kept = window(turns, self.max_history)
-        return Context(self.persona_ids, kept, turns[1 : -len(kept) : 2])
+        return Context.of(self.persona_ids, turns, self.max_history)
 
     def text_of(self, ids: list[int]) -> str:
-        """Text as people write it, without spaces before punctuation and within contractions, on one line."""
-        (text,) = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
-        return printable(self.tokenizer.clean_up_tokenization(text))
+        """The text of token ids on one line."""
+        return printable(text_of(self.tokenizer, ids))
 
     def rate(self, rating: int) -> None:
         """Rate the last reply, from 1 to 5."""

@@ -37,7 +37,6 @@ from transfertransfo.chat.sharing import (
     SharedModel,
     check_length,
 )
-from transfertransfo.data.inputs import window
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.decoding import Context, Decoding
 from transfertransfo.errors import SettingError, UserError, printable
@@ -139,8 +138,7 @@ class Question(BaseModel, allow_inf_nan=False):
             raise SettingError("messages: the last one says nothing", "messages")
         persona = [text for text in map(printable, persona) if text.strip()]
         persona_ids = tokenize(chat.tokenizer, persona) if persona else chat.persona_ids
-        kept = window(heard, chat.max_history)
-        return Context(persona_ids, kept, heard[: -len(kept)][::-2])
+        return Context.of(persona_ids, heard, chat.max_history)
 
 
 class Endpoint:

@@ -106,6 +106,12 @@ def count_unknown(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], toke
     return [ids.count(unknown) if ids else int(bool(text.strip())) for text, ids in zip(texts, tokens, strict=True)]
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text as people write it, without spaces before punctuation and within contractions, and special tokens."""
+    (text,) = tokenizer.batch_decode([ids], skip_special_tokens=True)
+    return tokenizer.clean_up_tokenization(text)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides how a text is tokenised. Special tokens are no part of it: texts never become them."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

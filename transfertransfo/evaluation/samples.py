@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.inputs import Example
+from transfertransfo.data.tokenization import text_of
 from transfertransfo.decoding import Context, Decoding, generate
 from transfertransfo.errors import printable
 from transfertransfo.model.double_heads import DoubleHeads
@@ -32,15 +33,14 @@ def reply_to_turns(
         replies = generate(model, contexts, tokenizer, Decoding(no_sample=True))
     model.train(training)
 
-    def text_of(ids: list[int]) -> str:
-        text = tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
-        return " ".join(printable(tokenizer.clean_up_tokenization(text)).split())
+    def shown(ids: list[int]) -> str:
+        return " ".join(printable(text_of(tokenizer, ids)).split())
 
     return [
         {
-            "heard": text_of(example.history[-1]) if example.history else "",
-            "reply": text_of(reply),
-            "gold": text_of(example.candidates[-1]),
+            "heard": shown(example.history[-1]) if example.history else "",
+            "reply": shown(reply),
+            "gold": shown(example.candidates[-1]),
         }
         for example, reply in zip(examples, replies)
     ]

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.dataset import TokenizedDataset
-from transfertransfo.data.inputs import window
+from transfertransfo.data.tokenization import text_of
 from transfertransfo.decoding import Context, Decoding, generate
 from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.metrics import content_words, copies, distinct_n, normalize
@@ -65,7 +65,7 @@ def selfchat(
             part = slice(start, start + batchsize)
             for speaker in [1, 0] * EXCHANGES:
                 contexts = [
-                    next_context(turns, tokens[pair[speaker]]["personality"], max_history)
+                    Context.of(tokens[pair[speaker]]["personality"], turns, max_history)
                     for turns, pair in zip(said[part], pairs[part])
                 ]
                 for turns, reply in zip(said[part], generate(model, contexts, tokenizer, decoding)):
@@ -74,20 +74,11 @@ def selfchat(
     talks, of_people = [], []
     for (other, own), turns in zip(pairs, said):
         opening, last = texts[own]["utterances"][0]["history"][0], texts[own]["utterances"][-1]
-        replies = [
-            tokenizer.clean_up_tokenization(text)
-            for text in tokenizer.batch_decode(turns[1:], skip_special_tokens=True)
-        ]
+        replies = [text_of(tokenizer, ids) for ids in turns[1:]]
         talks.append(Talk((texts[other]["personality"], texts[own]["personality"]), [opening, *replies]))
         people_said = [*last["history"], last["candidates"][-1]]
         of_people.append(Talk(([], texts[own]["personality"]), people_said[: 2 * EXCHANGES + 1]))
     return talks, of_people
-
-
-def next_context(turns: list[list[int]], persona: list[list[int]], max_history: int) -> Context:
-    """What the next speaker replies to, as token ids."""
-    kept = window(turns, max_history)
-    return Context(persona, kept, turns[len(turns) % 2 : -len(kept) : 2])
 
 
 def measure(talks: Sequence[Talk]) -> dict[str, float]:

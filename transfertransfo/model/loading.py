@@ -46,6 +46,7 @@ from transfertransfo.model.lora import (
     save_network,
 )
 from transfertransfo.model.sharding import (
+    INDEX,
     NotStoredSo,
     Place,
     blocks_of,
@@ -73,7 +74,6 @@ logger = logging.getLogger(__name__)
 SHORTEST = 4  # tokens of a dialog turn: <bos>, a speaker, a word, <eos>
 MASKS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants in files of old
 LARGEST_FILE = "5GB"  # of weights, as the hub has them
-INDEX = "model.safetensors.index.json"
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")  # all the same to a head that is given one token
 
 
@@ -133,8 +133,6 @@ def load_whole(
                 check_computation_(model.to(device), checkpoint)
         else:
             check_computation_(model, checkpoint)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(cannot_load(checkpoint, "config.json", error)) from error
     return model
@@ -300,13 +298,8 @@ def check_depth(config: PretrainedConfig, folder: str) -> None:
     Raises:
         ValueError: there are fewer.
     """
-    whole, shards = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
-    if whole.is_file():
-        with safe_open(whole, "pt") as file:
-            names = list(file.keys())
-    elif shards.is_file():
-        names = list(json.loads(shards.read_text())["weight_map"])
-    else:
+    names = weight_places(folder) if os.path.isdir(folder) else {}
+    if not names:
         return
     # the first number in a name is its layer's, as of model.layers.3.mlp.experts.7
     numbers = [int(found[1]) for name in names if (found := re.search(r"\.(\d{1,9})\.", name))]
@@ -560,9 +553,9 @@ def load_finetuned(
         merge_adapter_(model)
     if fp16:
         halve_(model)
+    if fp16 and not sharded:
         try:
-            if not sharded:
-                check_heads(model)
+            check_heads(model)
         except Exception as error:  # whatever a model's code does with weights of two types
             kind = f"a {model.pretrained.config.model_type} model"
             raise UserError(

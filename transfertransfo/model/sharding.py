@@ -26,6 +26,8 @@ from transformers.utils import cached_file
 
 from transfertransfo.processes import n_processes, rank
 
+INDEX = "model.safetensors.index.json"  # of weights in several files
+
 
 class NotStoredSo(Exception):
     """A checkpoint whose weights cannot be read one by one, as those in a pickle or under other names."""
@@ -105,7 +107,7 @@ def weight_places(checkpoint: str) -> dict[str, Place]:
     if single:
         with safe_open(single, "pt") as file:
             return {key: Place(single, key) for key in file.keys()}  # noqa: SIM118  # no dict
-    index = _find(checkpoint, "model.safetensors.index.json")
+    index = _find(checkpoint, INDEX)
     if not index:
         return {}
     with open(index) as file:
