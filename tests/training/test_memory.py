@@ -73,6 +73,13 @@ def test_memory_is_told_before_the_first_step(base_checkpoints, tmp_path, monkey
     assert "--gradient_accumulation_steps 16; --gradient_checkpointing; torchrun with --sharded; --lora_rank 16" in log
 
 
+def test_adapters_of_tied_embeddings_are_trained_after_it(base_checkpoints, tmp_path, not_small):
+    """peft has one module for both, of which tensors without values would stay."""
+    base, _ = run_training(tmp_path / "base", base_checkpoints["gpt"], "--n_epochs", 1)
+    log = run_training(tmp_path, base, "--n_epochs", 1, "--lora_rank", 2).log
+    assert "Memory: about" in log and "Done" in log
+
+
 def test_a_device_that_is_full_is_told_so(base_checkpoints, tmp_path, monkeypatch, not_small):
     def fill(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

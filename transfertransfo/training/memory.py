@@ -1,14 +1,14 @@
 """What a training step needs of a device's memory, from the shapes of what it computes."""
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # tensors of shapes alone; torch.compile is built on it
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -137,17 +137,17 @@ def activation_bytes(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
             cast = half if cast_parameters else None  # None = as it is
-            tensors = {
-                name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad, dtype=cast)
-                for name, tensor in model.named_parameters()
+            tensors: dict[Tensor, Tensor] = {
+                tensor: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad, dtype=cast)
+                for tensor in model.parameters()
             }
-            tensors |= {name: torch.empty_like(tensor, device=device) for name, tensor in model.named_buffers()}
+            tensors |= {tensor: torch.empty_like(tensor, device=device) for tensor in model.buffers()}
             autocast = torch.autocast(device.type, half, enabled=half is not None and not cast_parameters)
             own = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
             batch = Whole(*(torch.empty_like(tensor, device=device) for tensor in batch))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                with autocast:
-                    logits, scores = functional_call(model, tensors, (batch,))
+                with autocast, replaced(model, tensors):
+                    logits, scores = model(batch)
                 losses = (cross_entropy(logits.float(), batch.lm_labels, reduction="sum"),
                           cross_entropy(scores.float(), batch.choice_labels, reduction="sum"))  # fmt: skip
             sizes = {place: tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own}
@@ -163,6 +163,28 @@ def activation_bytes(
         model.train(training)
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Compute with other parameters and buffers in place of a model's own.
+
+    `torch.func.functional_call` leaves its own in a module that stands at two places, as peft's of tied embeddings.
+    """
+    own = [
+        (held, name, tensor)
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    try:
+        for held, name, tensor in own:
+            held[name] = tensors[tensor]  # type: ignore[assignment]  # torch computes with any tensor
+        yield
+    finally:
+        for held, name, tensor in own:
+            held[name] = tensor  # type: ignore[assignment]
 
 
 def longest_batch(loader: DataLoader, size: int) -> Batch:
