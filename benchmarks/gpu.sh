@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a GPU has to show, in under 9 minutes of one H200: correctness, speed, memory; see gpu.py. Needs no network.
-# The last parts share the evaluation and a model in shards among all GPUs of the machine.
+# All that a GPU has to show, in under 9 minutes of an H100: correctness, speed, memory; see gpu.py. Needs no network.
+# Where the machine has several, the last parts share the evaluation and a model in shards among all of them.
 #
 #     benchmarks/gpu.sh --dataset_path personachat.json.xz --tokenizer openai-gpt     # a GPU
 #     benchmarks/gpu.sh --dry-run                                                     # all of it on a CPU, tiny sizes
