@@ -323,6 +323,15 @@ def test_what_a_model_cannot_be_trained_with_is_said_at_once(base_checkpoints, t
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_adapter_beside_a_bias_of_tied_embeddings_is_refused(base_checkpoints, tmp_path):
+    """peft would part the two embeddings, and the model be loaded with one of them."""
+    pytest.importorskip("peft")
+    folder = tiny_model("ctrl", base_checkpoints, tmp_path)
+    save_model(load_model(folder, from_scratch=True), folder)
+    with pytest.raises(UserError, match=r"^--lora_rank 2: a ctrl model, whose output layer has a bias"):
+        run_training(tmp_path, folder, "--lora_rank", 2)
+
+
 def test_a_model_that_does_not_run_in_bfloat16_is_refused_so(base_checkpoints, tmp_path):
     folder = tiny_model("xglm", base_checkpoints, tmp_path)
     model, tokenizer = load_model(folder, from_scratch=True), load_tokenizer(folder)
