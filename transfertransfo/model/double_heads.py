@@ -397,13 +397,19 @@ def copy_rows_(pretrained: PreTrainedModel, sources: Mapping[int, int]) -> None:
 def name_special_tokens_(pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Name the tokenizer's special tokens in a model's configuration: transformers' `generate` ends at `<eos>`."""
     config, generation = pretrained.config, getattr(pretrained, "generation_config", None)
+    # XGLM leaves out the position of this number, which would be another when the model is loaded again
+    pads_positions = any(
+        hasattr(module, "padding_idx") and not isinstance(module, nn.Embedding | PreTrainedModel)
+        for module in pretrained.modules()
+    )
     for owner in filter(None, (config, config.get_text_config(), generation)):
         owner.bos_token_id = tokenizer.bos_token_id
         owner.eos_token_id = tokenizer.eos_token_id
-        owner.pad_token_id = tokenizer.pad_token_id
+        if owner is generation or not pads_positions:
+            owner.pad_token_id = tokenizer.pad_token_id
     embeddings: Any = pretrained.get_input_embeddings()
     if getattr(embeddings, "padding_idx", None) is not None:
-        embeddings.padding_idx = tokenizer.pad_token_id  # as it will be when the model is loaded again
+        embeddings.padding_idx = config.get_text_config().pad_token_id  # as it will be when the model is loaded again
 
 
 def embedding_rows(pretrained: PreTrainedModel) -> int:
