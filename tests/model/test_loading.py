@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import tiny_config
+from helpers import AS_IN_5_3, tiny_config
 from safetensors.torch import load_file, save_file
 
 from transfertransfo.cli import run_script
@@ -241,6 +241,8 @@ UNKNOWN = [
         vocab_size=60, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["local"], 1]],
         max_position_embeddings=400,
     ),
+    *(tiny_config(family, 60) for family in ("mpt", "falcon_alibi", "llama4_text", "mamba")),
+    *([] if AS_IN_5_3 else [tiny_config("qwen3_5_text", 60)]),
 ]  # fmt: skip
 
 
