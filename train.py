@@ -361,7 +361,7 @@ def place_model(args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokeni
     share_weights_(model)  # before a half precision copies them: --seed 0 draws others in each process
     if args.sharded:
         into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")
-    if args.freeze_embeddings and not rank_of(model.network):
+    if args.freeze_embeddings or rank_of(model.network):
         freeze_embeddings_(model, tokenizer)
 
 

@@ -4,7 +4,7 @@ python tests/crash.py --kills 20        # each run in a process of its own
 python tests/crash.py --kills 3 --short # shorter runs, in forks of one process: what the tests do
 python tests/crash.py --kills 10 --short -- --lora_rank 2   # runs with other flags of train.py
 
-A run is killed with -9 at a seeded random instant of its life: in turn while it trains, validates and saves. It must
+A run is killed with -9 at a seeded random instant of its life: in turn while it saves, trains and validates. It must
 end with the same weights, to the bit, and the same figures at every step as the run that nobody killed, also on
 TensorBoard, and leave no temporary file.
 """
@@ -35,7 +35,7 @@ import train  # noqa: E402
 from transfertransfo.model.loading import load_model, save_model  # noqa: E402
 from transfertransfo.training.engines import StepEvents  # noqa: E402
 
-PHASES = ("training", "validating", "saving")
+PHASES = ("saving", "training", "validating")  # the first is that of a single kill
 TIMES = ("examples_per_second", "ms_per_step")  # figures that differ from run to run
 
 

@@ -38,9 +38,23 @@ BEGIN, END = "| family | ", "\n\n"
 MOST_USED = ("gpt", "gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox", "opt")
 FAMILIES = (
     *MOST_USED, "gemma2", "gemma4_text", "gpt_oss", "smollm3", "olmo2", "olmo3", "exaone4", "mixtral", "phimoe", "phi",
-    "deepseek_v3", "dbrx", "cohere", "cohere2", "granite", "granitemoe", "starcoder2", "gptj", "codegen", "ctrl",
-    "bloom", "mpt", "gpt_neo",
+    "deepseek_v3", "dbrx", "cohere", "cohere2", "granite", "granitemoe", "starcoder2", "gptj", "codegen", "falcon",
+    "xglm", "ctrl", "falcon_alibi", "bloom", "mpt", "gpt_neo", "llama4_text", "qwen3_5_text", "mamba",
 )  # fmt: skip
+ALIBI = "ALiBi: attention by distances in the row"
+WHY_NOT = {
+    "dbrx": "does not mix number types",
+    "falcon": "linear layers of its own class, which get no adapters",
+    "xglm": "does not mix number types",
+    "ctrl": "a bias beside tied embeddings, which peft would part; no checkpointing",
+    "falcon_alibi": ALIBI,
+    "bloom": ALIBI,
+    "mpt": ALIBI,
+    "gpt_neo": "local attention by distances in the row, in every other layer",
+    "llama4_text": "chunks and temperature of attention by places in the row",
+    "qwen3_5_text": "linear attention, through the row in order",
+    "mamba": "a state, through the row in order",
+}
 COLUMNS = {
     "as it is": [],
     "`--lora_rank`": ["--lora_rank", "2"],
@@ -114,14 +128,15 @@ def row_of(family: str) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         base = Path(name, family)
         base.mkdir()
+        none = [family, *["no"] * len(COLUMNS), WHY_NOT.get(family, "")]
         if outcome(lambda: make_base(family, base)) == "no":
-            return [family, *["no"] * len(COLUMNS)]
+            return none
         for number, flags in enumerate(COLUMNS.values()):
             top = Path(name, str(number))
             cells.append(outcome(lambda flags=flags, top=top: try_flags(family, flags, base, top)))
             if cells[1] == "no":
-                return [family, *["no"] * len(COLUMNS)]
-    return cells
+                return none
+    return [*cells, WHY_NOT.get(family, "")]
 
 
 def line(cells: list[str]) -> str:
@@ -136,7 +151,7 @@ def rows_in_docs() -> dict[str, str]:
 def main() -> None:
     torch.set_num_threads(1)
     families = sys.argv[1:] or FAMILIES
-    lines = [line(["family", *COLUMNS]), line(["---"] * (1 + len(COLUMNS)))]
+    lines = [line(["family", *COLUMNS, "why not"]), line(["---"] * (2 + len(COLUMNS)))]
     print("\n".join(lines))
     for family in families:
         lines.append(line(row_of(family)))

@@ -86,6 +86,17 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
             getattr(transformers, "Gemma4TextConfig", None),  # not in the oldest that works
             window | {"vocab_size_per_layer_input": vocab_size, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
         ),
+        "falcon": (transformers.FalconConfig, llama | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        "falcon_alibi": (transformers.FalconConfig, llama | {"alibi": True}),
+        "qwen3_5_text": (
+            getattr(transformers, "Qwen3_5TextConfig", None),  # not in the oldest that works
+            llama
+            | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+            | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+            | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        ),
+        "llama4_text": (transformers.Llama4TextConfig, llama | experts | {"head_dim": 4, "intermediate_size_mlp": 32}),
+        "mamba": (transformers.MambaConfig, {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
         "bloom": (transformers.BloomConfig, {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
         "mpt": (transformers.MptConfig, {"d_model": 16, "n_layers": 2, "n_heads": 2}),
         "gpt_neo": (
@@ -112,7 +123,8 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         ),
         "xglm": (
             transformers.XGLMConfig,
-            {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 512},
+            # fewer positions than tokens, as XGLM-564M has
+            {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 200},
         ),
         "phimoe": (transformers.PhimoeConfig, llama | experts),
         "granitemoe": (transformers.GraniteMoeConfig, llama | experts | {"logits_scaling": 3.0}),

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import tiny_config
+from helpers import run_training, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from transfertransfo.data.inputs import Example, make_fork
-from transfertransfo.data.tokenization import special_ids
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, special_ids
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import (
@@ -30,7 +30,11 @@ from transfertransfo.model.sources import load_tokenizer
 pytest.importorskip("peft", reason="needs requirements/extra.txt")
 
 WINDOWED = ("mistral", "gemma2", "gemma3_text", "gemma3", "gpt_oss", "cohere2")
-FAMILIES = ("gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "cohere", "granite", "deepseek_v3", "phimoe", *WINDOWED)
+BIASED = ("phi", "gptj", "codegen")  # whose output layer has a bias
+FAMILIES = (
+    "gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "cohere", "granite", "deepseek_v3", "phimoe",
+    *BIASED, *WINDOWED,
+)  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES)
@@ -137,10 +141,14 @@ def logits_in_transformers(folder: Path, token_types: bool):
     return lambda ids, types: model(input_ids=ids, **{"token_type_ids": types} if token_types else {}).logits
 
 
-@torch.inference_mode()
 def loss_in_transformers(folder: Path, tokenizer, token_types: bool) -> torch.Tensor:
-    """The language-model loss, of each sequence alone."""
-    logits_of, logits, labels = logits_in_transformers(folder, token_types), [], []
+    return loss_by(logits_in_transformers(folder, token_types), tokenizer)
+
+
+@torch.inference_mode()
+def loss_by(logits_of, tokenizer) -> torch.Tensor:
+    """The language-model loss, of each sequence alone. `logits_of` takes token ids and types."""
+    logits, labels = [], []
     for example in EXAMPLES:
         fork = make_fork(example, tokenizer)
         reply, start = fork.replies[fork.lm_reply], len(fork.context)
@@ -168,6 +176,35 @@ def test_adapted_is_reloaded_is_merged(base, tmp_path):
     assert reply_in_transformers(whole, tokenizer, adapted.token_types) == reply
     loss = loss_in_transformers(whole, tokenizer, adapted.token_types)
     torch.testing.assert_close(loss, want[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", *BIASED])
+def test_transformers_and_peft_load_the_same(base, tmp_path):
+    """Of an output layer some of whose rows are trained peft leaves out the bias."""
+    from peft import PeftModel
+
+    adapted, tokenizer = adapt(base)
+    run = save(adapted, tokenizer, tmp_path / "run")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    loaded = PeftModel.from_pretrained(plain, run).eval()
+    want = loss_by(lambda ids, _: loaded(input_ids=ids).logits, tokenizer)
+    torch.testing.assert_close(losses_of(adapted, tokenizer)[0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_of_an_output_layer_with_a_bias_the_dialog_tokens_are_trained(base, tmp_path):
+    flags = ["--n_epochs", 1, "--train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lr", 0.01]
+    run = run_training(tmp_path, base, *flags, "--lora_rank", 2)
+    begun, tokenizer = load_model(base), load_tokenizer(base)
+    add_special_tokens_(begun, tokenizer)
+    before, after = (model.pretrained.get_output_embeddings() for model in (begun, load_finetuned(str(run.folder))[0]))
+    dialog = torch.zeros(len(tokenizer), dtype=torch.bool)
+    dialog[special_ids(tokenizer)[:-1]] = True  # <pad> is in no text
+    assert before.bias[special_ids(tokenizer)[1]] == before.bias[load_tokenizer(base).eos_token_id] != 0
+    for old, new in ((before.weight, after.weight), (before.bias, after.bias)):
+        changed = (old != new).reshape(len(tokenizer), -1).any(-1)
+        assert changed[dialog].all() and not changed[: -len(SPECIAL_TOKENS)].any()
 
 
 def test_adapters_are_where_a_text_passes(base, family):
@@ -240,6 +277,7 @@ ENDLESS = "(a+)+$"  # as a regular expression it takes years on "a" * 60
         ({"target_modules": []}, "target_modules: expected names of layers, got a list"),
         ({"modules_to_save": [ENDLESS]}, "modules_to_save: expected"),
         ({"modules_to_save": None}, "modules_to_save: expected"),
+        ({"modules_to_save": ["multiple_choice_head", "lm_head", ENDLESS]}, "modules_to_save: expected"),
         ({"r": 0}, "r: expected a whole number of at least 1, got 0"),
         ({"r": True}, "r: expected"),
         ({"r": "x"}, 'r: expected a whole number of at least 1, got "x"'),
@@ -274,6 +312,8 @@ def test_an_adapters_configuration_does_not_steer_peft(run, tmp_path, monkeypatc
         ({"rank_pattern": {r".*\.q_proj": 10**9}}, "r or rank_pattern is 1000000000, that of its weights 2"),
         ({"target_modules": ["q_proj"]}, "its weights are not those of the adapter: "),
         ({"target_modules": ["embed_tokens"]}, ""),
+        ({"modules_to_save": ["multiple_choice_head", "q_proj"]}, "modules_to_save: q_proj: no output layer of this"),
+        ({"modules_to_save": ["multiple_choice_head", "lm_head"]}, "modules_to_save: lm_head: no output layer of this"),
         ({"trainable_token_indices": {"model.embed_tokens": [10**6]}}, "trainable_token_indices: model.embed_tokens"),
         ({"trainable_token_indices": {"model.norm": [1]}}, "trainable_token_indices: model.norm: no embeddings of"),
     ],

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from families import check_loss
 from helpers import AS_IN_5_3, DATASET, FAMILIES, OTHERS, process_as_it_was, run_training, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -323,6 +324,15 @@ def test_what_a_model_cannot_be_trained_with_is_said_at_once(base_checkpoints, t
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_adapter_beside_a_bias_of_tied_embeddings_is_refused(base_checkpoints, tmp_path):
+    """peft would part the two embeddings, and the model be loaded with one of them."""
+    pytest.importorskip("peft")
+    folder = tiny_model("ctrl", base_checkpoints, tmp_path)
+    save_model(load_model(folder, from_scratch=True), folder)
+    with pytest.raises(UserError, match=r"^--lora_rank 2: a ctrl model, whose output layer has a bias"):
+        run_training(tmp_path, folder, "--lora_rank", 2)
+
+
 def test_a_model_that_does_not_run_in_bfloat16_is_refused_so(base_checkpoints, tmp_path):
     folder = tiny_model("xglm", base_checkpoints, tmp_path)
     model, tokenizer = load_model(folder, from_scratch=True), load_tokenizer(folder)
@@ -332,6 +342,16 @@ def test_a_model_that_does_not_run_in_bfloat16_is_refused_so(base_checkpoints, t
     load_finetuned(str(folder))
     with pytest.raises(UserError, match=r"^--fp16 bf16: a xglm model does not run in it \(.*\); leave the flag out$"):
         load_finetuned(str(folder), fp16="bf16")
+
+
+def test_positions_that_leave_out_the_pad_id_stay_as_they_are(base_checkpoints, tmp_path):
+    """XGLM's has to be one of its positions. That of the dialog tokens was none, and no run could be loaded."""
+    run = run_training(tmp_path, tiny_model("xglm", base_checkpoints, tmp_path), *FLAGS[:-1], 1)
+    assert len(run.steps) == 3
+    model, tokenizer = load_finetuned(str(run.folder))
+    assert model.n_positions < tokenizer.pad_token_id == model.pretrained.generation_config.pad_token_id
+    assert evaluate(run)["token_ppl"] == pytest.approx(run.validations[-1]["ppl"], rel=1e-4)
+    check_loss(model, tokenizer, run.folder)
 
 
 # Tokenizers

@@ -310,11 +310,17 @@ def base_digest(model: DoubleHeads) -> str:
 
 
 def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet."""
-    pretrained = model.pretrained
-    for weight in {pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings().weight}:  # one if tied
-        trained = torch.zeros(len(weight), 1, device=weight.device)
-        trained[special_ids(tokenizer)] = 1.0
+    """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet.
+
+    So are biases of the words. Of a model with an adapter these are in the copy of its output layer, if it has one.
+    """
+    pretrained, ids = model.pretrained, special_ids(tokenizer)
+    layers = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
+    for weight in {parameter for layer in layers for parameter in layer.parameters()}:  # one if tied
+        if not weight.requires_grad or len(weight) <= max(ids):  # peft's five rows are the dialog tokens' alone
+            continue
+        trained = torch.zeros(len(weight), *[1] * (weight.dim() - 1), device=weight.device)
+        trained[ids] = 1.0
         if isinstance(weight, DTensor):  # whose gradient no hook of autograd's sees
             own = own_part(trained, weight)
             weight.register_post_accumulate_grad_hook(lambda weight, trained=own: weight.grad.mul_(trained))
@@ -378,25 +384,32 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
 
 @torch.no_grad()
 def copy_rows_(pretrained: PreTrainedModel, sources: Mapping[int, int]) -> None:
-    """Give tokens, by their ids, the input and output embeddings of others.
+    """Give tokens, by their ids, the input and output embeddings of others, and their biases.
 
     Drawn ones are a sixth as long as SmolLM2's own, and to a model that has learnt its control tokens they say nothing.
     """
     layers: tuple[Any, ...] = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
     for layer in layers:
-        layer.weight[list(sources)] = layer.weight[list(sources.values())]
+        for parameter in layer.parameters():
+            parameter[list(sources)] = parameter[list(sources.values())]
 
 
 def name_special_tokens_(pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Name the tokenizer's special tokens in a model's configuration: transformers' `generate` ends at `<eos>`."""
     config, generation = pretrained.config, getattr(pretrained, "generation_config", None)
+    # XGLM leaves out the position of this number, which would be another when the model is loaded again
+    pads_positions = any(
+        hasattr(module, "padding_idx") and not isinstance(module, nn.Embedding | PreTrainedModel)
+        for module in pretrained.modules()
+    )
     for owner in filter(None, (config, config.get_text_config(), generation)):
         owner.bos_token_id = tokenizer.bos_token_id
         owner.eos_token_id = tokenizer.eos_token_id
-        owner.pad_token_id = tokenizer.pad_token_id
+        if owner is generation or not pads_positions:
+            owner.pad_token_id = tokenizer.pad_token_id
     embeddings: Any = pretrained.get_input_embeddings()
     if getattr(embeddings, "padding_idx", None) is not None:
-        embeddings.padding_idx = tokenizer.pad_token_id  # as it will be when the model is loaded again
+        embeddings.padding_idx = config.get_text_config().pad_token_id  # as it will be when the model is loaded again
 
 
 def embedding_rows(pretrained: PreTrainedModel) -> int:

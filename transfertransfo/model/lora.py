@@ -58,7 +58,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # that peft is to see:
     "rank_pattern": ("ranks by names of parameters", _are_numbers),
     "alpha_pattern": ("numbers by names of parameters", _are_numbers),
     "exclude_modules": ("names of layers", lambda value: value is None or _are_names(value)),
-    "modules_to_save": (f'["{HEAD}"]', lambda value: value == [HEAD]),
+    "modules_to_save": (f'["{HEAD}"]', lambda value: _are_names(value) and value[:1] == [HEAD] and len(value) <= 2),
     "trainable_token_indices": ("token ids by the names of embeddings", lambda value: value is None or _are_ids(value)),
     "fan_in_fan_out": ("true or false", lambda value: type(value) is bool),
     "use_rslora": ("true or false", lambda value: type(value) is bool),
@@ -76,19 +76,24 @@ UNREAD = {  # that peft writes, and that decide nothing where what they belong t
 def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], base: str) -> Network:
     """The model with adapters of this rank, scaled by alpha / rank = 2, at all linear layers of its blocks.
 
-    Trained are those, the embeddings of `tokens` (input and output) and the choice head; nothing else.
+    Trained are those, the embeddings of `tokens` (input and output) and the choice head; nothing else. An output layer
+    with a bias is copied as a whole, and `double_heads.freeze_embeddings_` has to keep its other rows: peft leaves out
+    the bias of a layer some of whose rows are trained, in computing and in saving.
 
     Args:
         base: where the model is, for the adapter's record.
 
     Raises:
-        UserError: no peft, or a model that cannot have adapters, as one whose output has a bias, which peft leaves out.
+        UserError: no peft, or a model that cannot have adapters.
     """
     require("--lora_rank", "peft")
     from peft import LoraConfig, get_peft_model
 
-    if getattr(pretrained.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"--lora_rank {rank}: a {pretrained.config.model_type} model, whose output layer has a bias")
+    kind = f"a {pretrained.config.model_type} model"
+    copied = biased_output(pretrained)
+    if copied and pretrained.config.get_text_config().tie_word_embeddings:
+        message = "whose output layer has a bias and the input's embeddings"
+        raise UserError(f"--lora_rank {rank}: {kind}, {message}")
     adapted, others = linear_layers(pretrained)
     names = {last_part(name) for name in adapted}
     config = LoraConfig(
@@ -97,14 +102,13 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
         target_modules=sorted(names),
         exclude_modules=[name for name in others if last_part(name) in names] or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
-        modules_to_save=[HEAD],
-        trainable_token_indices={name: list(tokens) for name in embedding_names(pretrained)},
+        modules_to_save=[HEAD, *copied],
+        trainable_token_indices={name: list(tokens) for name in embedding_names(pretrained) if name not in copied},
     )
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that transformers changed
         try:
             network = get_peft_model(pretrained, config)
         except Exception as error:  # whatever peft does with layers that it does not expect
-            kind = f"a {pretrained.config.model_type} model"
             raise UserError(f"--lora_rank {rank}: {kind} cannot have adapters ({first_line(error)})") from error
     config.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
     return network
@@ -132,6 +136,12 @@ def embedding_names(pretrained: PreTrainedModel) -> list[str]:
     """The names of a model's embeddings, input and output; of tied ones both."""
     embeddings = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
     return [name for name, module in pretrained.named_modules() if module in embeddings]
+
+
+def biased_output(pretrained: PreTrainedModel) -> list[str]:
+    """The name of a model's output layer, if it has a bias, as Phi's."""
+    output = pretrained.get_output_embeddings()
+    return [name for name, module in pretrained.named_modules() if module is output and module.bias is not None]
 
 
 def last_part(name: str) -> str:
@@ -193,6 +203,8 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
         if name not in embeddings or max(ids, default=0) >= rows:
             message = f"no embeddings of this model, or beyond their {rows} rows"
             raise ValueError(f"trainable_token_indices: {shortened(name)}: {message}")
+    if strange := {*fields.get("modules_to_save", ())} - {HEAD, *biased_output(pretrained)}:
+        raise ValueError(f"modules_to_save: {shortened(min(strange))}: no output layer of this model with a bias")
     with safe_open(os.path.join(folder, WEIGHTS), "pt") as file:
         there = set(file.keys())
         largest = max((file.get_slice(name).get_shape()[0] for name in there if ".lora_A." in name), default=0)
