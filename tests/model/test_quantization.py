@@ -1,0 +1,210 @@
+"""Weights of 4 bits: the model is that of the unpacked weights, and trains, stops, goes on and is loaded as any other."""
+
+import copy
+import importlib.util
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_training, tiny_config
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import interact
+import train
+from convai_evaluation import run as evaluate
+from transfertransfo.data.inputs import Example, make_fork
+from transfertransfo.data.trees import pack
+from transfertransfo.errors import UserError
+from transfertransfo.model.double_heads import (
+    DoubleHeads,
+    add_adapter_,
+    add_special_tokens_,
+    base_digest,
+    enable_gradient_checkpointing_,
+)
+from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.quantization import quantize_, quantized_layers
+from transfertransfo.model.sources import load_tokenizer
+
+pytest.importorskip("peft", reason="needs requirements/extra.txt")
+quantizing = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes of requirements/extra.txt"
+)
+
+EXAMPLES = [
+    Example([[7, 8], [9]], [[9, 10, 11], [13, 14], [15, 16]], [[12, 13], [14], [15, 16, 17]]),
+    Example([[20, 8]], [[19, 10, 11]], [[22, 13], [14, 12], [13, 14, 23]]),
+]
+
+
+@pytest.fixture(scope="module")
+def make_base(base_checkpoints, tmp_path_factory):
+    """Gives a folder of a tiny model of a family, without the dialog tokens."""
+
+    def make(family: str, **more) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-base")
+        tokenizer = load_tokenizer(base_checkpoints["gpt" if family == "gpt" else "gpt2"])
+        tiny_config(family, len(tokenizer), **more).save_pretrained(folder)
+        model = load_model(folder, from_scratch=True)
+        draw_(model, seed=1)
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base(make_base) -> Path:
+    """A Llama whose rows are whole blocks of 64 weights."""
+    return make_base("llama", hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
+
+
+def draw_(model: DoubleHeads, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+def adapt(base: Path):
+    """The base with an adapter, and its tokenizer."""
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    add_special_tokens_(model, tokenizer)
+    add_adapter_(model, tokenizer, rank=2, base=str(base))
+    draw_(model, seed=2)
+    return model.eval(), tokenizer  # without dropout
+
+
+def unpack(model: DoubleHeads) -> DoubleHeads:
+    """The same model with `nn.Linear` of the unpacked weights."""
+    model = copy.deepcopy(model)
+    for parent in [*model.modules()]:
+        for name, layer in [*parent.named_children()]:
+            if layer in quantized_layers(parent):
+                weight = layer.unpacked().float()
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None).requires_grad_(False)
+                linear.weight.data = weight
+                if layer.bias is not None:
+                    linear.bias.data = layer.bias.data
+                setattr(parent, name, linear)
+    return model
+
+
+def step(model: DoubleHeads, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both losses, and the gradient of what is trained."""
+    batch = pack([make_fork(example, tokenizer) for example in EXAMPLES], tokenizer.pad_token_id)
+    logits, scores = model(batch)
+    losses = torch.stack([
+        cross_entropy(logits.float(), batch.lm_labels), cross_entropy(scores.float(), batch.choice_labels),
+    ])  # fmt: skip
+    losses.sum().backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad()
+    return losses.detach(), gradient
+
+
+@quantizing
+@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "mixtral", "gemma3_text"])
+def test_it_computes_as_with_the_unpacked_weights(family, make_base):
+    """Losses, and gradients of adapters, embeddings and the choice head; Conv1D has its weights the other way round."""
+    model, tokenizer = adapt(make_base(family))
+    before, _ = step(model, tokenizer)
+    quantize_(model, "cpu")
+    (losses, gradient), (want, wanted) = step(model, tokenizer), step(unpack(model), tokenizer)
+    assert torch.allclose(losses, want, rtol=1e-5)
+    assert (gradient - wanted).norm() < 1e-5 * wanted.norm()
+    assert not torch.allclose(losses, before, rtol=1e-5)
+
+
+@quantizing
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_decides_what_it_computes_in(family, make_base):
+    model, tokenizer = adapt(make_base(family))
+    quantize_(model, "cpu", bf16=True)
+    types = []
+    for layer in quantized_layers(model):
+        layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        (losses, _), (want, _) = step(model, tokenizer), step(unpack(model), tokenizer)
+    assert torch.allclose(losses, want, rtol=1e-5)
+    assert set(types) == {torch.bfloat16}
+
+
+@quantizing
+def test_layers_of_the_blocks_alone_are_quantised(base):
+    model, tokenizer = adapt(base)
+    kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    quantize_(model, "cpu")
+    packed = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(packed) == 2 * len(names) and all(name.split(".")[-3] in names for name in packed)
+    for name, parameter in model.named_parameters():
+        assert name in packed or torch.equal(parameter, kept[name])
+    for name in packed:
+        assert model.get_parameter(name).numel() == kept[name].numel() / 2
+
+
+@quantizing
+def test_the_base_is_recognised_as_before(base):
+    model, _ = adapt(base)
+    digest = base_digest(model)
+    quantize_(model, "cpu")
+    assert base_digest(model) == digest != ""
+
+
+@quantizing
+def test_checkpointing_changes_nothing(base):
+    model, tokenizer = adapt(base)
+    quantize_(model, "cpu")
+    torch.manual_seed(3)  # of the choice head's dropout
+    losses, gradient = step(model.train(), tokenizer)
+    enable_gradient_checkpointing_(model)
+    torch.manual_seed(3)
+    again, gradient_again = step(model, tokenizer)
+    assert torch.equal(losses, again) and torch.allclose(gradient, gradient_again, rtol=1e-5, atol=1e-7)
+
+
+FLAGS = ("--quantize", "4bit", "--lora_rank", 2, "--lr", 1e-2, "--seed", 5, "--n_epochs", 2, "--train_batch_size", 2,
+         "--gradient_accumulation_steps", 1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes of requirements/extra.txt")
+    return run_training(tmp_path_factory.mktemp("quantized"), base, *FLAGS)
+
+
+def test_a_run_learns_and_exports_its_adapter(run):
+    losses = [line["lm_loss"] for line in run.steps]
+    assert losses[-1] < losses[0]
+    assert not list(run.folder.glob("model*.safetensors")) and (run.folder / "adapter_model.safetensors").exists()
+    assert json.loads((run.folder / "training_args.json").read_text())["quantize"] == "4bit"
+    assert json.loads((run.folder / "config.json").read_text())["quantize"] == "4bit"
+    assert "quant" not in (run.folder / "adapter_config.json").read_text()
+
+
+def figures_of(folder: Path, *flags) -> dict:
+    argv = ["--model_checkpoint", folder, "--dataset_path", folder.parents[1] / "dataset.json", "--eval_type", "all",
+            "--device", "cpu", "--no_sample", *flags]  # fmt: skip
+    report = evaluate([str(argument) for argument in argv])
+    return {name: report[name] for name in ("hits@1", "ppl", "f1")}
+
+
+def test_the_evaluation_is_that_of_training(run, monkeypatch, caplog):
+    """By the same weights the same nll; in full precision another one, and a line that says so once."""
+    model, tokenizer = load_finetuned(str(run.folder), device="cpu")
+    assert len(quantized_layers(model)) == 14
+    want, _ = step(unpack(model).eval(), tokenizer)
+    got, _ = step(model, tokenizer)
+    assert torch.allclose(got, want, rtol=1e-5)
+    monkeypatch.setattr("transfertransfo.model.loading.can_quantize", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        whole, _ = load_finetuned(str(run.folder), device="cpu")
+    assert not quantized_layers(whole)
+    assert caplog.text.count("was trained over 4-bit weights") == 1
