@@ -257,7 +257,7 @@ def check_quantized(args: Namespace) -> None:
         UserError: they have none, or one is.
     """
     flag = f"--quantize {args.quantize}"
-    if args.lora_rank == 0 or args.lora_rank is None and not is_adapter(args.model_checkpoint):
+    if args.lora_rank == 0 or (args.lora_rank is None and not is_adapter(args.model_checkpoint)):
         raise UserError(f"{flag}: needs --lora_rank; weights of 4 bits cannot be trained themselves")
     if args.merge_lora:
         raise UserError(f"{flag}: not with --merge_lora; without it the run folder holds the adapter")

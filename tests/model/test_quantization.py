@@ -1,4 +1,4 @@
-"""Weights of 4 bits: the model is that of the unpacked weights, and trains, stops, goes on and is loaded as any other."""
+"""A model in 4 bits is that of the unpacked weights; it is trained, stopped, resumed and loaded as any other."""
 
 import copy
 import importlib.util
@@ -137,7 +137,7 @@ def test_autocast_decides_what_it_computes_in(family, make_base):
 
 @quantizing
 def test_layers_of_the_blocks_alone_are_quantised(base):
-    model, tokenizer = adapt(base)
+    model, _ = adapt(base)
     kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
     quantize_(model, "cpu")
     packed = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}

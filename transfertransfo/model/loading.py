@@ -532,7 +532,7 @@ def load_finetuned(
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
 
     `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given. An adapter is
-    worked into the weights, but where these were quantised while it was trained: they are again. `fp16` is "" or "bf16".
+    worked into the weights, unless it was trained over quantised ones, which they are again. `fp16` is "" or "bf16".
     With `force` any checkpoint is taken. With `sharded` the model is in shards over all processes, and an adapter stays
     beside its weights.
 
