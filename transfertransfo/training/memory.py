@@ -137,6 +137,7 @@ def activation_bytes(
     hooks = [block.register_forward_pre_hook(lambda *_: depth.append(1)) for block in blocks]
     hooks += [block.register_forward_hook(lambda *_: depth.pop() and None) for block in blocks]
     training = model.training
+    parameters = [*model.named_parameters(remove_duplicate=False)]
     model.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
@@ -167,6 +168,10 @@ def activation_bytes(
         model.train(training)
         for hook in hooks:
             hook.remove()
+        # functional_call leaves its tensor in a module that it meets twice, as peft's of tied embeddings
+        for name, parameter in parameters:
+            module, _, attribute = name.rpartition(".")
+            model.get_submodule(module).register_parameter(attribute, parameter)
 
 
 def longest_batch(loader: DataLoader, size: int) -> Batch:
