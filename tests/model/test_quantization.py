@@ -3,19 +3,19 @@
 import copy
 import importlib.util
 import json
-import logging
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import run_training, tiny_config
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import interact
-import train
 from convai_evaluation import run as evaluate
+from train import train
 from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
@@ -29,6 +29,8 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
 from transfertransfo.model.quantization import quantize_, quantized_layers
 from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.training.checkpoints import list_checkpoints
+from transfertransfo.training.memory import estimate_memory
 
 pytest.importorskip("peft", reason="needs requirements/extra.txt")
 quantizing = pytest.mark.skipif(
@@ -189,22 +191,113 @@ def test_a_run_learns_and_exports_its_adapter(run):
     assert "quant" not in (run.folder / "adapter_config.json").read_text()
 
 
-def figures_of(folder: Path, *flags) -> dict:
-    argv = ["--model_checkpoint", folder, "--dataset_path", folder.parents[1] / "dataset.json", "--eval_type", "all",
-            "--device", "cpu", "--no_sample", *flags]  # fmt: skip
-    report = evaluate([str(argument) for argument in argv])
-    return {name: report[name] for name in ("hits@1", "ppl", "f1")}
-
-
-def test_the_evaluation_is_that_of_training(run, monkeypatch, caplog):
-    """By the same weights the same nll; in full precision another one, and a line that says so once."""
+def test_the_evaluation_and_the_chat_hold_the_weights_as_training_did(run, monkeypatch, caplog):
+    """In full precision, with one line, where bitsandbytes is not installed."""
     model, tokenizer = load_finetuned(str(run.folder), device="cpu")
-    assert len(quantized_layers(model)) == 14
-    want, _ = step(unpack(model).eval(), tokenizer)
-    got, _ = step(model, tokenizer)
-    assert torch.allclose(got, want, rtol=1e-5)
+    assert len(quantized_layers(model)) == 14 and not caplog.records
+    halved, _ = load_finetuned(str(run.folder), device="cpu", fp16="bf16")
+    assert len(quantized_layers(halved)) == 14
+    caplog.clear()
     monkeypatch.setattr("transfertransfo.model.loading.can_quantize", lambda: False)
-    with caplog.at_level(logging.WARNING):
-        whole, _ = load_finetuned(str(run.folder), device="cpu")
-    assert not quantized_layers(whole)
-    assert caplog.text.count("was trained over 4-bit weights") == 1
+    whole, _ = load_finetuned(str(run.folder), device="cpu")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "was trained over 4-bit weights" in line and not quantized_layers(whole)
+    batch = pack([make_fork(example, tokenizer) for example in EXAMPLES], tokenizer.pad_token_id)
+    with torch.inference_mode():
+        want, close, far = (either(batch)[0].float() for either in (model, halved, whole))
+    assert (close - want).norm() < 0.03 * want.norm() and not torch.allclose(far, want, rtol=1e-3)
+
+
+def test_an_adapter_loaded_again_goes_on_as_it_was_left(run, tmp_path):
+    """Without --lora_rank: the first figure of the next run is the last one of this one."""
+    flags = ["--quantize", "4bit", "--n_epochs", 1, "--eval_before_start"]
+    after = run_training(tmp_path, run.folder, *flags)
+    (want, got) = (validations.validations[place] for validations, place in ((run, -1), (after, 0)))
+    assert got["nll"] == pytest.approx(want["nll"], rel=1e-5) and got["replies"] == want["replies"]
+    whole = run_training(tmp_path / "whole", run.folder, *flags[2:]).validations[0]
+    assert whole["nll"] != pytest.approx(want["nll"], rel=1e-5)
+
+
+def test_a_resumed_run_equals_one_left_alone(run, tmp_path, base):
+    shutil.copytree(run.folder.parents[1], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "runs" / run.folder.name
+    want = load_file(folder / "adapter_model.safetensors")
+    newest = list_checkpoints(folder)[-1]
+    for file in (newest, folder / "adapter_model.safetensors"):
+        file.unlink()
+    run_training(tmp_path, base, "--resume", folder)
+    got = load_file(folder / "adapter_model.safetensors")
+    assert list_checkpoints(folder)[-1] == newest
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("more", [["--fp16", "bf16", "--gradient_checkpointing"], ["--max_history", 1]])
+def test_the_script_evaluates_it(run, more, base, tmp_path, monkeypatch):
+    """hits@1, perplexity and F1 are those of a model with the unpacked weights."""
+    folder = run.folder if more[0] == "--max_history" else run_training(tmp_path, base, *FLAGS, *more).folder
+    argv = ["--model_checkpoint", folder, "--dataset_path", folder.parents[1] / "dataset.json", "--eval_type", "all",
+            "--device", "cpu", "--no_sample"]  # fmt: skip
+
+    def quantize_and_unpack_(model: DoubleHeads, *arguments, **more) -> None:
+        quantize_(model, *arguments, **more)
+        model.network = unpack(model).network
+
+    report = evaluate([str(argument) for argument in argv])
+    monkeypatch.setattr("transfertransfo.model.loading.quantize_", quantize_and_unpack_)
+    other = evaluate([str(argument) for argument in argv])
+    for name in ("hits@1", "ppl", "f1"):
+        assert report[name] == pytest.approx(other[name], rel=1e-5)
+
+
+@quantizing
+def test_the_memory_of_four_bits_is_told(base):
+    model, tokenizer = adapt(base)
+    batch = pack([make_fork(example, tokenizer) for example in EXAMPLES], tokenizer.pad_token_id)
+    flags = {"half": None, "micro_steps": 1, "n_processes": 1, "sharded": False, "checkpointing": False}
+    before = estimate_memory(model, batch, torch.device("cpu"), **flags)
+    packed = {name: parameter.numel() for name, parameter in model.named_parameters() if "proj.base" in name}
+    quantize_(model, "cpu")
+    memory = estimate_memory(model, batch, torch.device("cpu"), **flags)
+    blocks = [n // 64 for n in packed.values()]  # each with a scale of one byte, 256 of them with one of four
+    scales = sum(n + 4 * math.ceil(n / 256) + 4 * (16 + 256 + 1) for n in blocks)
+    unpacked = 4 * max(packed.values())
+    assert memory.parameters == before.parameters - 3.5 * sum(packed.values()) + scales + unpacked
+    assert memory.optimizer == before.optimizer and memory.activations == before.activations
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "needs --lora_rank; weights of 4 bits cannot be trained themselves"),
+        (["--lora_rank", "0"], "needs --lora_rank; weights of 4 bits cannot be trained themselves"),
+        (["--lora_rank", "2", "--merge_lora"], "not with --merge_lora; without it the run folder holds the adapter"),
+        (["--lora_rank", "2", "--sharded"], "not with --sharded; each process has the weights in 4 bits"),
+        (["--lora_rank", "2", "--fp16", "O2"], "not with --fp16 O2, which makes float16 of all weights; use bf16"),
+        (["--lora_rank", "2"], "needs bitsandbytes; pip install -r requirements/extra.txt"),
+    ],
+)
+def test_what_does_not_go_with_it_is_a_line(flags, line, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as told:
+        train(["--quantize", "4bit", *flags])
+    assert str(told.value) == f"--quantize 4bit: {line}"
+
+
+@quantizing
+def test_a_device_that_it_does_not_work_on_is_a_line(base, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel\nfor this device")
+
+    model, _ = adapt(base)
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fail)
+    with pytest.raises(UserError, match=r"^--quantize 4bit: bitsandbytes does not work on cpu \(no kernel\)$"):
+        quantize_(model, "cpu")
+
+
+@quantizing
+def test_a_checkpoint_that_asks_for_another_kind_is_refused(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "changed")
+    values = json.loads((folder / "config.json").read_text()) | {"quantize": ["8bit"]}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="quantize: expected"):
+        load_model(folder)
