@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,10 +44,11 @@ from transfertransfo.training.memory import estimate_memory  # noqa: E402
 TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "O1": torch.float16}
 PAPER = 131_438 * 2  # examples of one epoch of the paper's recipe: two personality permutations
-LLAMA = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-         "num_key_value_heads": 8}  # fmt: skip  # Llama 3.2's of 1B: 0.97e9 weights in its blocks
-SMALL_LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2}  # fmt: skip
+LLAMA: dict[str, Any] = {  # Llama 3.2's of 1B: 0.97e9 weights in its blocks
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+SMALL_LLAMA = LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 PAPER_BATCH = 64  # examples of its optimizer step: 8 GPUs * 2 * 4 accumulated
 
 

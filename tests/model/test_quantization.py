@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_training, tiny_config
+from helpers import Run, run_processes, run_training, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -229,6 +229,24 @@ def test_a_resumed_run_equals_one_left_alone(run, tmp_path, base):
     got = load_file(folder / "adapter_model.safetensors")
     assert list_checkpoints(folder)[-1] == newest
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@quantizing
+def test_several_processes_train_it(base, run, tmp_path):
+    """The first loss is that of one process; the choice head's dropout then differs."""
+    flags = [
+        "--dataset_path",
+        run.folder.parents[1] / "dataset.json",
+        "--device",
+        "cpu",
+        *FLAGS,
+        "--train_batch_size",
+        1,
+    ]
+    assert run_processes(2, tmp_path, train, ["--model_checkpoint", base, *flags]) == [0, 0]
+    (folder,) = (tmp_path / "runs").iterdir()
+    losses = [[line["lm_loss"] for line in lines] for lines in (run.steps, Run(folder, "").steps)]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5) and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.parametrize("more", [["--fp16", "bf16", "--gradient_checkpointing"], ["--max_history", 1]])
