@@ -130,7 +130,10 @@ def test_autocast_decides_what_it_computes_in(family, make_base):
     quantize_(model, "cpu", bf16=True)
     types = []
     for layer in quantized_layers(model):
-        layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+        multiply = layer.multiply
+        layer.multiply = lambda inputs, *rest, multiply=multiply, **more: (
+            types.append(inputs.dtype) or multiply(inputs, *rest, **more)
+        )
     with torch.autocast("cpu", torch.bfloat16):
         (losses, _), (want, _) = step(model, tokenizer), step(unpack(model), tokenizer)
     assert torch.allclose(losses, want, rtol=1e-5)
