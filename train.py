@@ -41,7 +41,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import SettingError, UserError, first_line, flags_named
+from transfertransfo.errors import SettingError, UserError, first_line, flags_named, require
 
 
 def make_parser() -> ArgumentParser:
@@ -76,6 +76,12 @@ def make_parser() -> ArgumentParser:
         "--merge_lora",
         action="store_true",
         help="write the whole model with its adapters worked in, instead of the adapters",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=["", "4bit"],
+        default="",
+        help='hold the frozen weights beside adapters in 4 bits, which takes an eighth of the memory ("" = off)',
     )
     begin_section(parser, "data")
     parser.add_argument(
@@ -158,7 +164,8 @@ from transfertransfo.model.double_heads import (
     merge_adapter_,
 )
 from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
-from transfertransfo.model.lora import rank_of
+from transfertransfo.model.lora import is_adapter, rank_of
+from transfertransfo.model.quantization import quantize_
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (
@@ -224,6 +231,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.sharded:
         check_sharded(args)
+    if args.quantize:
+        check_quantized(args)
     return args, run
 
 
@@ -239,6 +248,24 @@ def check_sharded(args: Namespace) -> None:
         raise UserError("--sharded: not with --compile")
     if args.merge_lora:
         raise UserError("--sharded: not with --merge_lora; without it the run folder holds the adapter")
+
+
+def check_quantized(args: Namespace) -> None:
+    """Check that quantised weights have adapters, and that no flag is given that they do not go with.
+
+    Raises:
+        UserError: they have none, or one is.
+    """
+    flag = f"--quantize {args.quantize}"
+    if args.lora_rank == 0 or (args.lora_rank is None and not is_adapter(args.model_checkpoint)):
+        raise UserError(f"{flag}: needs --lora_rank; weights of 4 bits cannot be trained themselves")
+    if args.merge_lora:
+        raise UserError(f"{flag}: not with --merge_lora; without it the run folder holds the adapter")
+    if args.sharded:
+        raise UserError(f"{flag}: not with --sharded; each process has the weights in 4 bits")
+    if args.fp16 in ("O2", "O3"):
+        raise UserError(f"{flag}: not with --fp16 {args.fp16}, which makes float16 of all weights; use bf16")
+    require(flag, "bitsandbytes")
 
 
 def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Namespace:
@@ -327,7 +354,9 @@ def prepare_model(
     """
     source = args.model_checkpoint if args.lora_rank else run or args.model_checkpoint
     tokenizer = load_tokenizer(source, args.gpt_tokenization)
-    model = load_model(source, device, from_scratch=not args.lora_rank, in_shards=args.sharded)
+    # what is quantised goes to the device after that: as a whole it may not fit
+    first_device = "cpu" if args.quantize else device
+    model = load_model(source, first_device, from_scratch=not args.lora_rank, in_shards=args.sharded)
     add_special_tokens_(model, tokenizer)
     tokenizer.chat_template = make_chat_template(tokenizer, args.max_history)
     if args.lora_rank:
@@ -341,10 +370,13 @@ def prepare_model(
     freeze_unread_(model)
     if device.type == "cpu" and args.fp16 == "bf16" and not args.sharded:
         use_eager_attention_(model)
+    log_size(model)
+    model.quantize = args.quantize
+    if args.quantize:
+        quantize_(model, device, bf16=args.fp16 == "bf16")
     # merged weights are exported, so they stay as they are
     if args.fp16 == "bf16" and rank_of(model.network) and not args.merge_lora:
         halve_frozen_(model)
-    log_size(model)
     return model, tokenizer
 
 
@@ -398,6 +430,7 @@ def memory_savers(args: Namespace) -> str:
     savers += ["--gradient_accumulation_steps 1"] if args.sharded and steps > 1 else []
     savers += [] if args.sharded else ["torchrun with --sharded"]
     savers += [] if args.lora_rank else ["--lora_rank 16"]
+    savers += ["--quantize 4bit"] if args.lora_rank and not (args.quantize or args.sharded) else []
     return "; ".join(savers) or "more GPUs"
 
 
@@ -412,6 +445,7 @@ def check_prepared(args: Namespace, model: DoubleHeads) -> None:
         "fp16 bf16": bf16,
         "gradient_checkpointing": args.gradient_checkpointing,
         "lora_rank": rank_of(model.network),
+        "quantize 4bit": args.quantize,
     }
     told = [setting for setting, value in given.items() if value]
     if not told:

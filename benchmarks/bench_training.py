@@ -34,7 +34,7 @@ class PackedTraining:
         self.model, self.tokenizer = model or setting.model, setting.tokenizer
         self.device = torch.device(setting.device)
         optimisation = make_optimisation(training_args())
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         make_optimizer = partial(make_adamw, names=names, lr=optimisation.lr)
         precision = make_precision(level, self.model, make_optimizer, self.device)
         self.trainer = create_trainer(self.model, precision, optimisation, self.device)

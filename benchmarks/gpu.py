@@ -9,6 +9,8 @@ python benchmarks/gpu.py --dry-run                              # all of it on a
 import contextlib
 import copy
 import functools
+import gc
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -17,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch.nn.functional import linear  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
 from benchmarks.bench_distributed import examples_per_second, prepare  # noqa: E402
 from benchmarks.bench_training import PackedTraining, PaddedTraining, make_batches  # noqa: E402
@@ -32,11 +36,19 @@ from convai_evaluation import run as evaluate  # noqa: E402
 from train import COMPILED_MULTIPLE  # noqa: E402
 from transfertransfo.cli import ArgumentParser, number, run_script  # noqa: E402
 from transfertransfo.data.inputs import Example  # noqa: E402
-from transfertransfo.model.loading import save_model  # noqa: E402
+from transfertransfo.model.double_heads import DoubleHeads, add_adapter_, halve_frozen_  # noqa: E402
+from transfertransfo.model.loading import load_model, save_model  # noqa: E402
+from transfertransfo.model.quantization import Linear4bit, quantize_, quantized_layers  # noqa: E402
+from transfertransfo.training.memory import estimate_memory  # noqa: E402
 
 TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "O1": torch.float16}
 PAPER = 131_438 * 2  # examples of one epoch of the paper's recipe: two personality permutations
+LLAMA: dict[str, Any] = {  # Llama 3.2's of 1B: 0.97e9 weights in its blocks
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+SMALL_LLAMA = LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 PAPER_BATCH = 64  # examples of its optimizer step: 8 GPUs * 2 * 4 accumulated
 
 
@@ -180,6 +192,63 @@ class Bench:
         yield figure("the three figures of the valid split", (time.perf_counter() - start) / 60, "<= 2", "min",
                      examples=report["examples"])  # fmt: skip
 
+    def quantized(self) -> Iterator[dict]:
+        """Steps of adapters over a Llama of 1B, in bf16, its frozen weights in bfloat16 and in 4 bits."""
+        if missing := [name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name) is None]:
+            yield {"benchmark": "quantized", "skipped": f"needs {' and '.join(missing)}"}
+            return
+        whole = self.make_llama()
+        speed_16, peak_16 = yield from self.adapter_speed(copy.deepcopy(whole), 16)
+        speed_4, peak_4 = yield from self.adapter_speed(whole, 4)
+        yield figure("adapters over weights in 4 bits over 16: steps a second", speed_4 / speed_16)
+        if self.cuda:
+            yield figure("adapters over weights in 4 bits over 16: peak memory", peak_4 / peak_16)
+
+    def adapter_speed(self, model: DoubleHeads, bits: int) -> Generator[dict, None, tuple[float, int]]:
+        """Steps a second, and the bytes of the GPU that they take at their peak."""
+        gc.collect()  # what is left of the model before
+        before = self.allocated()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if bits == 4:
+            quantize_(model, self.setting.device, bf16=True)
+        else:
+            halve_frozen_(model)
+            model.to(self.setting.device)
+        weights, batches = self.allocated() - before, make_batches(self.examples, 4, 4)
+        packed = PackedTraining(self.setting, "bf16", model.train())
+        estimate = estimate_memory(
+            model, packed.batch(batches[-1]), packed.device, half=torch.bfloat16, micro_steps=1, n_processes=1,
+            sharded=False, checkpointing=False,
+        )  # fmt: skip
+        stream = itertools.cycle(batches)
+        count, seconds = self.for_seconds(lambda: packed.step(next(stream)), self.plan.steady)
+        peak = torch.cuda.max_memory_allocated() - before if self.cuda else 0
+        yield figure(f"training, adapters over weights in {bits} bits, batch 4", count / seconds, unit="steps/s",
+                     weights_gb=weights / 1e9, peak_gb=peak / 1e9, estimated_gb=estimate.peak / 1e9)  # fmt: skip
+        for layer in quantized_layers(model)[:1]:
+            yield from self.unpacking(layer)
+        return count / seconds, peak
+
+    def unpacking(self, layer: Linear4bit) -> Iterator[dict]:
+        """Products of a layer in 4 bits over those of its unpacked weights, of few rows and of many: other kernels."""
+        weight = layer.unpacked().float()
+        for rows in (1, 16, 1024):
+            inputs = torch.randn(rows, weight.shape[1], device=self.setting.device)
+            with torch.no_grad():
+                got, want = layer(inputs.bfloat16()).float(), linear(inputs.bfloat16().float(), weight)
+            yield figure(f"weights in 4 bits, {rows} rows: relative error of a product",
+                         ((got - want).norm() / want.norm()).item(), "<= 0.01")  # fmt: skip
+
+    def make_llama(self) -> DoubleHeads:
+        """A Llama with random weights and an adapter, in float32 on the CPU."""
+        folder, tokenizer = self.setting.folder / "llama", self.setting.tokenizer
+        shape = LLAMA if self.cuda else SMALL_LLAMA
+        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape).save_pretrained(folder)
+        model = load_model(folder, from_scratch=True)
+        add_adapter_(model, tokenizer, rank=16, base="")
+        return model
+
     def shared_evaluation(self) -> Iterator[dict]:
         """The same by a process a GPU over the same by one, from the start of the processes on; equal figures."""
         times, reports = [], []
@@ -226,6 +295,9 @@ class Bench:
         return ["--eval_type", "all", "--no_sample", "--model_checkpoint", str(folder), "--batchsize",
                 str(self.plan.evaluation_batch), "--dataset_path", self.setting.path, "--dataset_cache",
                 str(self.setting.folder / "cache.bin"), "--device", self.setting.device]  # fmt: skip
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else 0
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -292,6 +364,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--tokenizer", default=str(ROOT / "example" / "model"), help="folder of a GPT tokenizer and its config.json"
     )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone, beside matmul (unset = all)")
     parser.add_argument("--budget", type=number(float, 0), default=520, help="seconds after which no part is begun")
     args = parser.parse_args(argv)
     figures, start = [], time.perf_counter()
@@ -301,10 +374,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         bench = Bench(setting, DRY if args.dry_run else REAL, start + args.budget)
         name = "CPU" if args.dry_run else torch.cuda.get_device_name()
         print(json_line({"device": name, "torch": torch.__version__, "dataset": args.dataset_path}))
-        parts = [bench.matmul, bench.correctness, bench.learning, bench.evaluation, bench.epoch, bench.training]
+        parts = [bench.matmul, bench.correctness, bench.learning, bench.evaluation, bench.epoch, bench.training,
+                 bench.quantized]  # fmt: skip
         if bench.processes > 1:
             parts += [bench.shared_evaluation, bench.sharded]
         for part in parts:
+            if args.only and part.__name__ not in ("matmul", *args.only):
+                continue
             if time.perf_counter() > bench.deadline:
                 print(json_line({"benchmark": part.__name__, "skipped": "no time left"}))
                 continue

@@ -36,8 +36,8 @@ MODULES = {  # name within the package -> file
 }
 AROUND = ("tests", "benchmarks", "example", "docs")  # folders whose code may use the development requirements
 # Imported where they are used and installed on demand; the two ParlAIs cannot share an environment.
-OPTIONAL = {"apex", "datasets", "fastapi", "gguf", "gradio", "parlai", "peft", "projects", "pyarrow", "pydantic",
-            "starlette", "uvicorn"}  # fmt: skip
+OPTIONAL = {"apex", "bitsandbytes", "datasets", "fastapi", "gguf", "gradio", "parlai", "peft", "projects", "pyarrow",
+            "pydantic", "starlette", "uvicorn"}  # fmt: skip
 
 
 def imported(path: Path, lazy: bool = True) -> set[str]:

@@ -53,6 +53,7 @@ class DoubleHeads(nn.Module):
             of layer its own; "model", as all are of that kind; "" = it does not, and sequences end with the window.
         new_head: whether the choice head was in no checkpoint and waits to be trained.
         unread: parameters that have no values yet, and where these are.
+        digest: what `base_digest` gave before the weights were quantised ("" = they are not).
     """
 
     def __init__(self, network: Network):
@@ -62,6 +63,7 @@ class DoubleHeads(nn.Module):
         self.window_by = ""
         self.new_head = False
         self.unread: dict[nn.Parameter, Place] = {}
+        self.digest = ""
 
     @property
     def pretrained(self) -> PreTrainedModel:
@@ -107,6 +109,16 @@ class DoubleHeads(nn.Module):
     @token_types.setter
     def token_types(self, on: bool) -> None:
         self.pretrained.config.token_types = on
+
+    @property
+    def quantize(self) -> str:
+        """How the weights beside an adapter are quantised while it is trained: "4bit", or ""; saved with the model."""
+        return getattr(self.pretrained.config, "quantize", "")
+
+    @quantize.setter
+    def quantize(self, how: str) -> None:
+        if how or self.quantize:
+            self.pretrained.config.quantize = how
 
     def hidden_states(
         self,
@@ -262,7 +274,8 @@ def halve_(model: DoubleHeads) -> None:
     # but for the choice head: of scores that are rounded so, some are equal
     for part in (model.pretrained.base_model, model.pretrained.get_output_embeddings()):
         for parameter in part.parameters():
-            parameter.data = parameter.data.bfloat16()  # buffers stay: rotary angles need float32
+            if parameter.is_floating_point():  # not 4-bit weights. Buffers stay: rotary angles need float32
+                parameter.data = parameter.data.bfloat16()
 
 
 def halve_frozen_(model: DoubleHeads) -> None:
@@ -297,8 +310,8 @@ def base_digest(model: DoubleHeads) -> str:
     All processes of a model in shards must ask for it. Embeddings and choice head do not count: some of their numbers
     were drawn here.
     """
-    if not rank_of(model.network):
-        return ""
+    if not rank_of(model.network) or model.digest:
+        return model.digest
     pretrained = model.pretrained
     drawn = {*pretrained.get_input_embeddings().parameters(), *pretrained.get_output_embeddings().parameters()}
     key = hashlib.blake2b(digest_size=16)

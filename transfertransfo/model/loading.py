@@ -45,6 +45,7 @@ from transfertransfo.model.lora import (
     read_adapter,
     save_network,
 )
+from transfertransfo.model.quantization import can_quantize, quantize_
 from transfertransfo.model.sharding import (
     INDEX,
     NotStoredSo,
@@ -176,6 +177,8 @@ def check_settings(model: DoubleHeads) -> None:
     layers = getattr(model.pretrained.config.get_text_config(), "num_hidden_layers", 1)
     if type(layers) is not int or layers < 1:
         raise ValueError(f"num_hidden_layers, n_layer: at least 1 is needed, got {layers!r}")
+    if model.quantize not in ("", "4bit"):
+        raise ValueError(f'quantize: expected "4bit" or "", got {model.quantize!r}')
     if type(model.token_types) is not bool:
         raise ValueError(f"token_types: expected true or false, got {model.token_types!r}")
     if model.n_positions < SHORTEST:
@@ -381,7 +384,7 @@ def load_adapted(
         model = load_whole(base, base_folder, load_config(base), device, in_shards=in_shards)
     except UserError as error:
         raise UserError(f"{checkpoint} adapts another model: {error}") from error
-    for name in ("history_start", "token_types"):
+    for name in ("history_start", "token_types", "quantize"):
         if hasattr(config, name):
             setattr(model.pretrained.config, name, getattr(config, name))
     try:
@@ -529,8 +532,9 @@ def load_finetuned(
     """Model and tokenizer of a checkpoint that was fine-tuned on dialogs; "" = the one of 2019, downloaded.
 
     `gpt_tokenization` and `history_start` stand in for what the checkpoint records, where they are given. An adapter is
-    worked into the weights. `fp16` is "" or "bf16". With `force` any checkpoint is taken. With `sharded` the model is
-    in shards over all processes, and an adapter stays beside its weights.
+    worked into the weights, unless it was trained over quantised ones, which they are again. `fp16` is "" or "bf16".
+    With `force` any checkpoint is taken. With `sharded` the model is in shards over all processes, and an adapter stays
+    beside its weights.
 
     Raises:
         UserError: as `load_model`, or the checkpoint does not know the dialog tokens.
@@ -543,13 +547,16 @@ def load_finetuned(
             raise UserError(message)
         logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
     device = device or default_device()
-    model = load_model(checkpoint, device, in_shards=sharded)
+    model = load_model(checkpoint, device if sharded else "cpu", in_shards=sharded)
     if model.new_head:
         logger.warning("%s has no choice head: hits@1 and all that ranks replies are as good as chance", checkpoint)
     add_special_tokens_(model, tokenizer)
     if history_start is not None:
         model.history_start = history_start
-    if not sharded:
+    if must_quantize(model, checkpoint, sharded=sharded):
+        quantize_(model, device, bf16=bool(fp16))
+    elif not sharded:
+        model.to(device)
         merge_adapter_(model)
     if fp16:
         halve_(model)
@@ -564,6 +571,19 @@ def load_finetuned(
     if sharded:
         into_shards_(model.requires_grad_(False), checkpoint, torch.device(device))
     return model, tokenizer
+
+
+def must_quantize(model: DoubleHeads, checkpoint: str, *, sharded: bool) -> bool:
+    """Whether the weights beside a model's adapter are to be in 4 bits, as they were in training.
+
+    Where they were, and cannot be now, a line says so.
+    """
+    if not (model.quantize and rank_of(model.network)):
+        return False
+    if reason := "in shards" if sharded else "" if can_quantize() else "without bitsandbytes":
+        told = "%s was trained over 4-bit weights; %s they are in full precision, and figures differ a little"
+        logger.warning(told, checkpoint, reason)
+    return not reason
 
 
 def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = False) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transfertransfo.data.inputs import Example, tree_length
 from transfertransfo.data.trees import Batch
 from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.model.quantization import quantized_layers
 from transfertransfo.model.sharding import blocks_of
 
 GB = 1e9
@@ -32,7 +33,7 @@ class Memory:
     """Bytes that a training step needs on each device.
 
     Attributes:
-        parameters: what the device holds of them, and what of shards it gathers at a time.
+        parameters: what the device holds of them, and what of shards it gathers, or unpacks of 4 bits, at a time.
         gradients: of the parameters that are trained.
         optimizer: AdamW's two moments, and float32 masters where there are some.
         activations: what the forward of the longest batch keeps for the backward, and what the loss needs beside it.
@@ -80,6 +81,9 @@ def estimate_memory(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     whole, own_gradients = sum(map(_size, model.parameters())), sum(map(_size, trained))
     parameters, gradients, optimizer = whole, own_gradients, 2 * sum(4 * parameter.numel() for parameter in trained)
+    if layers := quantized_layers(model):
+        unpacked = max(2 * layer.weight.numel() * layer.state.dtype.itemsize for layer in layers)
+        parameters += sum(layer.scale_bytes() for layer in layers) + unpacked
     # beside a block's activations that are computed again there are the gradients of all blocks after it
     stay = micro_steps > 1 or checkpointing
     if sharded and n_processes > 1:
