@@ -1,13 +1,11 @@
 """Tiny models and tokenizers of several families, made here: no network, no GPU, two threads at most."""
 
-import copy
-import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, write_tokenizer
+from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, load_own, write_tokenizer
 from transformers import GPT2Config, OpenAIGPTConfig
 
 from transfertransfo.model.double_heads import add_special_tokens_
@@ -82,11 +80,8 @@ def tokenizer(checkpoint):
 
 @pytest.fixture
 def model(checkpoint):
-    """A model of the test's own. To load and check one takes a tenth of a second, so that is done once for each."""
-    return copy.deepcopy(load_once(checkpoint))
-
-
-load_once = functools.cache(load_model)
+    """A model of the test's own."""
+    return load_own(checkpoint)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What several test modules share: the tree, small datasets, and a training run as a function call."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -9,10 +10,11 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -20,6 +22,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Conf
 
 from train import train
 from transfertransfo.cli import run_script
+from transfertransfo.model.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
@@ -27,6 +30,15 @@ OTHERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}
 AS_IN_5_3 = transformers.__version__.startswith("5.3.")  # the oldest that works, with faults of its own
 ANSWERS = ["i like tea .", "i have two dogs .", "no , never .", "yes , i do !", "hello !", "we live in a big house ."]
 QUESTIONS = ["what do you like ?", "any pets ?", "did you go there ?", "do you cook ?", "hi !", "where do you live ?"]
+
+
+def slow_but(kept: Collection, values: Iterable) -> list:
+    """Values of a test's parameter, all marked slow but for those kept, one of each kind."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+# Qwen2 is a Llama with biases, and has more embeddings than tokens here.
+EVERY_FAMILY = slow_but(("gpt", "gpt2", "qwen2"), (*FAMILIES, *OTHERS))
 
 
 def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
@@ -245,6 +257,19 @@ def _run_launched(rank: int, count: int, port: int, cwd: Path, script: Callable,
             stack.enter_context(redirect(log))
         stack.enter_context(contextlib.chdir(cwd))
         run_script(lambda: script(argv))
+
+
+def load_own(checkpoint: Path, load: Callable = load_model):
+    """A model that the caller may change. To load and check one takes a tenth of a second: that is done once for each.
+
+    The folder must stay as it is, as those of session and module fixtures do.
+    """
+    return copy.deepcopy(_load_once(checkpoint, load))
+
+
+@functools.lru_cache(maxsize=32)
+def _load_once(checkpoint: Path, load: Callable):
+    return load(checkpoint)
 
 
 def dialogs_of_text(dataset: dict) -> list[str]:

@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from helpers import FAMILIES, OTHERS, ROOT, run_processes
+from helpers import EVERY_FAMILY, ROOT, run_processes
 
 import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
@@ -218,7 +218,7 @@ def test_no_forward_has_more_examples_than_asked(evaluate, monkeypatch):
     assert max(sizes) == 4 and sum(sizes) == report["examples"]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_bfloat16_changes_little(family, evaluate):
     plain, half = (evaluate("--eval_type", "ppl", *flags)[0] for flags in ([], ["--fp16", "bf16"]))
     assert half["token_ppl"] == pytest.approx(plain["token_ppl"], rel=0.05) and half["token_ppl"] != plain["token_ppl"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import FAMILIES, OTHERS
+from helpers import EVERY_FAMILY
 from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
@@ -33,7 +33,7 @@ from transfertransfo.errors import SettingError, UserError, flags_named
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
 
-of_every_family = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+of_every_family = pytest.mark.parametrize("family", EVERY_FAMILY)
 
 # Ragged lengths; one without a persona.
 CONTEXTS = [

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from functools import partialmethod
 from itertools import chain
 from pathlib import Path
@@ -52,17 +54,19 @@ N_ITERATIONS = 5 * 12  # 5 epochs of 24 examples, 2 at a time
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, base_checkpoints) -> dict[str, Run]:
-    """A run of each family, from scratch."""
-    return {
-        family: run_training(tmp_path_factory.mktemp("run"), checkpoint, *FLAGS, "--eval_before_start")
-        for family, checkpoint in base_checkpoints.items()
-    }
+def run_of(tmp_path_factory, base_checkpoints) -> Callable[[str], Run]:
+    """Gives the run of a family, from scratch; it is made once."""
+
+    @functools.cache
+    def make(family: str) -> Run:
+        return run_training(tmp_path_factory.mktemp("run"), base_checkpoints[family], *FLAGS, "--eval_before_start")
+
+    return make
 
 
 @pytest.fixture
-def run(runs, family) -> Run:
-    return runs[family]
+def run(run_of, family) -> Run:
+    return run_of(family)
 
 
 # Flags
@@ -168,9 +172,9 @@ def test_a_run_folder_loads_in_transformers_and_here(run, family):
     assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<bos>", "<eos>", "<pad>")
 
 
-def test_a_run_records_how_its_text_was_tokenised(runs):
-    assert load_tokenizer(runs["gpt"].folder).init_kwargs["gpt_tokenization"] == "spacy"
-    assert "gpt_tokenization" not in load_tokenizer(runs["gpt2"].folder).init_kwargs
+def test_a_run_records_how_its_text_was_tokenised(run_of):
+    assert load_tokenizer(run_of("gpt").folder).init_kwargs["gpt_tokenization"] == "spacy"
+    assert "gpt_tokenization" not in load_tokenizer(run_of("gpt2").folder).init_kwargs
 
 
 # Figures
@@ -625,9 +629,9 @@ def test_rows_of_new_tokens_are_drawn_as_any_other(base_checkpoints, family):
     assert model.pretrained.lm_head.weight is rows
 
 
-def test_a_run_goes_on_from_another_runs_folder(runs, tmp_path, family):
+def test_a_run_goes_on_from_another_runs_folder(run_of, tmp_path, family):
     """Its dialog tokens are not added again, its weights and its tokenisation are where the first run left them."""
-    before = runs[family]
+    before = run_of(family)
     run = run_training(tmp_path, before.folder, "--n_epochs", 1, "--eval_before_start")
     assert run.validations[0]["nll"] == pytest.approx(before.validations[-1]["nll"], rel=1e-6)
     assert "training from scratch" not in run.log

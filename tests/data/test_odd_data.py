@@ -9,12 +9,12 @@ from itertools import chain
 
 import pytest
 import torch
+from helpers import load_own
 
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import make_examples, make_fork
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
 from transfertransfo.data.trees import pack
-from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
 
 TEXTS = {
@@ -43,7 +43,7 @@ def through(request, checkpoints, tmp_path):
         path = tmp_path / "train.json"
         lines = "\n".join(map(json.dumps, dialogs)) if as_lines else json.dumps({"train": dialogs})
         path.write_text(lines)
-        tokenizer, model = load_tokenizer(checkpoints[request.param]), load_model(checkpoints[request.param])
+        tokenizer, model = load_tokenizer(checkpoints[request.param]), load_own(checkpoints[request.param])
         first, again = (get_dataset(tokenizer, path, tmp_path / "cache.bin") for _ in range(2))
         assert first == again
         examples = make_examples(first["train"], 2, model.n_positions, **options)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import AS_IN_5_3, DATASET, FAMILIES, OTHERS, process_as_it_was, run_training, tiny_config
+from helpers import AS_IN_5_3, DATASET, EVERY_FAMILY, OTHERS, process_as_it_was, run_training, slow_but, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -116,7 +116,7 @@ def test_control_tokens_are_found(base_checkpoints, added, bos, eos):
 # Runs
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_resumed_run_is_an_uninterrupted_one(family, base_checkpoints, tmp_path):
     run = run_training(tmp_path, base_checkpoints[family], *FLAGS)
     weights, lines = weights_of(run), run.steps
@@ -194,7 +194,7 @@ def adapter(bases, tmp_path_factory):
     return run_training(tmp_path_factory.mktemp("adapter"), bases["llama"], *FLAGS, "--lora_rank", 2)
 
 
-@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", slow_but(["gpt"], ["gpt", "gpt2", "llama", "gpt_neox"]))
 def test_an_adapter_is_trained_resumed_measured_and_merged(family, bases, tmp_path):
     pytest.importorskip("peft")
     lora = [*FLAGS, "--lora_rank", 2]
