@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +258,32 @@ def _run_launched(rank: int, count: int, port: int, cwd: Path, script: Callable,
             stack.enter_context(redirect(log))
         stack.enter_context(contextlib.chdir(cwd))
         run_script(lambda: script(argv))
+
+
+def start_fork(script: Callable, argv: list, fds: Sequence[int], encoding: str = "utf-8", **environment: str):
+    """Start a script's entry function as a shell does, in a fork of this process: a new one imports for seconds.
+
+    Args:
+        fds: what becomes its standard input, output and error stream.
+
+    Returns:
+        The `multiprocessing.Process`, the leader of a process group of its own.
+    """
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_on, args=(script, list(map(str, argv)), fds, encoding, environment)
+    )
+    process.start()
+    return process
+
+
+def _run_on(script: Callable, argv: list[str], fds: Sequence[int], encoding: str, environment: dict[str, str]) -> None:
+    os.setpgid(0, 0)
+    os.environ |= environment
+    for target, source in enumerate(fds):
+        os.dup2(source, target)
+    sys.stdin = open(0, encoding=encoding)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding=encoding) for fd in (1, 2))  # noqa: SIM115
+    run_script(lambda: script(argv))
 
 
 def load_own(checkpoint: Path, load: Callable = load_model):

@@ -137,7 +137,8 @@ def test_unknown_name_is_one_line():
         run.main(["trainin"])
 
 
-def test_quick_run_prints_a_json_line_for_each_figure(capsys):
+def test_quick_run_prints_a_json_line_for_each_figure(capsys, monkeypatch):
+    monkeypatch.setattr(run, "QUICK", TINY)
     figures = run.main(["--quick", "--threads", "1", "ppl-small", "candidates"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark"')]
     assert [line["benchmark"] for line in lines] == [row["benchmark"] for row in figures]

@@ -332,9 +332,8 @@ def test_the_flag_leaves_no_trace_in_the_arguments(workplace, script):
 # As the shell sees it
 
 
-@pytest.mark.parametrize("script", [
-    pytest.param(name, marks=() if name == "train" else pytest.mark.slow) for name in SCRIPTS
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_real_start_with_a_model_that_nobody_knows(workplace, dataset, script):
     """Without network the hub was tried for 50 seconds, in 30 lines of warnings."""
     done = subprocess.run(
