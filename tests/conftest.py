@@ -1,5 +1,6 @@
 """Tiny models and tokenizers of several families, made here: no network, no GPU, two threads at most."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
+
+
+def pytest_configure():
+    """What is loaded and collected from here on stays: the garbage collector would look it through again and again."""
+    gc.freeze()
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

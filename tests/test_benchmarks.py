@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow_but
 
 from benchmarks import bench_data, bench_evaluation, gpu, reference, run
 from benchmarks.measure import Difference, Seconds, check_close, figure, in_child, in_turn, ratio
@@ -26,7 +26,7 @@ def setting(tmp_path, example_json) -> Setting:
 IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling", "distributed", "dialogs-memory")]
 
 
-@pytest.mark.parametrize("name", IN_ONE_PROCESS)
+@pytest.mark.parametrize("name", slow_but(["training", "hits@1", "f1"], IN_ONE_PROCESS))
 def test_sides_agree(name, setting):
     for row in run.BENCHMARKS[name](setting):
         value = next(value for key, value in row.items() if key not in ("benchmark", "goal", "met"))

@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from helpers import EVERY_FAMILY, ROOT, run_processes
+from helpers import EVERY_FAMILY, FAMILIES, ROOT, run_processes, slow_but
 
 import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
@@ -43,6 +43,11 @@ def dataset(example_json, tmp_path) -> Path:
     path = tmp_path / "dialogs.json"
     path.write_text(json.dumps({"train": example_json["train"][:4], "valid": example_json["valid"][:2]}))
     return path
+
+
+@pytest.fixture(params=slow_but(["gpt2"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture

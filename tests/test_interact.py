@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT, start_fork
+from helpers import FAMILIES, ROOT, slow_but, start_fork
 
 import interact
 from transfertransfo.chat import conversation, terminal
@@ -38,6 +38,11 @@ from transfertransfo.model.sources import load_tokenizer
 
 EXAMPLE = ROOT / "example" / "personachat.json"
 PERSONA = ["i like dogs .", "i live in ohio ."]
+
+
+@pytest.fixture(params=slow_but(["gpt"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -175,6 +180,7 @@ def test_a_persona_s_line_end_is_for_the_model_what_it_is_in_training(chat, toke
     assert chat.persona_ids == tokenize(tokenizer, [text])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_that_the_tokenizer_cannot_write_is_said(chat, family):
     for text in ("안녕하세요 hello", "만나서 반가워요"):
         say(chat, text)

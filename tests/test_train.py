@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ANSWERS, AS_IN_5_3, DATASET, QUESTIONS, Run, process_as_it_was, run_training
+from helpers import ANSWERS, AS_IN_5_3, DATASET, FAMILIES, QUESTIONS, Run, process_as_it_was, run_training, slow_but
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
@@ -62,6 +62,11 @@ def run_of(tmp_path_factory, base_checkpoints) -> Callable[[str], Run]:
         return run_training(tmp_path_factory.mktemp("run"), base_checkpoints[family], *FLAGS, "--eval_before_start")
 
     return make
+
+
+@pytest.fixture(params=slow_but(["gpt"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -154,6 +159,7 @@ def test_log_of_a_run(run, family):
     assert "Traceback" not in run.log
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_folder_loads_in_transformers_and_here(run, family):
     double_heads, tokenizer = load_finetuned(run.folder, device="cpu")
     assert len(tokenizer) == double_heads.pretrained.config.vocab_size
@@ -210,6 +216,7 @@ def test_training_learns(run):
     assert nll[-1] < 0.8 * nll[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_validation_is_what_transformers_computes_one_example_at_a_time(run, family):
     """Means over all tokens and over all examples; the original's were means of its batches' means."""
     model = DOUBLE_HEADS[family].from_pretrained(run.folder).eval()
@@ -671,6 +678,7 @@ def write_2019_checkpoint(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_2019_is_the_model_it_was(checkpoints, family, tmp_path):
     old = write_2019_checkpoint(checkpoints[family], tmp_path / "old")
     model, tokenizer = load_finetuned(old, device="cpu")
