@@ -17,13 +17,11 @@ torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside 
 
 
 def pytest_configure():
-    """What is loaded and collected from here on stays: the garbage collector would look it through again and again."""
-    gc.freeze()
+    """What is imported for the tests stays: the garbage collector would look it through again and again."""
     gc.disable()
 
 
 def pytest_collection_finish():
-    gc.freeze()
     gc.enable()
 
 

@@ -344,6 +344,6 @@ def test_a_real_start_with_a_model_that_nobody_knows(workplace, dataset, script)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"{script}.py: error: --model_checkpoint nobody/knows-this: neither a folder nor a model that can be had from"
-        " the hub here; give a local folder, or the embedded example: --model_checkpoint example/model\n"
+        " the hub here; give a local folder, or example/model, the embedded example\n"
     )
     assert list(workplace.iterdir()) == []

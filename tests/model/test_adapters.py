@@ -210,7 +210,7 @@ def test_an_adapters_weights_that_do_not_fit_are_refused(base, tmp_path, change)
     if change == "of another model":
         weights[name.replace("h.1.", "h.2.")] = weight
     save_file(weights, run / "adapter_model.safetensors", metadata={"format": "pt"})
-    message = f"^--model_checkpoint {run}: no usable adapter there .its weights are not those of the adapter: "
+    message = f"^model_checkpoint {run}: no usable adapter there .its weights are not those of the adapter: "
     with pytest.raises(UserError, match=message):
         load_model(run)
 
@@ -284,7 +284,7 @@ def test_an_adapters_configuration_does_not_steer_peft(run, tmp_path, monkeypatc
 )
 def test_an_adapters_sizes_are_those_of_its_weights(run, tmp_path, changed, message):
     folder = with_config(run, tmp_path, changed)
-    with pytest.raises(UserError, match=rf"^--model_checkpoint {folder}: no usable adapter there \({message}"):
+    with pytest.raises(UserError, match=rf"^model_checkpoint {folder}: no usable adapter there \({message}"):
         load_model(folder)
 
 

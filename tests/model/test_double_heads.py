@@ -269,7 +269,7 @@ def test_a_configuration_that_cannot_be_run_is_one_clear_line(
     with pytest.raises(UserError) as error:
         load_model(folder, from_scratch=True)
     line = str(error.value)
-    assert line.startswith(f"--model_checkpoint {folder}: no usable ") and "\n" not in line
+    assert line.startswith(f"model_checkpoint {folder}: no usable ") and "\n" not in line
     if from_scratch:  # else the weights do not fit
         assert message in line
 
@@ -337,7 +337,7 @@ TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 )  # fmt: skip
 def test_models_that_cannot_be_used(config, message, tmp_path):
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"^--model_checkpoint {tmp_path}: {message}"):
+    with pytest.raises(UserError, match=rf"^model_checkpoint {tmp_path}: {message}"):
         load_model(tmp_path, from_scratch=True)
 
 
