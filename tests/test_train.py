@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ANSWERS, AS_IN_5_3, DATASET, FAMILIES, QUESTIONS, Run, process_as_it_was, run_training, slow_but
+from helpers import ANSWERS, DATASET, FAMILIES, QUESTIONS, Run, process_as_it_was, run_training, slow_but
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
@@ -714,7 +714,6 @@ def test_speakers_of_a_checkpoint_of_2019_are_special_tokens(checkpoints, family
     assert not {*ids} & {i for text in tokenize(tokenizer, typed) for i in text}
 
 
-@pytest.mark.skipif(AS_IN_5_3, reason="transformers 5.3 loses the head that such a checkpoint ties")
 def test_a_checkpoint_of_2019_trains_on(checkpoints, family, tmp_path):
     old = write_2019_checkpoint(checkpoints[family], tmp_path / "old")
     run = run_training(tmp_path, old, "--n_epochs", 1)

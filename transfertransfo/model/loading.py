@@ -358,10 +358,14 @@ def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected:
 def separate_(pretrained: PreTrainedModel) -> None:
     """Record that input and output embeddings are not the same, where a checkpoint holds both and they differ.
 
-    transformers keeps them apart then, but would tie them when it resizes them, and the output's be lost.
+    transformers keeps them apart then, but would tie them when it resizes them, and the output's be lost. Version 5.3
+    keeps equal ones apart too, as a checkpoint of 2019 holds them. Those are tied here.
     """
     inputs: Any = pretrained.get_input_embeddings()
     outputs: Any = pretrained.get_output_embeddings()
+    tied = getattr(pretrained.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and torch.equal(inputs.weight, outputs.weight):
+        outputs.weight = inputs.weight
     if inputs.weight is not outputs.weight:
         for config in (pretrained.config, pretrained.config.get_text_config()):
             config.tie_word_embeddings = False
