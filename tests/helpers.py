@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Conf
 
 from train import train
 from transfertransfo.cli import run_script
+from transfertransfo.decoding import Decoding
+from transfertransfo.evaluation import samples
 from transfertransfo.model.loading import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -214,12 +217,16 @@ def process_as_it_was():
             signal.signal(name, handler)
 
 
+REPLIES = Decoding(no_sample=True, max_length=4)  # after each validation; whole ones take a quarter of a run's time
+
+
 def run_training(folder: Path, checkpoint: Path, *flags, dataset: dict = DATASET) -> Run:
     """Train in `folder` on a dataset."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps(dataset))
     argv = ["--model_checkpoint", checkpoint, "--dataset_path", "dataset.json", "--device", "cpu", *flags]
-    with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
+    short = mock.patch.object(samples, "DECODING", REPLIES)
+    with short, process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
         run_folder = train([str(argument) for argument in argv])
     return Run(folder / run_folder, log.getvalue())
 

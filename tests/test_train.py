@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ANSWERS, DATASET, FAMILIES, QUESTIONS, Run, process_as_it_was, run_training, slow_but
+from helpers import ANSWERS, DATASET, FAMILIES, QUESTIONS, REPLIES, Run, process_as_it_was, run_training, slow_but
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
@@ -28,7 +28,7 @@ from train import get_data_loaders, make_parser, train
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
-from transfertransfo.decoding import Decoding, sample_sequence
+from transfertransfo.decoding import sample_sequence
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
@@ -339,7 +339,7 @@ def test_replies_to_validation_turns_are_those_of_the_model(run):
     dialogs = get_dataset(tokenizer, run.folder.parent.parent / "dataset.json", "")["valid"]
     turns = [(dialog["personality"], turn) for dialog in dialogs for turn in dialog["utterances"]]
     for (persona, turn), told in zip((turns[0], turns[2], turns[5]), run.validations[-1]["replies"], strict=True):
-        reply = sample_sequence(persona, turn["history"], tokenizer, model, Decoding(no_sample=True))
+        reply = sample_sequence(persona, turn["history"], tokenizer, model, REPLIES)
         texts = {"heard": turn["history"][-1], "reply": reply, "gold": turn["candidates"][-1]}
         for name, ids in texts.items():
             assert told[name].replace(" ", "") == tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "")

@@ -167,9 +167,9 @@ def test_kills_at_any_instant():
     ["--lora_rank 2", "--lora_rank 2 --merge_lora", "--export best", "--fp16 bf16", "--freeze_embeddings"],
 )
 def test_kills_of_runs_with_other_flags(flags):
-    command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "10", "--short", "--", *flags.split()]
+    command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "3", "--short", "--", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "10 of 10 runs that were killed ended like" in done.stdout, done.stdout
+    assert done.returncode == 0 and "3 of 3 runs that were killed ended like" in done.stdout, done.stdout
 
 
 def test_tensorboard_shows_the_lines_of_the_run(alone):
