@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, load_own, write_tokenizer
+from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, load_own, process_as_it_was, write_tokenizer
 from transformers import GPT2Config, OpenAIGPTConfig
 
 from transfertransfo.model.double_heads import add_special_tokens_
@@ -23,6 +23,13 @@ def pytest_configure():
 
 def pytest_collection_finish():
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def log_and_signals_stay():
+    """A script's log went on into the stream of a test that had ended, and the error of that into the next test's."""
+    with process_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -251,7 +251,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(gpt, dataset_path, stem, mo
     monkeypatch.setattr(f"transfertransfo.files.{function}", refuse)
     assert get_dataset(gpt, dataset_path, stem) == by_hand(gpt, DATASET)
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"--dataset_cache {stem.parent}") and "Permission denied" in warning
+    assert warning.startswith(f"The cache {stem.parent}") and "Permission denied" in warning
     assert caches(stem) == []
 
 
