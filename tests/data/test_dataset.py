@@ -358,7 +358,7 @@ def test_a_damaged_file_of_a_checkpoint_is_one_clear_line(checkpoints, family, t
 
 def test_an_error_without_a_text_gets_a_line_too(tmp_path):
     for error in (EOFError(), ValueError("\nfirst\nsecond")):
-        line = sources.cannot_load(tmp_path, "weights", error)
+        line = str(sources.cannot_load(tmp_path, "weights", error))
         assert line.startswith(f"model_checkpoint {tmp_path}: no usable weights there (")
         assert "\n" not in line and not line.endswith("()")
 
