@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from helpers import load_own
+from helpers import load_own, slow_but
 
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import make_examples, make_fork
@@ -65,7 +65,7 @@ def is_no_dialog_token(tokenizer, ids) -> bool:
 
 
 @pytest.mark.parametrize("text", (TEXTS | EMPTY).values(), ids=TEXTS | EMPTY)
-@pytest.mark.parametrize("as_lines", [False, True], ids=["json", "lines"])
+@pytest.mark.parametrize("as_lines", slow_but([False], [False, True]), ids=["json", "lines"])
 def test_a_text_anywhere(through, text, as_lines):
     reply = text if text.strip() else "yes ."
     utterance = {"history": [text, "why ?", text], "candidates": ["no .", text, reply]}
