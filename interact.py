@@ -33,7 +33,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import UserError, flags_named, printable, require
+from transfertransfo.errors import UserError, flags_named, in_flags, printable, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +122,7 @@ def run(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     if args.web:
-        require("--web", "gradio", "fastapi", "uvicorn", requirements="web")
+        require("web", "gradio", "fastapi", "uvicorn", requirements="web", setting="web")
     name = args.model_checkpoint or "the model of 2019"
     if sys.stdout.isatty():  # what follows takes seconds
         print(f"Loading {printable(name)} ...", flush=True)
@@ -226,7 +226,7 @@ def draw_from_dataset(args: Namespace, tell: Callable[[str], None]) -> list[str]
     try:
         return draw_persona(locate_dataset(path), args.skip_bad_dialogs)
     except UserError as error:
-        raise UserError(f"{error}; or {GIVE_PERSONA}") from error
+        raise UserError(f"{in_flags(error)}; or {GIVE_PERSONA}") from error
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from transfertransfo.cli import (
     set_seed,
     set_up_logging,
 )
-from transfertransfo.errors import SettingError, UserError, first_line, flags_named, require
+from transfertransfo.errors import SettingError, UserError, first_line, flags_named, in_flags, require
 
 
 def make_parser() -> ArgumentParser:
@@ -534,7 +534,7 @@ def naming_flags_that_help(args: Namespace, memory: str) -> Iterator[None]:
     except Diverged as error:
         raise UserError(f"{error}; start a new run with a lower --lr, or with --fp16 bf16 or none") from error
     except UserError as error:
-        raise UserError(f"{error}; {GO_ON}") from error
+        raise UserError(f"{in_flags(error)}; {GO_ON}") from error
 
 
 @flags_named()

@@ -1,13 +1,12 @@
 """Tiny models and tokenizers of several families, made here: no network, no GPU, two threads at most."""
 
-import copy
-import functools
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, write_tokenizer
+from helpers import FAMILIES, OTHERS, ROOT, dialogs_of_text, load_own, process_as_it_was, write_tokenizer
 from transformers import GPT2Config, OpenAIGPTConfig
 
 from transfertransfo.model.double_heads import add_special_tokens_
@@ -15,6 +14,22 @@ from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
+
+
+def pytest_configure():
+    """What is imported for the tests stays: the garbage collector would look it through again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def log_and_signals_stay():
+    """A script's log went on into the stream of a test that had ended, and the error of that into the next test's."""
+    with process_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -82,11 +97,8 @@ def tokenizer(checkpoint):
 
 @pytest.fixture
 def model(checkpoint):
-    """A model of the test's own. To load and check one takes a tenth of a second, so that is done once for each."""
-    return copy.deepcopy(load_once(checkpoint))
-
-
-load_once = functools.cache(load_model)
+    """A model of the test's own."""
+    return load_own(checkpoint)
 
 
 @pytest.fixture(scope="session")

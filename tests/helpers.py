@@ -1,6 +1,7 @@
 """What several test modules share: the tree, small datasets, and a training run as a function call."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -9,10 +10,13 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -20,6 +24,9 @@ from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Conf
 
 from train import train
 from transfertransfo.cli import run_script
+from transfertransfo.decoding import Decoding
+from transfertransfo.evaluation import samples
+from transfertransfo.model.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
@@ -27,6 +34,15 @@ OTHERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt_neox": GPTNeoXConfig}
 AS_IN_5_3 = transformers.__version__.startswith("5.3.")  # the oldest that works, with faults of its own
 ANSWERS = ["i like tea .", "i have two dogs .", "no , never .", "yes , i do !", "hello !", "we live in a big house ."]
 QUESTIONS = ["what do you like ?", "any pets ?", "did you go there ?", "do you cook ?", "hi !", "where do you live ?"]
+
+
+def slow_but(kept: Collection, values: Iterable) -> list:
+    """Values of a test's parameter, all marked slow but for those kept, one of each kind."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+# Qwen2 is a Llama with biases, and has more embeddings than tokens here.
+EVERY_FAMILY = slow_but(("gpt", "gpt2", "qwen2"), (*FAMILIES, *OTHERS))
 
 
 def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
@@ -213,12 +229,16 @@ def process_as_it_was():
             signal.signal(name, handler)
 
 
+REPLIES = Decoding(no_sample=True, max_length=4)  # after each validation; whole ones take a quarter of a run's time
+
+
 def run_training(folder: Path, checkpoint: Path, *flags, dataset: dict = DATASET) -> Run:
     """Train in `folder` on a dataset."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps(dataset))
     argv = ["--model_checkpoint", checkpoint, "--dataset_path", "dataset.json", "--device", "cpu", *flags]
-    with process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
+    short = mock.patch.object(samples, "DECODING", REPLIES)
+    with short, process_as_it_was(), contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as log:
         run_folder = train([str(argument) for argument in argv])
     return Run(folder / run_folder, log.getvalue())
 
@@ -257,6 +277,45 @@ def _run_launched(rank: int, count: int, port: int, cwd: Path, script: Callable,
             stack.enter_context(redirect(log))
         stack.enter_context(contextlib.chdir(cwd))
         run_script(lambda: script(argv))
+
+
+def start_fork(script: Callable, argv: list, fds: Sequence[int], encoding: str = "utf-8", **environment: str):
+    """Start a script's entry function as a shell does, in a fork of this process: a new one imports for seconds.
+
+    Args:
+        fds: what becomes its standard input, output and error stream.
+
+    Returns:
+        The `multiprocessing.Process`, the leader of a process group of its own.
+    """
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_on, args=(script, list(map(str, argv)), fds, encoding, environment)
+    )
+    process.start()
+    return process
+
+
+def _run_on(script: Callable, argv: list[str], fds: Sequence[int], encoding: str, environment: dict[str, str]) -> None:
+    os.setpgid(0, 0)
+    os.environ |= environment
+    for target, source in enumerate(fds):
+        os.dup2(source, target)
+    sys.stdin = open(0, encoding=encoding)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding=encoding) for fd in (1, 2))  # noqa: SIM115
+    run_script(lambda: script(argv))
+
+
+def load_own(checkpoint: Path, load: Callable = load_model):
+    """A model that the caller may change. To load and check one takes a tenth of a second: that is done once for each.
+
+    The folder must stay as it is, as those of session and module fixtures do.
+    """
+    return copy.deepcopy(_load_once(checkpoint, load))
+
+
+@functools.lru_cache(maxsize=32)
+def _load_once(checkpoint: Path, load: Callable):
+    return load(checkpoint)
 
 
 def dialogs_of_text(dataset: dict) -> list[str]:

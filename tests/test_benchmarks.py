@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow_but
 
 from benchmarks import bench_data, bench_evaluation, gpu, reference, run
 from benchmarks.measure import Difference, Seconds, check_close, figure, in_child, in_turn, ratio
@@ -26,7 +26,7 @@ def setting(tmp_path, example_json) -> Setting:
 IN_ONE_PROCESS = [name for name in run.BENCHMARKS if name not in ("data", "scaling", "distributed", "dialogs-memory")]
 
 
-@pytest.mark.parametrize("name", IN_ONE_PROCESS)
+@pytest.mark.parametrize("name", slow_but(["training", "f1"], IN_ONE_PROCESS))
 def test_sides_agree(name, setting):
     for row in run.BENCHMARKS[name](setting):
         value = next(value for key, value in row.items() if key not in ("benchmark", "goal", "met"))
@@ -137,7 +137,8 @@ def test_unknown_name_is_one_line():
         run.main(["trainin"])
 
 
-def test_quick_run_prints_a_json_line_for_each_figure(capsys):
+def test_quick_run_prints_a_json_line_for_each_figure(capsys, monkeypatch):
+    monkeypatch.setattr(run, "QUICK", TINY)
     figures = run.main(["--quick", "--threads", "1", "ppl-small", "candidates"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark"')]
     assert [line["benchmark"] for line in lines] == [row["benchmark"] for row in figures]
@@ -153,6 +154,7 @@ def test_data_in_processes_of_their_own(setting):
 @pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmarks(monkeypatch):
     monkeypatch.setattr(gpu.torch, "compile", lambda model: model)  # takes a minute
+    monkeypatch.setattr(gpu, "SMALL", TINY.shape)
     names = {row["benchmark"] for row in gpu.main(["--dry-run"])}
     assert {"correctness, float32: largest difference of a loss", "correctness, bf16: largest difference of a loss",
             "training, bf16: loss over O0's after 10 steps, less 1",

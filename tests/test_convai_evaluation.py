@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from helpers import FAMILIES, OTHERS, ROOT, run_processes
+from helpers import EVERY_FAMILY, FAMILIES, ROOT, run_processes, slow_but
 
 import convai_evaluation
 from convai_evaluation import TransformerAgent, parse_args, run
@@ -43,6 +43,11 @@ def dataset(example_json, tmp_path) -> Path:
     path = tmp_path / "dialogs.json"
     path.write_text(json.dumps({"train": example_json["train"][:4], "valid": example_json["valid"][:2]}))
     return path
+
+
+@pytest.fixture(params=slow_but(["gpt2"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -218,7 +223,7 @@ def test_no_forward_has_more_examples_than_asked(evaluate, monkeypatch):
     assert max(sizes) == 4 and sum(sizes) == report["examples"]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_bfloat16_changes_little(family, evaluate):
     plain, half = (evaluate("--eval_type", "ppl", *flags)[0] for flags in ([], ["--fp16", "bf16"]))
     assert half["token_ppl"] == pytest.approx(plain["token_ppl"], rel=0.05) and half["token_ppl"] != plain["token_ppl"]

@@ -103,6 +103,7 @@ def test_checkpoints_on_dialogs_that_are_held_out(run_script, checkpoints, examp
     assert "no valid split to evaluate on" in (said := capsys.readouterr().err) and "--valid_share holds" in said
 
 
+@pytest.mark.slow
 def test_your_own_character(run_script, checkpoints, tmp_path, monkeypatch, capsys):
     """The steps of the README, fewer of them, on a tiny model: it learns, and is put beside what it was."""
     dialogs = read_dialogs([ROOT / "example" / "character.jsonl"])["train"]

@@ -12,8 +12,6 @@ import random
 import re
 import select
 import signal
-import subprocess
-import sys
 import threading
 from argparse import Namespace
 from contextlib import closing
@@ -21,7 +19,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import FAMILIES, ROOT, slow_but, start_fork
 
 import interact
 from transfertransfo.chat import conversation, terminal
@@ -40,6 +38,11 @@ from transfertransfo.model.sources import load_tokenizer
 
 EXAMPLE = ROOT / "example" / "personachat.json"
 PERSONA = ["i like dogs .", "i live in ohio ."]
+
+
+@pytest.fixture(params=slow_but(["gpt"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -177,6 +180,7 @@ def test_a_persona_s_line_end_is_for_the_model_what_it_is_in_training(chat, toke
     assert chat.persona_ids == tokenize(tokenizer, [text])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_that_the_tokenizer_cannot_write_is_said(chat, family):
     for text in ("안녕하세요 hello", "만나서 반가워요"):
         say(chat, text)
@@ -579,12 +583,18 @@ def test_public_names():
         module.nothing  # noqa: B018
 
 
-def test_bytes_that_are_no_text_through_a_real_pipe(checkpoints):
-    command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt2"], "--personality", "x"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, input="hé\n".encode() + b"\xff\n", capture_output=True, env=environment)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
-    assert done.stdout.count(b">>> ") == 3 and done.stdout.isascii()
+def test_bytes_that_are_no_text_through_a_real_pipe(checkpoints, tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, "hé\n".encode() + b"\xff\n")
+    os.close(writer)
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        fds = reader, out.fileno(), err.fileno()
+        process = start_fork(interact.run, ["--model", checkpoints["gpt2"], "--personality", "x"], fds, "ascii")
+        process.join(PATIENCE)
+    os.close(reader)
+    shown = (tmp_path / "out").read_bytes()
+    assert process.exitcode == 0 and b"Traceback" not in (tmp_path / "err").read_bytes()
+    assert shown.count(b">>> ") == 3 and shown.isascii()
 
 
 def test_the_model_is_looked_at_before_a_persona(monkeypatch, capsys):
@@ -725,7 +735,7 @@ def test_keys_typed_during_a_reply_are_not_seen(monkeypatch):
 
 
 @contextlib.contextmanager
-def killed_in_the_end(process: subprocess.Popen):
+def killed_in_the_end(process):
     """A process that does not do what is waited for is killed, so that the wait ends."""
     timer = threading.Timer(PATIENCE, process.kill)
     timer.start()
@@ -735,16 +745,14 @@ def killed_in_the_end(process: subprocess.Popen):
         timer.cancel()
 
 
-@pytest.mark.parametrize("term", ["xterm", pytest.param("dumb", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
     ours, theirs = pty.openpty()
-    environment = os.environ | {
+    environment = {
         "TERM": term, "TRANSFERTRANSFO_CACHE": str(tmp_path), "NO_COLOR": "", "PROMPT_TOOLKIT_NO_CPR": "1"
     }  # fmt: skip
-    command = [sys.executable, ROOT / "interact.py", "--model", checkpoints["gpt"], "--personality", "i like dogs ."]
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, process_group=0
-    )  # a group of its own, which Ctrl-Z stops
+    argv = ["--model", checkpoints["gpt"], "--personality", "i like dogs ."]
+    process = start_fork(interact.run, argv, [theirs] * 3, **environment)  # its group is what Ctrl-Z stops
     os.close(theirs)
     begun = read_until(ours, ">>>")
     assert begun.startswith(f"Loading {checkpoints['gpt']} ...")
@@ -757,8 +765,9 @@ def test_a_session_on_a_terminal(checkpoints, tmp_path, term):
         os.write(ours, b"\x1a")
         with killed_in_the_end(process):
             assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]), "Ctrl-Z does not suspend"
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
         read_until(ours, ">>>")  # only then does it read keys again: Ctrl-D is the terminal's own before
     os.write(ours, b"\x04")
-    assert process.wait(PATIENCE) == 0
+    process.join(PATIENCE)
+    assert process.exitcode == 0
     os.close(ours)

@@ -139,6 +139,19 @@ def test_a_forbidden_import_is_found(module, line, found, tmp_path):
     assert forbidden_imports(module, tmp_path / "module.py") == found
 
 
+@pytest.mark.parametrize("name", ["data", "model", "decoding"])
+def test_no_message_names_a_flag(name):
+    """A caller in Python has settings. `SettingError` calls them by their names, which a script makes flags of."""
+    constants = [
+        (module, node.value)
+        for module, path in MODULES.items()
+        if room(module) == name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert constants and not [(module, text) for module, text in constants if re.search(r"(?<![\w-])--[a-z]", text)]
+
+
 def test_allowed_imports_have_no_cycle():
     rooms = list(MAY_IMPORT)
     for place, name in enumerate(rooms):

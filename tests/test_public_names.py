@@ -102,6 +102,7 @@ def imported(tmp_path_factory):
     return json.loads(done.stdout)  # which fails too if an import printed something
 
 
+@pytest.mark.slow
 def test_importing_the_scripts_does_nothing_else(imported):
     """ParlAI imports the evaluation a second time, and a notebook imports them all."""
     before, after, _ = imported
@@ -109,5 +110,6 @@ def test_importing_the_scripts_does_nothing_else(imported):
     assert after["files"] == []
 
 
+@pytest.mark.slow
 def test_the_chat_loads_neither_ignite_nor_what_it_may_not_need(imported):
     assert imported[2] == []

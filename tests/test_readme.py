@@ -338,7 +338,7 @@ HERE = [command for command in commands() if not needs(command)]
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(command, marks=[pytest.mark.slow] * bool(re.search("compare|selfchat", command)))
+    [pytest.param(command, marks=[pytest.mark.slow] * bool(re.search("compare|selfchat|contradictions", command)))
      for command in dict.fromkeys(HERE)],
 )  # fmt: skip
 def test_a_command_runs(command, workplace, monkeypatch, capsys):

@@ -119,7 +119,7 @@ def test_weights_that_are_a_pickle(model, trap, payload, sharded):
         (model / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     with pytest.raises(UserError) as error:
         load_model(model)
-    assert str(error.value).startswith(f"--model_checkpoint {model}: no usable weights there (not safe to load")
+    assert str(error.value).startswith(f"model_checkpoint {model}: no usable weights there (not safe to load")
     assert "\n" not in str(error.value)
 
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from functools import partialmethod
 from itertools import chain
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ANSWERS, AS_IN_5_3, DATASET, QUESTIONS, Run, process_as_it_was, run_training
+from helpers import ANSWERS, DATASET, FAMILIES, QUESTIONS, REPLIES, Run, process_as_it_was, run_training, slow_but
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTTokenizer
@@ -26,7 +28,7 @@ from train import get_data_loaders, make_parser, train
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import build_input_from_segments
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
-from transfertransfo.decoding import Decoding, sample_sequence
+from transfertransfo.decoding import sample_sequence
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
@@ -52,17 +54,24 @@ N_ITERATIONS = 5 * 12  # 5 epochs of 24 examples, 2 at a time
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, base_checkpoints) -> dict[str, Run]:
-    """A run of each family, from scratch."""
-    return {
-        family: run_training(tmp_path_factory.mktemp("run"), checkpoint, *FLAGS, "--eval_before_start")
-        for family, checkpoint in base_checkpoints.items()
-    }
+def run_of(tmp_path_factory, base_checkpoints) -> Callable[[str], Run]:
+    """Gives the run of a family, from scratch; it is made once."""
+
+    @functools.cache
+    def make(family: str) -> Run:
+        return run_training(tmp_path_factory.mktemp("run"), base_checkpoints[family], *FLAGS, "--eval_before_start")
+
+    return make
+
+
+@pytest.fixture(params=slow_but(["gpt"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture
-def run(runs, family) -> Run:
-    return runs[family]
+def run(run_of, family) -> Run:
+    return run_of(family)
 
 
 # Flags
@@ -150,6 +159,7 @@ def test_log_of_a_run(run, family):
     assert "Traceback" not in run.log
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_folder_loads_in_transformers_and_here(run, family):
     double_heads, tokenizer = load_finetuned(run.folder, device="cpu")
     assert len(tokenizer) == double_heads.pretrained.config.vocab_size
@@ -168,9 +178,9 @@ def test_a_run_folder_loads_in_transformers_and_here(run, family):
     assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<bos>", "<eos>", "<pad>")
 
 
-def test_a_run_records_how_its_text_was_tokenised(runs):
-    assert load_tokenizer(runs["gpt"].folder).init_kwargs["gpt_tokenization"] == "spacy"
-    assert "gpt_tokenization" not in load_tokenizer(runs["gpt2"].folder).init_kwargs
+def test_a_run_records_how_its_text_was_tokenised(run_of):
+    assert load_tokenizer(run_of("gpt").folder).init_kwargs["gpt_tokenization"] == "spacy"
+    assert "gpt_tokenization" not in load_tokenizer(run_of("gpt2").folder).init_kwargs
 
 
 # Figures
@@ -206,6 +216,7 @@ def test_training_learns(run):
     assert nll[-1] < 0.8 * nll[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_validation_is_what_transformers_computes_one_example_at_a_time(run, family):
     """Means over all tokens and over all examples; the original's were means of its batches' means."""
     model = DOUBLE_HEADS[family].from_pretrained(run.folder).eval()
@@ -328,7 +339,7 @@ def test_replies_to_validation_turns_are_those_of_the_model(run):
     dialogs = get_dataset(tokenizer, run.folder.parent.parent / "dataset.json", "")["valid"]
     turns = [(dialog["personality"], turn) for dialog in dialogs for turn in dialog["utterances"]]
     for (persona, turn), told in zip((turns[0], turns[2], turns[5]), run.validations[-1]["replies"], strict=True):
-        reply = sample_sequence(persona, turn["history"], tokenizer, model, Decoding(no_sample=True))
+        reply = sample_sequence(persona, turn["history"], tokenizer, model, REPLIES)
         texts = {"heard": turn["history"][-1], "reply": reply, "gold": turn["candidates"][-1]}
         for name, ids in texts.items():
             assert told[name].replace(" ", "") == tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "")
@@ -625,9 +636,9 @@ def test_rows_of_new_tokens_are_drawn_as_any_other(base_checkpoints, family):
     assert model.pretrained.lm_head.weight is rows
 
 
-def test_a_run_goes_on_from_another_runs_folder(runs, tmp_path, family):
+def test_a_run_goes_on_from_another_runs_folder(run_of, tmp_path, family):
     """Its dialog tokens are not added again, its weights and its tokenisation are where the first run left them."""
-    before = runs[family]
+    before = run_of(family)
     run = run_training(tmp_path, before.folder, "--n_epochs", 1, "--eval_before_start")
     assert run.validations[0]["nll"] == pytest.approx(before.validations[-1]["nll"], rel=1e-6)
     assert "training from scratch" not in run.log
@@ -667,6 +678,7 @@ def write_2019_checkpoint(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_2019_is_the_model_it_was(checkpoints, family, tmp_path):
     old = write_2019_checkpoint(checkpoints[family], tmp_path / "old")
     model, tokenizer = load_finetuned(old, device="cpu")
@@ -702,7 +714,6 @@ def test_speakers_of_a_checkpoint_of_2019_are_special_tokens(checkpoints, family
     assert not {*ids} & {i for text in tokenize(tokenizer, typed) for i in text}
 
 
-@pytest.mark.skipif(AS_IN_5_3, reason="transformers 5.3 loses the head that such a checkpoint ties")
 def test_a_checkpoint_of_2019_trains_on(checkpoints, family, tmp_path):
     old = write_2019_checkpoint(checkpoints[family], tmp_path / "old")
     run = run_training(tmp_path, old, "--n_epochs", 1)

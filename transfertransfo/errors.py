@@ -10,7 +10,13 @@ CONTROLS |= dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " ")  # white 
 
 
 class UserError(Exception):
-    """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2."""
+    """Input that cannot be used. The message is the one line that the user sees; a script then exits with status 2.
+
+    Attributes:
+        names: the settings that the message calls by their names in Python.
+    """
+
+    names: tuple[str, ...] = ()
 
 
 class SettingError(UserError):
@@ -34,7 +40,7 @@ def flags_named() -> Iterator[None]:
 def in_flags(error: UserError) -> str:
     """The message of an error, its settings called by their flags."""
     text = str(error)
-    for name in error.names if isinstance(error, SettingError) else ():
+    for name in error.names:
         text = re.sub(rf"(?<!\S){name}(?![\w/.-])", f"--{name}", text, count=1)
     return text
 
@@ -66,12 +72,16 @@ def shortened(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def require(flag: str, *packages: str, requirements: str = "extra") -> None:
-    """Check that packages of requirements/extra.txt or another such file, which only some flags need, are installed.
+def require(what: str, *packages: str, requirements: str = "extra", setting: str = "") -> None:
+    """Check that packages of requirements/extra.txt or another such file, which only some settings need, are installed.
+
+    Args:
+        what: what needs them; it begins with the name of `setting`, where it is one.
 
     Raises:
-        UserError: one is not.
+        SettingError: one is not.
     """
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         names = " and ".join(missing)
-        raise UserError(f"{flag}: needs {names}; pip install -r requirements/{requirements}.txt")
+        message = f"{what}: needs {names}; pip install -r requirements/{requirements}.txt"
+        raise SettingError(message, *filter(None, [setting]))

@@ -16,11 +16,10 @@ from helpers import ROOT
 if importlib.util.find_spec("gradio") is None:
     pytest.skip("needs requirements/web.txt", allow_module_level=True)
 
-import gradio as gr
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from transfertransfo.chat import page, sharing
+from transfertransfo.chat import sharing
 from transfertransfo.chat.commands import answer
 from transfertransfo.chat.server import Endpoint, Server, listen
 from transfertransfo.chat.sharing import SharedChat, SharedModel
@@ -33,6 +32,13 @@ from transfertransfo.model.sources import load_tokenizer
 
 PERSONA = ["i like dogs .", "i live in ohio ."]
 ODD = "<b>x</b> <img src=x onerror=alert(1)> ${1+1} {{this}} **bold** `code` [a](javascript:b) <eos> &amp;"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """The page is imported by what runs its tests alone: gradio takes seconds, and each worker collects this module."""
+    global page
+    from transfertransfo.chat import page
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,8 @@ def test_a_message_that_is_refused_stays_in_the_box(chat, made):
 
 def test_what_no_page_sends(chat, made):
     """Numbers, lists and halves of a character where a page sends text; no event, or another one."""
+    from gradio import EventData
+
     for text in (None, 5, 1.5, True, "\ud800", "\x00\x1b[31m", float("nan")):
         *_, (_, html, _) = made.say(chat, text)
         html.encode()
@@ -154,7 +162,7 @@ def test_what_no_page_sends(chat, made):
             value.encode()
         made.begin(text)
     for data in (None, 5, "x", [], {}, {"turn": 0}, {"turn": "0", "candidate": {}}, {"turn": 1e99, "candidate": 0}):
-        assert len(made.pressed(page.take)(chat, gr.EventData(None, data))) == 2
+        assert len(made.pressed(page.take)(chat, EventData(None, data))) == 2
     for name in made.fields:
         for value in (None, "x", float("nan"), "\ud800"):
             chat, html, *_ = made.set(name)(chat, value)

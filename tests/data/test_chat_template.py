@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import DATASET, OTHERS, ROOT, run_training
+from helpers import DATASET, EVERY_FAMILY, ROOT, run_training
 from transformers import AutoTokenizer
 
 from transfertransfo.data.inputs import build_input_from_segments
@@ -36,13 +36,13 @@ def inputs(tokenizer, persona, history, reply=None) -> list[int]:
     return build_input_from_segments(persona, history, words, tokenizer, with_eos=reply is not None)["input_ids"]
 
 
-@pytest.mark.parametrize("family", ["gpt", "gpt2", *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("max_history", [-1, 0, 2])
 def test_a_dialog_is_what_it_is_here(checkpoints, example_json, family, max_history):
     """Every turn of the example: the context with the reply's speaker, and the whole with the reply and its end."""
     tokenizer = with_template(checkpoints[family], max_history)
     window = 2 * max_history + 1 if max_history >= 0 else 100
-    turns = [(dialog["personality"], turn) for dialog in example_json["train"][:30] for turn in dialog["utterances"]]
+    turns = [(dialog["personality"], turn) for dialog in example_json["train"][:8] for turn in dialog["utterances"]]
     assert max(len(turn["history"]) for _, turn in turns) > 5
     for persona, turn in turns:
         history, reply = turn["history"], turn["candidates"][-1]

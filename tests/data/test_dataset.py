@@ -251,14 +251,14 @@ def test_a_cache_that_cannot_be_written_is_a_warning(gpt, dataset_path, stem, mo
     monkeypatch.setattr(f"transfertransfo.files.{function}", refuse)
     assert get_dataset(gpt, dataset_path, stem) == by_hand(gpt, DATASET)
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"--dataset_cache {stem.parent}") and "Permission denied" in warning
+    assert warning.startswith(f"The cache {stem.parent}") and "Permission denied" in warning
     assert caches(stem) == []
 
 
 @pytest.mark.parametrize("bad", [".", "/", "data/dataset.json/cache.bin"])
 def test_a_cache_that_cannot_be_is_one_clear_line(gpt, dataset_path, tmp_path, monkeypatch, bad):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"^--dataset_cache {re.escape(bad.split('.json')[0])}") as error:
+    with pytest.raises(UserError, match=f"^dataset_cache {re.escape(bad.split('.json')[0])}") as error:
         get_dataset(gpt, dataset_path, bad)
     assert "\n" not in str(error.value)
 
@@ -325,7 +325,7 @@ def test_gpt_tokenization_default_record_and_flag(gpt_copy, tmp_path, fine_tuned
 
 def test_gpt_tokenization_is_refused_for_gpt2(checkpoints):
     assert "gpt_tokenization" not in load_tokenizer(checkpoints["gpt2"]).init_kwargs
-    with pytest.raises(UserError, match=r"^--gpt_tokenization basic: .* is no GPT$"):
+    with pytest.raises(UserError, match=r"^gpt_tokenization basic: .* is no GPT$"):
         load_tokenizer(checkpoints["gpt2"], "basic")
 
 
@@ -334,7 +334,7 @@ def test_a_folder_without_tokenizer(base_checkpoints, family, tmp_path, files):
     shutil.copy(base_checkpoints[family] / "config.json", tmp_path)
     for name in files:
         (tmp_path / name).write_text("{}")
-    expected = f"^--model_checkpoint {re.escape(str(tmp_path))}: no .*tokenizer there"
+    expected = f"^model_checkpoint {re.escape(str(tmp_path))}: no .*tokenizer there"
     with pytest.raises(UserError, match=expected) as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
@@ -351,15 +351,15 @@ def test_a_damaged_file_of_a_checkpoint_is_one_clear_line(checkpoints, family, t
         load_tokenizer(folder)
         load_model(folder)
     except UserError as error:
-        assert str(error).startswith(f"--model_checkpoint {folder}: ") and "\n" not in str(error)
+        assert str(error).startswith(f"model_checkpoint {folder}: ") and "\n" not in str(error)
     else:
         assert name == "tokenizer_config.json" and content.startswith("{")  # nothing in it is needed
 
 
 def test_an_error_without_a_text_gets_a_line_too(tmp_path):
     for error in (EOFError(), ValueError("\nfirst\nsecond")):
-        line = sources.cannot_load(tmp_path, "weights", error)
-        assert line.startswith(f"--model_checkpoint {tmp_path}: no usable weights there (")
+        line = str(sources.cannot_load(tmp_path, "weights", error))
+        assert line.startswith(f"model_checkpoint {tmp_path}: no usable weights there (")
         assert "\n" not in line and not line.endswith("()")
 
 
@@ -391,7 +391,7 @@ def test_a_checkpoint_that_is_none(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.bin").write_bytes(b"weights")
-    with pytest.raises(UserError, match=f"^--model_checkpoint .*{message}") as error:
+    with pytest.raises(UserError, match=f"^model_checkpoint .*{message}") as error:
         resolve_checkpoint(name)
     assert "\n" not in str(error.value)
 
@@ -408,7 +408,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 
     monkeypatch.setattr(sources, "has_file", no_network)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("tried all the same"))
-    with pytest.raises(UserError, match=r"^--model_checkpoint gpt2: neither a folder nor a model that can be had"):
+    with pytest.raises(UserError, match=r"^model_checkpoint gpt2: neither a folder nor a model that can be had"):
         load_tokenizer("gpt2")
     assert asked == [True, False]
 

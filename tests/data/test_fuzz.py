@@ -10,7 +10,7 @@ from fuzz_dataset import MAX_BYTES, MAX_SECONDS, check, main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("FUZZ", 40))
+MUTANTS, EXAMPLES = (int(os.environ.get("FUZZ", count)) for count in (40, 60))
 STARTS = ["", '{"utterances": [{"reply": "a"}]}\n', "1 hello\thi\n", '{"messages": []}\n', "conv_id,history,reply,x\n"]
 FIELDS = ["personality", "utterances", "candidates", "history", "reply", "train", "valid"]
 
@@ -53,14 +53,13 @@ csv_lines = st.lists(st.tuples(st.lists(cells | st.sampled_from(columns), max_si
 
 
 def test_mutated_datasets_end_well(capsys):
-    assert main(["--mutants", str(EXAMPLES)]) == 0, capsys.readouterr().out
+    assert main(["--mutants", str(MUTANTS)]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
     "kind", [json_lines, parlai, chats, csv_lines], ids=["json lines", "parlai", "chat records", "csv"]
 )
-def test_made_up_datasets_end_well(tmp_path, kind, start):
+def test_made_up_datasets_end_well(tmp_path, kind):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
@@ -70,8 +69,8 @@ def test_made_up_datasets_end_well(tmp_path, kind, start):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(kind)
-    def end_well(lines):
+    @given(st.sampled_from(STARTS), kind)
+    def end_well(start, lines):
         path = tmp_path / "made_up.txt"
         path.write_bytes((start + "".join(map("".join, lines))).encode(errors="surrogatepass"))
         begun = time.process_time()

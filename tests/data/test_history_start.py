@@ -62,7 +62,7 @@ def test_a_persona_that_is_too_long_loses_its_end(model, tokenizer, caplog):
 
 
 def test_a_start_that_leaves_too_little_room(model):
-    with pytest.raises(UserError, match="--history_start 65: leaves too few of the model's 128 positions"):
+    with pytest.raises(UserError, match=r"^history_start 65: leaves too few of the model's 128 positions"):
         model.history_start = 65
     model.history_start = 64
 

@@ -9,12 +9,12 @@ from itertools import chain
 
 import pytest
 import torch
+from helpers import load_own, slow_but
 
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.inputs import make_examples, make_fork
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
 from transfertransfo.data.trees import pack
-from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
 
 TEXTS = {
@@ -43,7 +43,7 @@ def through(request, checkpoints, tmp_path):
         path = tmp_path / "train.json"
         lines = "\n".join(map(json.dumps, dialogs)) if as_lines else json.dumps({"train": dialogs})
         path.write_text(lines)
-        tokenizer, model = load_tokenizer(checkpoints[request.param]), load_model(checkpoints[request.param])
+        tokenizer, model = load_tokenizer(checkpoints[request.param]), load_own(checkpoints[request.param])
         first, again = (get_dataset(tokenizer, path, tmp_path / "cache.bin") for _ in range(2))
         assert first == again
         examples = make_examples(first["train"], 2, model.n_positions, **options)
@@ -65,7 +65,7 @@ def is_no_dialog_token(tokenizer, ids) -> bool:
 
 
 @pytest.mark.parametrize("text", (TEXTS | EMPTY).values(), ids=TEXTS | EMPTY)
-@pytest.mark.parametrize("as_lines", [False, True], ids=["json", "lines"])
+@pytest.mark.parametrize("as_lines", slow_but([False], [False, True]), ids=["json", "lines"])
 def test_a_text_anywhere(through, text, as_lines):
     reply = text if text.strip() else "yes ."
     utterance = {"history": [text, "why ?", text], "candidates": ["no .", text, reply]}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import DATASET, dialog
+from helpers import DATASET, dialog, slow_but
 
 from transfertransfo.data.dataset import load_dataset
 from transfertransfo.data.tokenization import tokenize
@@ -22,6 +22,7 @@ def dataset(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("max_history", [1, -1])
+@pytest.mark.parametrize("family", slow_but(["gpt2"], ["gpt", "gpt2"]))
 def test_each_reply_is_to_what_was_said_under_the_speakers_persona(model, tokenizer, dataset, max_history):
     talks, of_people = selfchat(
         model, tokenizer, dataset, GREEDY, count=9, max_history=max_history, batchsize=2, seed=1

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, OTHERS
+from helpers import EVERY_FAMILY, FAMILIES, OTHERS, load_own
 from torch.nn.functional import cross_entropy
 
 from transfertransfo.data.inputs import (
@@ -37,7 +37,7 @@ PADDED_CLASSES = {
 }
 
 
-@pytest.fixture(params=[*FAMILIES, *OTHERS])
+@pytest.fixture(params=EVERY_FAMILY)
 def family(request) -> str:
     return request.param
 
@@ -47,8 +47,8 @@ class PaddedDecoder(torch.nn.Module):
 
     def __init__(self, checkpoint):
         super().__init__()
-        self.decoder = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-        self.head = load_model(checkpoint).pretrained.multiple_choice_head
+        self.decoder = load_own(checkpoint, transformers.AutoModelForCausalLM.from_pretrained)
+        self.head = load_own(checkpoint).pretrained.multiple_choice_head
 
     def forward(self, input_ids, token_type_ids, mc_token_ids, labels, mc_labels):
         out = self.decoder(input_ids.flatten(0, 1), output_hidden_states=True)
@@ -154,7 +154,7 @@ def test_candidates_do_not_see_one_another(model, tokenizer):
 
 
 @pytest.mark.parametrize("token_types", [False, True])
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_eager_attention_is_the_same_function(family, token_types, model, tokenizer):
     model.token_types = token_types
     batch = pack([make_fork(example, tokenizer) for example in random_examples(3, 4)], 0)
@@ -165,7 +165,7 @@ def test_eager_attention_is_the_same_function(family, token_types, model, tokeni
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_bfloat16_has_words_rounded_but_not_scores(family, model, tokenizer):
     batch = pack([make_fork(example, tokenizer) for example in random_examples(3, 4)], 0)
     with torch.inference_mode():
@@ -269,7 +269,7 @@ def test_a_configuration_that_cannot_be_run_is_one_clear_line(
     with pytest.raises(UserError) as error:
         load_model(folder, from_scratch=True)
     line = str(error.value)
-    assert line.startswith(f"--model_checkpoint {folder}: no usable ") and "\n" not in line
+    assert line.startswith(f"model_checkpoint {folder}: no usable ") and "\n" not in line
     if from_scratch:  # else the weights do not fit
         assert message in line
 
@@ -337,7 +337,7 @@ TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 )  # fmt: skip
 def test_models_that_cannot_be_used(config, message, tmp_path):
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"^--model_checkpoint {tmp_path}: {message}"):
+    with pytest.raises(UserError, match=rf"^model_checkpoint {tmp_path}: {message}"):
         load_model(tmp_path, from_scratch=True)
 
 

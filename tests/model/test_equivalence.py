@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, OTHERS
+from helpers import FAMILIES, OTHERS, load_own, slow_but
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -72,8 +72,8 @@ class Plain(torch.nn.Module):
     def __init__(self, family: str, checkpoint):
         super().__init__()
         self.types = family in DOUBLE_HEADS
-        self.model = DOUBLE_HEADS.get(family, AutoModelForCausalLM).from_pretrained(checkpoint)
-        own = load_model(checkpoint).pretrained.multiple_choice_head
+        self.model = load_own(checkpoint, DOUBLE_HEADS.get(family, AutoModelForCausalLM).from_pretrained)
+        own = load_own(checkpoint).pretrained.multiple_choice_head
         self.head = self.model.multiple_choice_head if self.types else own
         self.config = self.model.config
 
@@ -128,11 +128,11 @@ def pack_trees(trees: list[list[Example]], tokenizer, history_start: int) -> Bat
     return pack(forks, tokenizer.pad_token_id, sizes=[len(tree) for tree in trees])
 
 
-@pytest.mark.parametrize("num_candidates", [1, 2, 20])
+@pytest.mark.parametrize("num_candidates", slow_but([1, 20], [1, 2, 20]))
 @pytest.mark.parametrize(("max_history", "history_start"), [(1, 0), (-1, 0), (-1, START)])
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS, "gemma3"])
+@pytest.mark.parametrize("family", slow_but(["gpt", "gpt2", "llama", "gemma3"], [*FAMILIES, *OTHERS, "gemma3"]))
 def test_trees_equal_padded_sequences(family, max_history, history_start, num_candidates, checkpoint_of):
-    tokenizer, model = load_tokenizer(checkpoint_of[family]), load_model(checkpoint_of[family])
+    tokenizer, model = load_tokenizer(checkpoint_of[family]), load_own(checkpoint_of[family])
     plain = Plain(family, checkpoint_of[family])
     without_dropout_(plain)
     without_dropout_(model)

@@ -54,7 +54,7 @@ def with_weights(folder: Path, checkpoint: Path, change) -> Path:
 def test_weights_that_do_not_fit_are_refused(family, checkpoints, tmp_path, change, message):
     """transformers drew the missing ones, and the model answered as if nothing were amiss."""
     folder = with_weights(tmp_path / "model", checkpoints[family], change)
-    expected = f"^--model_checkpoint {folder}: no usable weights there .not those of the model in config.json: "
+    expected = f"^model_checkpoint {folder}: no usable weights there .not those of the model in config.json: "
     for from_scratch in (False, True):
         with pytest.raises(UserError, match=expected + message):
             load_model(folder, from_scratch=from_scratch)
@@ -129,7 +129,7 @@ def test_layers_are_those_of_the_weights(family, checkpoints, tmp_path, number, 
     changed = {LAYERS[family]: number, "layer_types": None}
     folder = with_config(tmp_path / "model", checkpoints[family], changed)
     with pytest.raises(
-        UserError, match=f"^--model_checkpoint {folder}: no usable (weights|config.json) there .*{message}"
+        UserError, match=f"^model_checkpoint {folder}: no usable (weights|config.json) there .*{message}"
     ) as error:
         load_model(folder)
     assert "\n" not in str(error.value)
@@ -151,7 +151,7 @@ def test_layers_are_those_of_the_weights(family, checkpoints, tmp_path, number, 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_values_that_no_configuration_has(family, checkpoints, tmp_path, changed, message):
     folder = with_config(tmp_path / "model", checkpoints[family], changed)
-    with pytest.raises(UserError, match=f"^--model_checkpoint {folder}: .*{message}") as error:
+    with pytest.raises(UserError, match=f"^model_checkpoint {folder}: .*{message}") as error:
         load_model(folder)
     assert "\n" not in str(error.value)
 
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_neither_loaded_nor_written(family, chec
     weights[name].view(-1)[-1] = bad
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=rf"^--model_checkpoint {folder}: no usable weights there \(not finite: .*{name}\)"
+        UserError, match=rf"^model_checkpoint {folder}: no usable weights there \(not finite: .*{name}\)"
     ):
         load_model(folder)
     model = load_model(checkpoints[family])
@@ -214,7 +214,7 @@ def test_escape_sequences_of_a_configuration_do_not_reach_the_terminal(family, c
 def test_a_folder_without_tokenizer_files(family, tmp_path):
     """transformers makes one of 2 tokens for GPT-NeoX, of 5 for Gemma, and every text became nothing or <unk>."""
     tiny_config(family, 400).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"^--model_checkpoint {tmp_path}: no .*tokenizer there"):
+    with pytest.raises(UserError, match=f"^model_checkpoint {tmp_path}: no .*tokenizer there"):
         load_tokenizer(tmp_path)
 
 
@@ -269,7 +269,7 @@ def test_the_configuration_decides_whether_a_model_can_be_used_not_the_size_of_i
     if config in KNOWN:
         check_packing_(model, "there")
     else:
-        with pytest.raises(UserError, match=f"^--model_checkpoint there: a {config.model_type} model, whose attention"):
+        with pytest.raises(UserError, match=f"^model_checkpoint there: a {config.model_type} model, whose attention"):
             check_packing_(model, "there")
         assert not model.additive_mask
     assert not model.token_types

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families import check_loss
-from helpers import AS_IN_5_3, DATASET, FAMILIES, OTHERS, process_as_it_was, run_training, tiny_config
+from helpers import AS_IN_5_3, DATASET, EVERY_FAMILY, OTHERS, process_as_it_was, run_training, slow_but, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ from train import train
 from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, nearest_tokens, special_ids, tokenize
 from transfertransfo.data.trees import pack
-from transfertransfo.errors import UserError, require
+from transfertransfo.errors import SettingError, UserError, in_flags, require
 from transfertransfo.evaluation.evaluator import LabelScorer
 from transfertransfo.evaluation.metrics import split_words
 from transfertransfo.model.double_heads import add_special_tokens_
@@ -117,7 +117,7 @@ def test_control_tokens_are_found(base_checkpoints, added, bos, eos):
 # Runs
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_resumed_run_is_an_uninterrupted_one(family, base_checkpoints, tmp_path):
     run = run_training(tmp_path, base_checkpoints[family], *FLAGS)
     weights, lines = weights_of(run), run.steps
@@ -195,7 +195,7 @@ def adapter(bases, tmp_path_factory):
     return run_training(tmp_path_factory.mktemp("adapter"), bases["llama"], *FLAGS, "--lora_rank", 2)
 
 
-@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", slow_but(["gpt"], ["gpt", "gpt2", "llama", "gpt_neox"]))
 def test_an_adapter_is_trained_resumed_measured_and_merged(family, bases, tmp_path):
     pytest.importorskip("peft")
     lora = [*FLAGS, "--lora_rank", 2]
@@ -269,7 +269,7 @@ def test_an_adapter_goes_on_beside_its_base_wherever_that_is_now(adapter, bases,
 def test_a_damaged_adapter_is_one_line(adapter, tmp_path, name, changed):
     folder = shutil.copytree(adapter.folder, tmp_path / "run")
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
-    with pytest.raises(UserError, match=f"^--model_checkpoint {folder}: no usable adapter there") as error:
+    with pytest.raises(UserError, match=f"^model_checkpoint {folder}: no usable adapter there") as error:
         load_finetuned(folder)
     assert "\n" not in str(error.value)
 
@@ -290,8 +290,10 @@ def test_training_goes_on_from_an_adapter_or_with_all_weights(adapter, bases, tm
 
 
 def test_a_package_that_is_missing():
-    with pytest.raises(UserError, match=r"^--lora_rank: needs nopackage; pip install -r requirements/extra.txt$"):
-        require("--lora_rank", "nopackage", "torch")
+    message = "lora_rank: needs nopackage; pip install -r requirements/extra.txt"
+    with pytest.raises(SettingError, match=f"^{message}$") as error:
+        require("lora_rank", "nopackage", "torch", setting="lora_rank")
+    assert in_flags(error.value) == f"--{message}"
 
 
 # What a model cannot do
@@ -340,7 +342,7 @@ def test_a_model_that_does_not_run_in_bfloat16_is_refused_so(base_checkpoints, t
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
     load_finetuned(str(folder))
-    with pytest.raises(UserError, match=r"^--fp16 bf16: a xglm model does not run in it \(.*\); leave the flag out$"):
+    with pytest.raises(UserError, match=r"^fp16 bf16: a xglm model does not run in it \(.*\); leave it out$"):
         load_finetuned(str(folder), fp16="bf16")
 
 
@@ -359,7 +361,7 @@ def test_positions_that_leave_out_the_pad_id_stay_as_they_are(base_checkpoints, 
 
 def test_a_model_without_a_tokenizer(bases, tmp_path):
     shutil.copy(bases["llama"] / "config.json", tmp_path)
-    with pytest.raises(UserError, match=f"^--model_checkpoint {tmp_path}: no .*tokenizer there"):
+    with pytest.raises(UserError, match=f"^model_checkpoint {tmp_path}: no .*tokenizer there"):
         load_tokenizer(tmp_path)
 
 
@@ -464,8 +466,8 @@ def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
     damaged.write_bytes(b"GGUF of a kind")
     monkeypatch.syspath_prepend(tmp_path)
     for path in (damaged, "weights_of_a_package/model.gguf"):  # the package's name stands for its folder
-        with pytest.raises(UserError, match=f"^--model_checkpoint {path}: no usable GGUF header there "):
+        with pytest.raises(UserError, match=f"^model_checkpoint {path}: no usable GGUF header there "):
             load_tokenizer(path)
     for path in (tmp_path / "none.gguf", "none/none.gguf", "weights_of_a_package/none.gguf"):
-        with pytest.raises(UserError, match=f"^--model_checkpoint {path}: no such file, neither here nor in an inst"):
+        with pytest.raises(UserError, match=f"^model_checkpoint {path}: no such file, neither here nor in an inst"):
             load_model(path)

@@ -311,7 +311,7 @@ def test_a_device_that_it_does_not_work_on_is_a_line(base, monkeypatch):
 
     model, _ = adapt(base)
     monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fail)
-    with pytest.raises(UserError, match=r"^--quantize 4bit: bitsandbytes does not work on cpu \(no kernel\)$"):
+    with pytest.raises(UserError, match=r"^quantize 4bit: bitsandbytes does not work on cpu \(no kernel\)$"):
         quantize_(model, "cpu")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from helpers import tiny_config
+from helpers import slow_but, tiny_config
 
 from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.trees import pack
@@ -18,7 +18,7 @@ TURNS = [[40, 41, 42, 43], [50, 51, 52], [60, 61, 62, 63, 64]]
 REPLIES = [[71, 72, 73], [74, 75], [71, 72, 76, 77]]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=slow_but(["mistral", "gemma2"], FAMILIES))
 def folder(request, base_checkpoints, tmp_path_factory):
     """A model that looks back over 8 tokens, with random weights at which each part matters."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -86,10 +86,10 @@ def ended(gpt2, tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize(("owner", "name", "calls"), [
     (engines, "distributed_losses", 7),  # within an optimizer step
-    (train, "save_checkpoint", 1),
+    pytest.param(train, "save_checkpoint", 1, marks=pytest.mark.slow),
     (train, "save_checkpoint", 3),
     (Best, "update", 1),  # an epoch's validation is written, and the newest checkpoint of the same step is older
-    (Best, "update", 2),
+    pytest.param(Best, "update", 2, marks=pytest.mark.slow),
     (train, "save_model", 2),
 ])  # fmt: skip
 def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, monkeypatch, owner, name, calls):

@@ -1,5 +1,6 @@
 """Several processes compute what one computes: the same losses, figures and weights; also when one of them dies."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from crash import TIMES
-from helpers import DATASET, ROOT, tiny_config
+from helpers import DATASET, ROOT, process_as_it_was, run_processes, tiny_config
 from safetensors.numpy import load_file
 from test_readme import commands
 
+from train import train
 from transfertransfo.model.loading import load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
 
@@ -55,6 +57,7 @@ share_weights_(layer)
 with open(f"{{rank}}.json", "w") as file:
     weights = [tensor.tolist() for tensor in layer.state_dict().values()]
     json.dump({{"max": max_over_processes(5 + rank), "weights": weights}}, file)
+torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts
 """
 
 
@@ -131,7 +134,9 @@ def recipe() -> list[str]:
 def one_process(flags, tmp_path_factory) -> Path:
     """Where one process ran the recipe with twice its batch."""
     cwd = tmp_path_factory.mktemp("one")
-    finish(start(["python", "train.py", *recipe()], cwd, *flags, *CPU, "--train_batch_size", 4))
+    argv = [*recipe(), *flags, *CPU, "--train_batch_size", 4]
+    with process_as_it_was(), contextlib.chdir(cwd):
+        train(list(map(str, argv)))
     return cwd
 
 
@@ -193,9 +198,8 @@ def test_a_model_that_reads_images_too_is_trained_by_several_processes(base_chec
     save_model(load_model(tmp_path / "base", from_scratch=True), tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "dataset.json").write_text(json.dumps(DATASET))
-    finish(start(
-        ["torchrun", "--standalone", "--nproc_per_node=2", "train.py"], tmp_path / "cwd", *CPU, *more,
-        "--model", tmp_path / "base", "--dataset_path", tmp_path / "dataset.json", "--n_epochs", 1,
-        "--gradient_accumulation_steps", 1,
-    ))  # fmt: skip
+    argv = [*CPU, *more, "--model", tmp_path / "base", "--dataset_path", tmp_path / "dataset.json", "--n_epochs", 1,
+            "--gradient_accumulation_steps", 1]  # fmt: skip
+    cwd = tmp_path / "cwd"
+    assert run_processes(2, cwd, train, argv) == [0, 0], (cwd / "log0").read_text() + (cwd / "log1").read_text()
     assert [line["step"] for line in read_metrics(tmp_path / "cwd")] == [1, 2, 2]

@@ -29,7 +29,7 @@ OPTIMISATION = Optimisation(lr=1e-3, head_lr=None, warmup_steps=0, gradient_accu
 @pytest.mark.parametrize(
     ("family", "level", "micro_steps", "checkpointing"),
     [
-        ("gpt", "", 1, False),
+        pytest.param("gpt", "", 1, False, marks=pytest.mark.slow),
         ("gpt", "bf16", 1, False),
         ("gpt2", "", 1, True),
         ("llama", "", 2, False),

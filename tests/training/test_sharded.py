@@ -123,6 +123,7 @@ def test_shards_compute_what_the_whole_model_does(bases, tmp_path, family, more)
         check_equal(one, train_sharded(count, tmp_path / str(count), bases[family], *flags))
 
 
+@pytest.mark.slow
 def test_a_run_folder_of_shards_is_a_checkpoint(bases, tmp_path, monkeypatch):
     """For transformers, the chat and the evaluation, whole or by two processes; here its weights are several files."""
     monkeypatch.setattr(loading, "LARGEST_FILE", "20KB")

@@ -276,7 +276,7 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(problem(str(error), "server_error"), 500)
     if isinstance(error, Busy):
         return JSONResponse(problem(str(error), "server_error"), 503, {"retry-after": "1"})
-    names = error.names if isinstance(error, SettingError) else ()
+    names = error.names if isinstance(error, UserError) else ()
     return JSONResponse(problem(str(error), param=names[0] if names else None), 400)
 
 

@@ -170,7 +170,7 @@ class TokenizedDataset:
 
 
 def locate_dataset(dataset_path: str) -> Files:
-    """The files of a `--dataset_path` with their splits, downloaded where it is a URL or "", PersonaChat's."""
+    """The files of a `dataset_path` with their splits, downloaded where it is a URL or "", PersonaChat's."""
     address = str(dataset_path) or PERSONACHAT_URL
     if address.startswith(HUB):
         return hub_files(address.removeprefix(HUB))
@@ -275,7 +275,7 @@ def _cache_file(stem: str, tokenizer: PreTrainedTokenizerBase, files: Files, ski
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     path = Path(stem)
     if not path.name:
-        raise UserError(f"--dataset_cache {stem}: not the name of a file")
+        raise SettingError(f"dataset_cache {stem}: not the name of a file", "dataset_cache")
     return path.with_name(f"{path.stem}_{key.hexdigest()}{path.suffix}")
 
 
@@ -286,7 +286,7 @@ def _read_cache(path: Path, note: str = "") -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"--dataset_cache {path}: {error.strerror}") from error
+        raise SettingError(f"dataset_cache {path}: {error.strerror}", "dataset_cache") from error
     digest, payload = content[:64], memoryview(content)[64:]
     try:
         if hashlib.blake2b(payload).digest() != digest:
@@ -306,4 +306,4 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, hashlib.blake2b(payload).digest() + payload)
     except OSError as error:
-        logger.warning("--dataset_cache %s: not written (%s): the next start tokenises again", path, error.strerror)
+        logger.warning("The cache %s cannot be written (%s): the next start tokenises again", path, error.strerror)

@@ -167,8 +167,11 @@ def tell_of_cut(count: int, total: int, n_positions: int) -> None:
     if count:
         logger.warning(
             "%d of %d examples are too long for the model's %d positions: their oldest turns are left out, then the"
-            " persona from its end, or first of all where it reaches beyond --history_start", count, total, n_positions,
-        )  # fmt: skip
+            " persona from its end, or first of all where it reaches beyond the start of the history",
+            count,
+            total,
+            n_positions,
+        )
 
 
 def context_length(persona: list[list[int]], history: list[list[int]]) -> int:

@@ -1,4 +1,4 @@
-"""What a `--dataset_path` stands for: the files of a dataset, each with its split.
+"""What a `dataset_path` stands for: the files of a dataset, each with its split.
 
 The split of a file is said by its name (`valid.jsonl`, `my-data_dev.csv`), else by its folder's (`validation/`), else
 it is train. Files of a folder are the parts of one split where their names differ in numbers alone; ConvAI2's variants
@@ -196,7 +196,7 @@ def hub_files(name: str) -> Files:
     Raises:
         UserError: `datasets` is not there, or does not get it.
     """
-    require(f"--dataset_path {HUB}{name}", "datasets", requirements="data")
+    require(f"dataset_path {HUB}{name}", "datasets", requirements="data", setting="dataset_path")
     import datasets
 
     repository, _, configuration = name.partition(":")

@@ -18,7 +18,7 @@ from transfertransfo.data.parlai import PERSONA, SILENCE
 from transfertransfo.data.sources import dataset_files
 from transfertransfo.data.tokenization import tokenize
 from transfertransfo.decoding import Decoding
-from transfertransfo.errors import UserError, flags_named
+from transfertransfo.errors import SettingError, flags_named
 from transfertransfo.evaluation.evaluator import Evaluator, Turn, read_dictionary
 from transfertransfo.evaluation.metrics import count_words, perplexity
 from transfertransfo.model.loading import load_finetuned
@@ -140,6 +140,7 @@ class TransformerAgent(Agent):
                 messages[i]["text"] = result["reply"]
         return messages
 
+    @flags_named()
     def next_word_probability(self, partial_out: list[str]) -> dict[str, float]:
         """The probability of each word of the dictionary as the next one of the reply after these first ones.
 
@@ -147,7 +148,8 @@ class TransformerAgent(Agent):
             UserError: the agent does not measure ppl.
         """
         if self.evaluator.scorer is None:
-            raise UserError(f"--eval_type {self.evaluator.measured}: probabilities of words need ppl or all")
+            message = f"eval_type {self.evaluator.measured}: probabilities of words need ppl or all"
+            raise SettingError(message, "eval_type")
         (turn,) = self._turns([self.observation["dialog"]])
         return self.evaluator.scorer.distribution(self.evaluator.model, turn, partial_out)
 

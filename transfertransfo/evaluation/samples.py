@@ -11,6 +11,8 @@ from transfertransfo.decoding import Context, Decoding, generate
 from transfertransfo.errors import printable
 from transfertransfo.model.double_heads import DoubleHeads
 
+DECODING = Decoding(no_sample=True)  # the likeliest words: two validations differ by what was learnt alone
+
 
 def choose_turns(examples: Sequence[Example], count: int = 3) -> list[Example]:
     """So many of the examples, at even distances from the first to the last."""
@@ -30,7 +32,7 @@ def reply_to_turns(
     model.eval()
     contexts = [Context(example.persona, example.history) for example in examples]
     with torch.compiler.set_stance("force_eager"):
-        replies = generate(model, contexts, tokenizer, Decoding(no_sample=True))
+        replies = generate(model, contexts, tokenizer, DECODING)
     model.train(training)
 
     def shown(ids: list[int]) -> str:

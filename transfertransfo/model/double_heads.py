@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, nearest_tokens, special_ids
 from transfertransfo.data.trees import Batch, Blocks
-from transfertransfo.errors import UserError
+from transfertransfo.errors import SettingError, UserError
 from transfertransfo.model.gpt import GPTModel
 from transfertransfo.model.heads import FAMILIES
 from transfertransfo.model.lora import (
@@ -97,7 +97,8 @@ class DoubleHeads(nn.Module):
     @history_start.setter
     def history_start(self, position: int) -> None:
         if position > self.latest_history_start:
-            raise UserError(f"--history_start {position}: leaves too few of the model's {self.n_positions} positions")
+            message = f"history_start {position}: leaves too few of the model's {self.n_positions} positions"
+            raise SettingError(message, "history_start")
         self.pretrained.config.history_start = position
 
     @property
@@ -352,7 +353,8 @@ def add_adapter_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, rank: i
         with on_cpu_without_memory(model):
             model.network = add_adapter(model.pretrained, rank, special_ids(tokenizer), base)
     elif present != rank:
-        raise UserError(f"--lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without the flag")
+        message = f"lora_rank {rank}: {base} has an adapter of rank {present}, which goes on without this"
+        raise SettingError(message, "lora_rank")
 
 
 def merge_adapter_(model: DoubleHeads) -> None:
@@ -370,7 +372,8 @@ def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
     try:
         getattr(pretrained, "activation_checkpointing_enable", pretrained.gradient_checkpointing_enable)()
     except ValueError as error:
-        raise UserError(f"--gradient_checkpointing: a {pretrained.config.model_type} model cannot do it") from error
+        message = f"gradient_checkpointing: a {pretrained.config.model_type} model cannot do it"
+        raise SettingError(message, "gradient_checkpointing") from error
 
 
 def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from transfertransfo.data.tokenization import knows_dialog_tokens
-from transfertransfo.errors import UserError, first_line
+from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.files import TEMPORARY, move_into_place
 from transfertransfo.model.double_heads import (
     DoubleHeads,
@@ -68,6 +68,7 @@ from transfertransfo.model.sources import (
     load_tokenizer,
     pretrained_arguments,
     resolve_checkpoint,
+    unusable,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def load_model(
     folder = resolve_checkpoint(checkpoint)
     config = load_config(checkpoint)
     if not has_weights(folder) and not from_scratch:
-        raise UserError(f"--model_checkpoint {checkpoint}: no weights there; train it first, with train.py")
+        raise unusable(checkpoint, "no weights there; train it first, with train.py")
     load = load_adapted if is_adapter(folder) else load_whole
     model = load(checkpoint, folder, config, device, in_shards=in_shards)
     return (model if in_shards else model.to(device)).eval()
@@ -110,9 +111,9 @@ def load_whole(
     try:
         family = double_heads_class(config)
     except UserError as error:
-        raise UserError(f"--model_checkpoint {checkpoint}: {error}") from error
+        raise unusable(checkpoint, str(error)) from error
     if not os.path.exists(folder) and find_adapter_config_file(folder):  # whose configuration peft would follow
-        raise UserError(f"--model_checkpoint {checkpoint}: an adapter on the hub; give a local folder instead")
+        raise unusable(checkpoint, "an adapter on the hub; give a local folder instead")
     unread: dict[nn.Parameter, Place] = {}
     try:
         if has_weights(folder) and in_shards:
@@ -124,7 +125,7 @@ def load_whole(
             logger.info("%s holds no weights: the model begins with random ones", checkpoint)
             pretrained, new_head = family(config), True
     except Exception as error:  # of a damaged file: OSError, SafetensorError, UnpicklingError, RuntimeError, ...
-        raise UserError(cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error)) from error
+        raise cannot_load(checkpoint, "weights" if has_weights(folder) else "config.json", error) from error
     model = DoubleHeads(pretrained).eval()
     model.new_head, model.unread = new_head, unread
     try:
@@ -135,7 +136,7 @@ def load_whole(
         else:
             check_computation_(model, checkpoint)
     except ValueError as error:
-        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+        raise cannot_load(checkpoint, "config.json", error) from error
     return model
 
 
@@ -152,7 +153,7 @@ def check_computation_(model: DoubleHeads, checkpoint: str | Path) -> None:
     except UserError:
         raise
     except Exception as error:  # of sizes that do not go together: RuntimeError, IndexError, UnboundLocalError, ...
-        raise UserError(cannot_load(checkpoint, "config.json", error)) from error
+        raise cannot_load(checkpoint, "config.json", error) from error
 
 
 def into_shards_(model: DoubleHeads, checkpoint: str | Path, device: torch.device, *, bf16: bool = False) -> None:
@@ -164,7 +165,7 @@ def into_shards_(model: DoubleHeads, checkpoint: str | Path, device: torch.devic
     try:
         shard_(model, device, model.unread, bf16=bf16)
     except (OSError, SafetensorError) as error:
-        raise UserError(cannot_load(checkpoint, "weights", error)) from error
+        raise cannot_load(checkpoint, "weights", error) from error
     model.unread = {}
 
 
@@ -360,10 +361,14 @@ def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected:
 def separate_(pretrained: PreTrainedModel) -> None:
     """Record that input and output embeddings are not the same, where a checkpoint holds both and they differ.
 
-    transformers keeps them apart then, but would tie them when it resizes them, and the output's be lost.
+    transformers keeps them apart then, but would tie them when it resizes them, and the output's be lost. Version 5.3
+    keeps equal ones apart too, as a checkpoint of 2019 holds them. Those are tied here.
     """
     inputs: Any = pretrained.get_input_embeddings()
     outputs: Any = pretrained.get_output_embeddings()
+    tied = getattr(pretrained.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and torch.equal(inputs.weight, outputs.weight):
+        outputs.weight = inputs.weight
     if inputs.weight is not outputs.weight:
         for config in (pretrained.config, pretrained.config.get_text_config()):
             config.tie_word_embeddings = False
@@ -383,7 +388,7 @@ def load_adapted(
             raise UserError(f"{base}: no weights there")
         model = load_whole(base, base_folder, load_config(base), device, in_shards=in_shards)
     except UserError as error:
-        raise UserError(f"{checkpoint} adapts another model: {error}") from error
+        raise SettingError(f"{checkpoint} adapts another model: {error}", *error.names) from error
     for name in ("history_start", "token_types", "quantize"):
         if hasattr(config, name):
             setattr(model.pretrained.config, name, getattr(config, name))
@@ -396,7 +401,7 @@ def load_adapted(
     except UserError:  # no peft
         raise
     except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
-        raise UserError(cannot_load(checkpoint, "adapter", error)) from error
+        raise cannot_load(checkpoint, "adapter", error) from error
     model.new_head = False
     return model
 
@@ -421,9 +426,10 @@ def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
                 error = raised
     model.additive_mask, model.window_by = before
     reason = f" ({first_line(error)})" if error else ""
-    raise UserError(
-        f"--model_checkpoint {checkpoint}: a {model.pretrained.config.model_type} model, whose attention, positions or"
-        f" logits are of a kind that is not known here{reason}"
+    raise unusable(
+        checkpoint,
+        f"a {model.pretrained.config.model_type} model, whose attention, positions or"
+        f" logits are of a kind that is not known here{reason}",
     ) from error
 
 
@@ -543,8 +549,7 @@ def load_finetuned(
     tokenizer = load_tokenizer(checkpoint, gpt_tokenization)
     if not knows_dialog_tokens(tokenizer):
         if not force:
-            message = f"--model_checkpoint {checkpoint}: not fine-tuned on dialogs yet; do that first, with train.py"
-            raise UserError(message)
+            raise unusable(checkpoint, "not fine-tuned on dialogs yet; do that first, with train.py")
         logger.warning("%s was not fine-tuned on dialogs: expect nonsense, or no reply at all", checkpoint)
     device = device or default_device()
     model = load_model(checkpoint, device if sharded else "cpu", in_shards=sharded)
@@ -565,9 +570,8 @@ def load_finetuned(
             check_heads(model)
         except Exception as error:  # whatever a model's code does with weights of two types
             kind = f"a {model.pretrained.config.model_type} model"
-            raise UserError(
-                f"--fp16 {fp16}: {kind} does not run in it ({first_line(error)}); leave the flag out"
-            ) from error
+            message = f"fp16 {fp16}: {kind} does not run in it ({first_line(error)}); leave it out"
+            raise SettingError(message, "fp16") from error
     if sharded:
         into_shards_(model.requires_grad_(False), checkpoint, torch.device(device))
     return model, tokenizer

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from transfertransfo.data.reading import kind
-from transfertransfo.errors import UserError, first_line, require, shortened
+from transfertransfo.errors import SettingError, UserError, first_line, require, shortened
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -86,14 +86,14 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
     Raises:
         UserError: no peft, or a model that cannot have adapters.
     """
-    require("--lora_rank", "peft")
+    require("lora_rank", "peft", setting="lora_rank")
     from peft import LoraConfig, get_peft_model
 
     kind = f"a {pretrained.config.model_type} model"
     copied = biased_output(pretrained)
     if copied and pretrained.config.get_text_config().tie_word_embeddings:
-        message = "whose output layer has a bias and the input's embeddings"
-        raise UserError(f"--lora_rank {rank}: {kind}, {message}")
+        message = f"lora_rank {rank}: {kind}, whose output layer has a bias and the input's embeddings"
+        raise SettingError(message, "lora_rank")
     adapted, others = linear_layers(pretrained)
     names = {last_part(name) for name in adapted}
     config = LoraConfig(
@@ -109,7 +109,8 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
         try:
             network = get_peft_model(pretrained, config)
         except Exception as error:  # whatever peft does with layers that it does not expect
-            raise UserError(f"--lora_rank {rank}: {kind} cannot have adapters ({first_line(error)})") from error
+            message = f"lora_rank {rank}: {kind} cannot have adapters ({first_line(error)})"
+            raise SettingError(message, "lora_rank") from error
     config.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
     return network
 
@@ -194,7 +195,7 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
         UserError: no peft.
         Exception: whatever peft raises of a damaged adapter; ValueError of weights that are not the adapter's.
     """
-    require(f"--model_checkpoint {folder}", "peft")
+    require(f"model_checkpoint {folder}", "peft", setting="model_checkpoint")
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
     layer: Any = pretrained.get_input_embeddings()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from transfertransfo.errors import UserError, first_line, require
+from transfertransfo.errors import SettingError, first_line, require
 from transfertransfo.model.double_heads import DoubleHeads, base_digest
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ def quantize_(model: DoubleHeads, device: torch.device | str, *, bf16: bool = Fa
         bf16: whether it is to compute in bfloat16.
 
     Raises:
-        UserError: no bitsandbytes, or none that works on the device.
+        SettingError: no bitsandbytes, or none that works on the device.
     """
-    require("--quantize 4bit", "bitsandbytes")
+    require("quantize 4bit", "bitsandbytes", setting="quantize")
     model.digest = base_digest(model)  # devices may round a weight differently
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
@@ -86,7 +86,8 @@ def quantize_(model: DoubleHeads, device: torch.device | str, *, bf16: bool = Fa
                 if type(layer) in (nn.Linear, Conv1D) and not layer.weight.requires_grad:  # an adapter's are trained
                     setattr(parent, name, Linear4bit(layer, device, dtype))
     except Exception as error:  # whatever a library for another device, or for none, raises
-        raise UserError(f"--quantize 4bit: bitsandbytes does not work on {device} ({first_line(error)})") from error
+        message = f"quantize 4bit: bitsandbytes does not work on {device} ({first_line(error)})"
+        raise SettingError(message, "quantize") from error
     model.to(device)
 
 

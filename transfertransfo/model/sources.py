@@ -21,7 +21,7 @@ from transformers.utils import has_file
 
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, knows_dialog_tokens
 from transfertransfo.download import extract, fetch, is_url
-from transfertransfo.errors import UserError, first_line, require
+from transfertransfo.errors import SettingError, first_line, require
 from transfertransfo.model.gguf import read_gguf_config
 
 HF_FINETUNED_MODEL = (
@@ -49,20 +49,20 @@ def download_pretrained_model() -> str:
 
 
 def resolve_checkpoint(checkpoint: str | Path) -> str:
-    """The folder or the hub's full name that a `--model_checkpoint` stands for; an archive's URL is downloaded."""
+    """The folder or the hub's full name that a `model_checkpoint` stands for; an archive's URL is downloaded."""
     text = str(checkpoint)
     if is_url(text):
         return str(extract(fetch(text)))
     if os.path.isdir(text):
         if not os.path.isfile(os.path.join(text, "config.json")):
-            raise UserError(f"--model_checkpoint {text}: the folder has no config.json, so it is not a checkpoint")
+            raise unusable(text, "the folder has no config.json, so it is not a checkpoint")
         return text
     if is_gguf(text):
         return locate_gguf(text)
     if os.path.exists(text):
-        raise UserError(f"--model_checkpoint {text}: expected a folder, a GGUF file, a hub name or a URL, got a file")
+        raise unusable(text, "expected a folder, a GGUF file, a hub name or a URL, got a file")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):  # what a model's name on the hub looks like
-        raise UserError(f"--model_checkpoint {text}: no such folder")
+        raise unusable(text, "no such folder")
     return HUB_NAMES.get(text, text)
 
 
@@ -77,7 +77,7 @@ def locate_gguf(path: str) -> str:
     Raises:
         UserError: no such file, or what reads it is not installed.
     """
-    require(f"--model_checkpoint {path}", "gguf", "accelerate")
+    require(f"model_checkpoint {path}", "gguf", "accelerate", setting="model_checkpoint")
     if os.path.isfile(path):
         return path
     package, _, rest = path.partition("/")
@@ -85,7 +85,7 @@ def locate_gguf(path: str) -> str:
     for folder in (found and found.submodule_search_locations) or ():
         if os.path.isfile(os.path.join(folder, rest)):
             return os.path.join(folder, rest)
-    raise UserError(f"--model_checkpoint {path}: no such file, neither here nor in an installed Python package")
+    raise unusable(path, "no such file, neither here nor in an installed Python package")
 
 
 def pretrained_arguments(checkpoint: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
             return (OpenAIGPTConfig if "afn" in values else GPT2Config).from_dict(values)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to, on a terminal
     except Exception as error:  # of a damaged file: OSError, ValueError, TypeError, KeyError, ...
-        raise UserError(cannot_load(checkpoint, "GGUF header" if is_gguf(folder) else "config.json", error)) from error
+        raise cannot_load(checkpoint, "GGUF header" if is_gguf(folder) else "config.json", error) from error
 
 
 def check_file_sizes(folder: str) -> None:
@@ -161,16 +161,16 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     """
     folder = resolve_checkpoint(checkpoint)
     if not os.path.exists(folder) and not _can_be_had(folder):
-        raise UserError(cannot_load(checkpoint, "tokenizer", OSError()))
+        raise cannot_load(checkpoint, "tokenizer", OSError())
     config = load_config(checkpoint)
     try:
         arguments = pretrained_arguments(folder)
         tokenizer = AutoTokenizer.from_pretrained(**arguments, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
-        raise UserError(cannot_load(checkpoint, "tokenizer", error)) from error
+        raise cannot_load(checkpoint, "tokenizer", error) from error
     if not tokenizer.is_fast or vocabulary_size(tokenizer) <= size_without_files(type(tokenizer)):
         files = "tokenizer.json, or vocab.json and merges.txt"
-        raise UserError(f"--model_checkpoint {checkpoint}: no tokenizer there ({files})")
+        raise unusable(checkpoint, f"no tokenizer there ({files})")
     tokenizer.backend_tokenizer.no_truncation()  # of texts, which a file may ask for
     tokenizer.backend_tokenizer.no_padding()
     fine_tuned = knows_dialog_tokens(tokenizer)
@@ -180,7 +180,8 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         recorded = tokenizer.init_kwargs.get("gpt_tokenization") or ("basic" if fine_tuned else "spacy")
         tokenizer.init_kwargs["gpt_tokenization"] = gpt_tokenization or recorded
     elif gpt_tokenization:
-        raise UserError(f"--gpt_tokenization {gpt_tokenization}: this is for GPT's text, and {checkpoint} is no GPT")
+        message = f"gpt_tokenization {gpt_tokenization}: this is for GPT's text, and {checkpoint} is no GPT"
+        raise SettingError(message, "gpt_tokenization")
     return tokenizer
 
 
@@ -209,11 +210,17 @@ def _can_be_had(name: str) -> bool:
     return False
 
 
-def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> str:
-    """One line for what transformers could not load."""
+def cannot_load(checkpoint: str | Path, what: str, error: Exception) -> SettingError:
+    """The error of what transformers could not load, in one line."""
     if os.path.exists(checkpoint) or is_gguf(str(checkpoint)):
-        return f"--model_checkpoint {checkpoint}: no usable {what} there ({first_line(error)})"
-    return (
-        f"--model_checkpoint {checkpoint}: neither a folder nor a model that can be had from the hub here;"
-        " give a local folder, or the embedded example: --model_checkpoint example/model"
+        return unusable(checkpoint, f"no usable {what} there ({first_line(error)})")
+    return unusable(
+        checkpoint,
+        "neither a folder nor a model that can be had from the hub here;"
+        " give a local folder, or example/model, the embedded example",
     )
+
+
+def unusable(checkpoint: str | Path, fault: str) -> SettingError:
+    """The error of a checkpoint that cannot be used, whoever gave it: a script calls it by its flag."""
+    return SettingError(f"model_checkpoint {checkpoint}: {fault}", "model_checkpoint")
