@@ -110,7 +110,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the model with torch.compile: minutes at the start, then faster steps",
+        help="compile the model's blocks with torch.compile: a minute or so at the start, then faster steps",
     )
     parser.add_argument(
         "--sharded",
@@ -166,6 +166,7 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import is_adapter, rank_of
 from transfertransfo.model.quantization import quantize_
+from transfertransfo.model.sharding import blocks_of
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (
@@ -212,7 +213,7 @@ logger = logging.getLogger(__name__)
 
 GO_ON = "go on from the last checkpoint with --resume"
 SMALL = 10_000_000  # parameters of a model whose memory is no question
-COMPILED_MULTIPLE = 64  # tokens; on a GPU a model is compiled anew for each row length
+GPU_MULTIPLE = 8  # tokens; a GPU's matrix units and attention take rows of such lengths
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
@@ -323,13 +324,13 @@ def load_batches(
     else:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
     train = content.dialogs("train", content.tokens, stop=first_share(content.count("train"), args.train_share))
-    compiled_for_gpu = args.compile and (args.device or default_device()) != "cpu"
+    on_gpu = (args.device or default_device()) != "cpu"
     loaders = make_loaders(
         train, valid, places, tokenizer, n_positions=n_positions, history_start=history_start,
         max_history=args.max_history, num_candidates=args.num_candidates,
         personality_permutations=args.personality_permutations, by_dialog=args.batch_by == "dialog",
         train_batch_size=args.train_batch_size, valid_batch_size=args.valid_batch_size, seed=args.seed,
-        multiple=COMPILED_MULTIPLE if compiled_for_gpu else 1,
+        multiple=GPU_MULTIPLE if on_gpu else 1,
     )  # fmt: skip
     return loaders, digest
 
@@ -387,9 +388,8 @@ def place_model(args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokeni
     if not args.sharded:
         check_prepared(args, model)
     if args.compile:
-        # not the heads, whose rows change in number from batch to batch. On a CPU code for any length costs less than
-        # rows of few lengths
-        model.pretrained.base_model.compile(dynamic=device.type == "cpu" or None)
+        for block in blocks_of(model.pretrained):  # of one code, which is compiled once, for rows of any length
+            block.compile(dynamic=True)
     share_weights_(model)  # before a half precision copies them: --seed 0 draws others in each process
     if args.sharded:
         into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")

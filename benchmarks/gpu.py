@@ -33,12 +33,13 @@ from benchmarks.bench_training import PackedTraining, PaddedTraining, make_batch
 from benchmarks.measure import Difference, check_close, figure, json_line  # noqa: E402
 from benchmarks.setting import FULL, GPT, QUICK, SMALL, Setting  # noqa: E402
 from convai_evaluation import run as evaluate  # noqa: E402
-from train import COMPILED_MULTIPLE  # noqa: E402
+from train import GPU_MULTIPLE  # noqa: E402
 from transfertransfo.cli import ArgumentParser, number, run_script  # noqa: E402
 from transfertransfo.data.inputs import Example  # noqa: E402
 from transfertransfo.model.double_heads import DoubleHeads, add_adapter_, halve_frozen_  # noqa: E402
 from transfertransfo.model.loading import load_model, save_model  # noqa: E402
 from transfertransfo.model.quantization import Linear4bit, quantize_, quantized_layers  # noqa: E402
+from transfertransfo.model.sharding import blocks_of  # noqa: E402
 from transfertransfo.training.memory import estimate_memory  # noqa: E402
 
 TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits
@@ -134,14 +135,15 @@ class Bench:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         packed = PackedTraining(setting, level)
-        packed.multiple = COMPILED_MULTIPLE if compiled else 8
+        packed.multiple = GPU_MULTIPLE
         if compiled:
-            setting.model.pretrained.base_model.compile()
+            for block in blocks_of(setting.model.pretrained):
+                block.compile(dynamic=True)
         setting.model.train()
         batches = make_batches(self.examples, size, 16)
         stream = itertools.cycle(batches)
         with matmul_precision(tf32):
-            for _ in range(16 if compiled else 2):  # every row length once, to be compiled for
+            for _ in range(2):
                 packed.step(next(stream))
             with self.no_waiting():
                 packed.step(next(stream))

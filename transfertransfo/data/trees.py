@@ -109,8 +109,6 @@ class Batch(NamedTuple):
 def pack(forks: Sequence[Fork], pad: int, multiple: int = 1, sizes: Sequence[int] | None = None) -> Batch:
     """Lay forks out as trees, padded on the right with the token id `pad` to a multiple of so many tokens.
 
-    On a GPU a compiled model is compiled for each row length, so a large multiple makes few of them.
-
     Args:
         sizes: how many of the forks, one after another, each tree holds; None = each fork is a tree of its own.
     """
