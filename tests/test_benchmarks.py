@@ -153,7 +153,7 @@ def test_data_in_processes_of_their_own(setting):
 
 @pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmarks(monkeypatch):
-    monkeypatch.setattr(gpu.torch, "compile", lambda model: model)  # takes a minute
+    monkeypatch.setattr(gpu.torch, "compile", lambda model, dynamic: model)  # takes a minute
     monkeypatch.setattr(gpu, "SMALL", TINY.shape)
     names = {row["benchmark"] for row in gpu.main(["--dry-run"])}
     assert {"correctness, float32: largest difference of a loss", "correctness, bf16: largest difference of a loss",
