@@ -26,7 +26,9 @@ from train import train
 from transfertransfo.cli import run_script
 from transfertransfo.decoding import Decoding
 from transfertransfo.evaluation import samples
-from transfertransfo.model.loading import load_model
+from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.sources import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gpt", "gpt2")
@@ -322,3 +324,22 @@ def dialogs_of_text(dataset: dict) -> list[str]:
     """Every text of a PersonaChat JSON, repeated as often as it occurs."""
     utterances = [utterance for dialogs in dataset.values() for dialog in dialogs for utterance in dialog["utterances"]]
     return [text for utterance in utterances for name in ("candidates", "history") for text in utterance[name]]
+
+
+def draw_(model: DoubleHeads, seed: int) -> None:
+    """Draw what is trained at a scale that shows in each figure."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+def make_base(folder: Path, checkpoints: dict[str, Path], family: str, **more) -> Path:
+    """A folder with a tiny model of a family: weights at which each part matters, without the dialog tokens."""
+    tokenizer = load_tokenizer(checkpoints["gpt" if family == "gpt" else "gpt2"])
+    tiny_config(family, len(tokenizer), **more).save_pretrained(folder)
+    model = load_model(folder, from_scratch=True)
+    draw_(model, seed=1)
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder

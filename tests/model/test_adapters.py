@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import run_training, slow_but, tiny_config
+from helpers import draw_, make_base, run_training, slow_but
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -52,15 +52,8 @@ def bases(base_checkpoints, tmp_path_factory):
 
     @functools.cache
     def make(family: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"{family}-base")
-        tokenizer = load_tokenizer(base_checkpoints["gpt" if family == "gpt" else "gpt2"])
         window = {"sliding_window": 4} if family in WINDOWED else {}  # shorter than the texts
-        tiny_config(family, len(tokenizer), **window).save_pretrained(folder)
-        model = load_model(folder, from_scratch=True)
-        draw_(model, seed=1)
-        save_model(model, folder)
-        tokenizer.save_pretrained(folder)
-        return folder
+        return make_base(tmp_path_factory.mktemp(f"{family}-base"), base_checkpoints, family, **window)
 
     return make
 
@@ -68,14 +61,6 @@ def bases(base_checkpoints, tmp_path_factory):
 @pytest.fixture
 def base(family, bases) -> Path:
     return bases(family)
-
-
-def draw_(model: DoubleHeads, seed: int) -> None:
-    """Draw what is trained at a scale that shows in each figure."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
 
 
 def adapt(base: Path):

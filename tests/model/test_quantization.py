@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Run, run_processes, run_training, tiny_config
+from helpers import Run, draw_, make_base, run_processes, run_training
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -26,7 +26,7 @@ from transfertransfo.model.double_heads import (
     base_digest,
     enable_gradient_checkpointing_,
 )
-from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.quantization import quantize_, quantized_layers
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training.checkpoints import list_checkpoints
@@ -44,33 +44,10 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def make_base(base_checkpoints, tmp_path_factory):
-    """Gives a folder of a tiny model of a family, without the dialog tokens."""
-
-    def make(family: str, **more) -> Path:
-        folder = tmp_path_factory.mktemp(f"{family}-base")
-        tokenizer = load_tokenizer(base_checkpoints["gpt" if family == "gpt" else "gpt2"])
-        tiny_config(family, len(tokenizer), **more).save_pretrained(folder)
-        model = load_model(folder, from_scratch=True)
-        draw_(model, seed=1)
-        save_model(model, folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def base(make_base) -> Path:
+def base(base_checkpoints, tmp_path_factory) -> Path:
     """A Llama whose rows are whole blocks of 64 weights."""
-    return make_base("llama", hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
-
-
-def draw_(model: DoubleHeads, seed: int) -> None:
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return make_base(tmp_path_factory.mktemp("llama-base"), base_checkpoints, "llama", **shape)
 
 
 def adapt(base: Path):
@@ -112,9 +89,9 @@ def step(model: DoubleHeads, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 @quantizing
 @pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "mixtral", "gemma3_text"])
-def test_it_computes_as_with_the_unpacked_weights(family, make_base):
+def test_it_computes_as_with_the_unpacked_weights(family, base_checkpoints, tmp_path):
     """Losses, and gradients of adapters, embeddings and the choice head; Conv1D has its weights the other way round."""
-    model, tokenizer = adapt(make_base(family))
+    model, tokenizer = adapt(make_base(tmp_path, base_checkpoints, family))
     before, _ = step(model, tokenizer)
     quantize_(model, "cpu")
     (losses, gradient), (want, wanted) = step(model, tokenizer), step(unpack(model), tokenizer)
@@ -125,8 +102,8 @@ def test_it_computes_as_with_the_unpacked_weights(family, make_base):
 
 @quantizing
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_autocast_decides_what_it_computes_in(family, make_base):
-    model, tokenizer = adapt(make_base(family))
+def test_autocast_decides_what_it_computes_in(family, base_checkpoints, tmp_path):
+    model, tokenizer = adapt(make_base(tmp_path, base_checkpoints, family))
     quantize_(model, "cpu", bf16=True)
     types = []
     for layer in quantized_layers(model):
