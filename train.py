@@ -156,6 +156,7 @@ from transfertransfo.model.double_heads import (
     add_adapter_,
     add_special_tokens_,
     base_digest,
+    compile_blocks_,
     default_device,
     enable_gradient_checkpointing_,
     freeze_embeddings_,
@@ -166,7 +167,6 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import is_adapter, rank_of
 from transfertransfo.model.quantization import quantize_
-from transfertransfo.model.sharding import blocks_of
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (
@@ -388,8 +388,7 @@ def place_model(args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokeni
     if not args.sharded:
         check_prepared(args, model)
     if args.compile:
-        for block in blocks_of(model.pretrained):  # of one code, which is compiled once, for rows of any length
-            block.compile(dynamic=True)
+        compile_blocks_(model)
     share_weights_(model)  # before a half precision copies them: --seed 0 draws others in each process
     if args.sharded:
         into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")

@@ -26,7 +26,7 @@ from train import train
 from transfertransfo.cli import run_script
 from transfertransfo.decoding import Decoding
 from transfertransfo.evaluation import samples
-from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.model.double_heads import DoubleHeads, add_adapter_, add_special_tokens_
 from transfertransfo.model.loading import load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
 
@@ -343,3 +343,12 @@ def make_base(folder: Path, checkpoints: dict[str, Path], family: str, **more) -
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def adapt(base: Path):
+    """The base with an adapter that has been trained on something, without dropout, and its tokenizer."""
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    add_special_tokens_(model, tokenizer)
+    add_adapter_(model, tokenizer, rank=2, base=str(base))
+    draw_(model, seed=2)
+    return model.eval(), tokenizer

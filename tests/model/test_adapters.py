@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import draw_, make_base, run_training, slow_but
+from helpers import adapt, make_base, run_training, slow_but
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +19,6 @@ from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import (
     DoubleHeads,
-    add_adapter_,
     add_special_tokens_,
     freeze_unread_,
     halve_frozen_,
@@ -61,16 +60,6 @@ def bases(base_checkpoints, tmp_path_factory):
 @pytest.fixture
 def base(family, bases) -> Path:
     return bases(family)
-
-
-def adapt(base: Path):
-    """The base with an adapter that has been trained on something, and its tokenizer."""
-    pytest.importorskip("peft")
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    add_special_tokens_(model, tokenizer)
-    add_adapter_(model, tokenizer, rank=2, base=str(base))
-    draw_(model, seed=2)
-    return model.eval(), tokenizer
 
 
 def save(model: DoubleHeads, tokenizer, folder: Path, merge_lora: bool = False) -> Path:

@@ -1,7 +1,6 @@
 """A model in 4 bits is that of the unpacked weights; it is trained, stopped, resumed and loaded as any other."""
 
 import copy
-import importlib.util
 import json
 import math
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Run, draw_, make_base, run_processes, run_training
+from helpers import Run, adapt, make_base, run_processes, run_training
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -21,21 +20,16 @@ from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import (
     DoubleHeads,
-    add_adapter_,
-    add_special_tokens_,
     base_digest,
     enable_gradient_checkpointing_,
 )
 from transfertransfo.model.loading import load_finetuned, load_model
-from transfertransfo.model.quantization import quantize_, quantized_layers
-from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.model.quantization import can_quantize, quantize_, quantized_layers
 from transfertransfo.training.checkpoints import list_checkpoints
 from transfertransfo.training.memory import estimate_memory
 
 pytest.importorskip("peft", reason="needs requirements/extra.txt")
-quantizing = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes of requirements/extra.txt"
-)
+quantizing = pytest.mark.skipif(not can_quantize(), reason="needs bitsandbytes of requirements/extra.txt")
 
 EXAMPLES = [
     Example([[7, 8], [9]], [[9, 10, 11], [13, 14], [15, 16]], [[12, 13], [14], [15, 16, 17]]),
@@ -48,15 +42,6 @@ def base(base_checkpoints, tmp_path_factory) -> Path:
     """A Llama whose rows are whole blocks of 64 weights."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     return make_base(tmp_path_factory.mktemp("llama-base"), base_checkpoints, "llama", **shape)
-
-
-def adapt(base: Path):
-    """The base with an adapter, and its tokenizer."""
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    add_special_tokens_(model, tokenizer)
-    add_adapter_(model, tokenizer, rank=2, base=str(base))
-    draw_(model, seed=2)
-    return model.eval(), tokenizer  # without dropout
 
 
 def unpack(model: DoubleHeads) -> DoubleHeads:
@@ -157,7 +142,7 @@ FLAGS = ("--quantize", "4bit", "--lora_rank", 2, "--lr", 1e-2, "--seed", 5, "--n
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not can_quantize():
         pytest.skip("needs bitsandbytes of requirements/extra.txt")
     return run_training(tmp_path_factory.mktemp("quantized"), base, *FLAGS)
 
@@ -214,15 +199,8 @@ def test_a_resumed_run_equals_one_left_alone(run, tmp_path, base):
 @quantizing
 def test_several_processes_train_it(base, run, tmp_path):
     """The first loss is that of one process; the choice head's dropout then differs."""
-    flags = [
-        "--dataset_path",
-        run.folder.parents[1] / "dataset.json",
-        "--device",
-        "cpu",
-        *FLAGS,
-        "--train_batch_size",
-        1,
-    ]
+    flags = ["--dataset_path", run.folder.parents[1] / "dataset.json", "--device", "cpu", *FLAGS,
+             "--train_batch_size", 1]  # fmt: skip
     assert run_processes(2, tmp_path, train, ["--model_checkpoint", base, *flags]) == [0, 0]
     (folder,) = (tmp_path / "runs").iterdir()
     losses = [[line["lm_loss"] for line in lines] for lines in (run.steps, Run(folder, "").steps)]

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DATASET, run_training, tiny_config
+from helpers import DATASET, make_base, run_training, tiny_config
 from ignite.engine import Events
 from safetensors.torch import load_file
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -15,8 +15,6 @@ from transfertransfo.data.trees import Fork, pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import DoubleHeads, enable_gradient_checkpointing_
 from transfertransfo.model.heads import double_heads_class
-from transfertransfo.model.loading import load_model, save_model
-from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training.engines import Optimisation, create_trainer, make_adamw
 from transfertransfo.training.memory import estimate_memory
 from transfertransfo.training.precision import make_precision
@@ -79,9 +77,7 @@ def test_memory_is_told_before_the_first_step(base_checkpoints, tmp_path, monkey
 def test_the_estimate_leaves_adapters_as_they_are(base_checkpoints, tmp_path, monkeypatch):
     """The dialog tokens' embeddings had no values any more where those of input and output are tied."""
     pytest.importorskip("peft", reason="needs requirements/extra.txt")
-    base = tmp_path / "base"
-    load_tokenizer(base_checkpoints["gpt2"]).save_pretrained(base)
-    save_model(load_model(base_checkpoints["gpt2"], from_scratch=True), base)
+    base = make_base(tmp_path / "base", base_checkpoints, "gpt2")
     runs = []
     for small in (train.SMALL, 0):
         monkeypatch.setattr(train, "SMALL", small)

@@ -36,7 +36,7 @@ from transfertransfo.model.lora import (
     rank_of,
     text_parts,
 )
-from transfertransfo.model.sharding import Place, on_cpu_without_memory, own_part, whole
+from transfertransfo.model.sharding import Place, blocks_of, on_cpu_without_memory, own_part, whole
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class DoubleHeads(nn.Module):
 
     def packed_hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states of trees, in one flat line, as a batch's positions count: (B * T, C)."""
-        # on a GPU their number would make lengths that a compiled model is compiled for
+        # a GPU would have to be waited for: how many keys the blocks need is a value of the batch
         by_blocks = isinstance(self.pretrained.base_model, GPTModel) and self.device.type == "cpu"
         mask = (batch.blocks() if by_blocks else None) or batch.attention_mask()
         return self.hidden_states(batch.input_ids, batch.token_type_ids, batch.position_ids, mask).flatten(0, 1)
@@ -374,6 +374,12 @@ def enable_gradient_checkpointing_(model: DoubleHeads) -> None:
     except ValueError as error:
         message = f"gradient_checkpointing: a {pretrained.config.model_type} model cannot do it"
         raise SettingError(message, "gradient_checkpointing") from error
+
+
+def compile_blocks_(model: DoubleHeads) -> None:
+    """Compile a model's blocks, for rows of any length: of one code, they are compiled once for all of them."""
+    for block in blocks_of(model.pretrained):
+        block.compile(dynamic=True)
 
 
 def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -173,7 +173,8 @@ def activation_bytes(
 def replaced(model: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Compute with other parameters and buffers in place of a model's own.
 
-    `torch.func.functional_call` leaves its own in a module that stands at two places, as peft's of tied embeddings.
+    `torch.func.functional_call` does not put all of them back where a module has two names, as peft's of tied
+    embeddings has.
     """
     own = [
         (held, name, tensor)
