@@ -38,8 +38,8 @@ test: .venv/dev.stamp  ## run the tests
 	$(PY) -m pytest
 
 test-parlai: .venv-parlai/installed.stamp .venv-convai2/installed.stamp  ## run the tests that need ParlAI, new and old
-	.venv-parlai/bin/python -m pytest tests/evaluation/test_parlai.py
-	.venv-convai2/bin/python -m pytest tests/evaluation/test_parlai.py
+	.venv-parlai/bin/python -m pytest --dist worksteal tests/evaluation/test_parlai.py
+	.venv-convai2/bin/python -m pytest --dist worksteal tests/evaluation/test_parlai.py
 
 # Tests of what is the same with any transformers and ignite
 OF_NEITHER := $(addprefix tests/,data/test_dialogs.py data/test_formats.py data/test_fuzz.py data/test_inputs.py \
