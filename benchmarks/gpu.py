@@ -49,6 +49,8 @@ LLAMA: dict[str, Any] = {  # Llama 3.2's of 1B: 0.97e9 weights in its blocks
     "num_key_value_heads": 8,
 }  # fmt: skip
 SMALL_LLAMA = LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+PARTS = ("matmul", "correctness", "learning", "evaluation", "epoch", "training", "quantized")  # methods of `Bench`
+PARTS_OF_SEVERAL = ("shared_evaluation", "sharded")  # which need more than one GPU
 PAPER_BATCH = 64  # examples of its optimizer step: 8 GPUs * 2 * 4 accumulated
 
 
@@ -364,7 +366,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--tokenizer", default=str(ROOT / "example" / "model"), help="folder of a GPT tokenizer and its config.json"
     )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone, beside matmul (unset = all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS + PARTS_OF_SEVERAL, help="these parts alone, beside matmul (unset = all)"
+    )
     parser.add_argument("--budget", type=number(float, 0), default=520, help="seconds after which no part is begun")
     args = parser.parse_args(argv)
     figures, start = [], time.perf_counter()
@@ -374,22 +378,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
         bench = Bench(setting, DRY if args.dry_run else REAL, start + args.budget)
         name = "CPU" if args.dry_run else torch.cuda.get_device_name()
         print(json_line({"device": name, "torch": torch.__version__, "dataset": args.dataset_path}))
-        parts = [bench.matmul, bench.correctness, bench.learning, bench.evaluation, bench.epoch, bench.training,
-                 bench.quantized]  # fmt: skip
-        if bench.processes > 1:
-            parts += [bench.shared_evaluation, bench.sharded]
+        parts = PARTS + PARTS_OF_SEVERAL if bench.processes > 1 else PARTS
         for part in parts:
-            if args.only and part.__name__ not in ("matmul", *args.only):
+            if args.only and part not in ("matmul", *args.only):
                 continue
             if time.perf_counter() > bench.deadline:
-                print(json_line({"benchmark": part.__name__, "skipped": "no time left"}))
+                print(json_line({"benchmark": part, "skipped": "no time left"}))
                 continue
             try:
-                for row in part():
+                for row in getattr(bench, part)():
                     figures.append(row)
                     print(json_line(row), flush=True)
             except (Difference, RuntimeError) as error:  # the other parts still have something to say
-                print(json_line({"benchmark": part.__name__, "failed": str(error)}), flush=True)
+                print(json_line({"benchmark": part, "failed": str(error)}), flush=True)
     return figures
 
 
