@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import random
@@ -21,7 +22,7 @@ from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.parlai import write_parlai
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation import evaluator as evaluation
-from transfertransfo.evaluation import native, parlai_backend
+from transfertransfo.evaluation import native, parlai_agent, parlai_backend
 from transfertransfo.evaluation.metrics import (
     distinct_n,
     f1,
@@ -466,6 +467,27 @@ def test_in_a_chat_the_agents_own_reply_joins_the_history(make_agent):
     dialog = agent.observe({"text": "and you ?", "episode_done": False})["dialog"]
     assert dialog == (["i like tea ."], ["hi !", "how are you ?", said, "and you ?"], [], None)
     assert agent.observe({"episode_done": True}) and agent.act() == {"id": "TransformerAgent"}
+
+
+@pytest.mark.parametrize("family", ["gpt"])
+def test_a_task_that_the_tokenizer_cannot_write_is_told_once_or_refused(make_agent, example_json, monkeypatch, caplog):
+    """ParlAI's own commands show the agent a message at a time, and figures of `<unk>` look like any others."""
+    monkeypatch.setattr(parlai_agent, "ENOUGH", 40)
+
+    def hear(texts: list[str]) -> list[str]:
+        agent = make_agent(eval_type="hits@1")
+        copies = [TransformerAgent(agent.opt, agent.share()) for _ in range(2)]
+        for copy, text in zip(itertools.cycle(copies), texts):
+            copy.observe({"text": text, "label_candidates": ["no .", "tea ."]})
+            copy.act()
+        return [record.message for record in caplog.records]
+
+    english = [turn["history"][-1] for turn in example_json["train"][0]["utterances"]]
+    assert not [line for line in hear(english) if "unknown" in line]
+    (told,) = [line for line in hear(["안녕하세요", *english]) if "unknown" in line]
+    assert re.match(r"the task's text: \d+\.\d% of its tokens are unknown to .* '안녕하세요'; .*gpt2", told)
+    with pytest.raises(UserError, match=r"the task's text: 8.*unknown"):
+        hear([" ".join("안녕하세요여러분"[:n]) for n in range(2, 9)] * 2 + [f"안{n} 녕" for n in range(20)])
 
 
 @pytest.mark.parametrize("eval_type", ["hits@1", "f1"])

@@ -21,7 +21,7 @@ from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.distractors import draw_distractors
 from transfertransfo.data.reading import SPLITS
 from transfertransfo.data.sources import HUB, Files, dataset_files, hub_files, split_of_url
-from transfertransfo.data.tokenization import count_unknown, fingerprint, tokenize
+from transfertransfo.data.tokenization import check_unknown, fingerprint, tokenize
 from transfertransfo.download import fetch, is_url
 from transfertransfo.errors import SettingError, UserError
 from transfertransfo.files import remove_abandoned, write_atomically
@@ -29,7 +29,6 @@ from transfertransfo.files import remove_abandoned, write_atomically
 logger = logging.getLogger(__name__)
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
-WARNED_OF_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5  # shares of the tokens of a dataset's distinct sentences
 CACHE_FORMAT = 3  # to be raised by whoever changes what a cache file holds
 
 
@@ -209,28 +208,8 @@ def load_dataset(
             arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
             _write_cache(cache, arrays)
         dataset = TokenizedDataset(arrays)
-    _check_unknown(dataset, tokenizer, str(dataset_path) or "PersonaChat")
+    check_unknown(tokenizer, dataset.texts, dataset.tokens, str(dataset_path) or "PersonaChat")
     return dataset
-
-
-def _check_unknown(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Say so where a part of the dataset's text is one that the tokenizer cannot write.
-
-    Raises:
-        UserError: it is most of the text.
-    """
-    counts = count_unknown(tokenizer, dataset.texts, dataset.tokens)
-    share = sum(counts) / max(1, sum(len(ids) or 1 for ids in dataset.tokens))
-    if share <= WARNED_OF_UNKNOWN:
-        return
-    example = dataset.texts[max(range(len(counts)), key=counts.__getitem__)]
-    line = (
-        f"{name}: {share:.1%} of its tokens are unknown to the model's tokenizer, most of them in {example[:40]!r};"
-        " a model of byte-level tokens, as gpt2, writes any text"
-    )
-    if share > MOST_UNKNOWN:
-        raise UserError(line)
-    logger.warning("%s", line)
 
 
 def _tokenized_arrays(

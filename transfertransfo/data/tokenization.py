@@ -2,16 +2,22 @@
 
 import functools
 import json
+import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from transfertransfo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
 SPACING = 2  # to be raised by whoever changes what GPT's text becomes before its words are cut into pieces
+WARNED_OF_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5  # shares of the tokens of distinct texts
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
 ATTR_TO_SPECIAL_TOKEN: dict[str, Any] = {
     "bos_token": "<bos>",
@@ -104,6 +110,28 @@ def count_unknown(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], toke
     name = getattr(backend.model, "unk_token", tokenizer.unk_token)  # a Unigram model does not say it
     unknown = backend.token_to_id(name) if name else -1
     return [ids.count(unknown) if ids else int(bool(text.strip())) for text, ids in zip(texts, tokens, strict=True)]
+
+
+def check_unknown(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: Sequence[list[int]], name: str
+) -> None:
+    """Say so where the tokenizer cannot write a part of these texts, of which `tokenize` has made these tokens.
+
+    Raises:
+        UserError: it is most of them.
+    """
+    counts = count_unknown(tokenizer, texts, tokens)
+    share = sum(counts) / max(1, sum(len(ids) or 1 for ids in tokens))
+    if share <= WARNED_OF_UNKNOWN:
+        return
+    example = texts[max(range(len(counts)), key=counts.__getitem__)]
+    line = (
+        f"{name}: {share:.1%} of its tokens are unknown to the model's tokenizer, most of them in {example[:40]!r};"
+        " a model of byte-level tokens, as gpt2, writes any text"
+    )
+    if share > MOST_UNKNOWN:
+        raise UserError(line)
+    logger.warning("%s", line)
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from transfertransfo.cli import ArgumentParser, add_evaluation_flags, set_seed
 from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.inputs import Example, window
 from transfertransfo.data.parlai import PERSONA, SILENCE
 from transfertransfo.data.sources import dataset_files
-from transfertransfo.data.tokenization import tokenize
+from transfertransfo.data.tokenization import check_unknown, tokenize
 from transfertransfo.decoding import Decoding
 from transfertransfo.errors import SettingError, flags_named
 from transfertransfo.evaluation.evaluator import Evaluator, Turn, read_dictionary
@@ -28,6 +30,9 @@ try:
     from parlai.core.metrics import AverageMetric
 except ImportError:  # without ParlAI the class is there all the same, for whoever imports it by name
     Agent = AverageMetric = object
+
+
+ENOUGH = 1000  # tokens of a task that tell whether the model's tokenizer can write its text
 
 
 class Dialog(NamedTuple):
@@ -44,6 +49,26 @@ class Perplexity(AverageMetric):
 
     def value(self) -> float:
         return perplexity(super().value(), 1)
+
+
+class FirstTexts:
+    """The first texts of a task, looked at once there are enough of them: a task is not at hand as a whole."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] | None = {}  # of each text; None = looked at
+
+    def add(self, tokenizer: PreTrainedTokenizerBase, tokens: dict[str, list[int]]) -> None:
+        """Take more texts in.
+
+        Raises:
+            UserError: as `check_unknown`.
+        """
+        if self.tokens is None:
+            return
+        self.tokens |= tokens
+        if sum(len(ids) or 1 for ids in self.tokens.values()) >= ENOUGH:
+            first, self.tokens = self.tokens, None
+            check_unknown(tokenizer, list(first), list(first.values()), "the task's text")
 
 
 class TransformerAgent(Agent):
@@ -71,14 +96,16 @@ class TransformerAgent(Agent):
         self.opt = opt
         if shared:
             self.evaluator, self.max_history = shared["evaluator"], shared["max_history"]
+            self.first_texts = shared["first_texts"]
         else:
             args = all_flags(opt)
             self.evaluator, self.max_history = load_evaluator(args), args.max_history
+            self.first_texts = FirstTexts()
         self.reset()
 
     def share(self) -> dict:
         """The state that a copy of the agent shares with it."""
-        own = {"evaluator": self.evaluator, "max_history": self.max_history}
+        own = {"evaluator": self.evaluator, "max_history": self.max_history, "first_texts": self.first_texts}
         return {"class": type(self), "opt": self.opt, **own}
 
     def reset(self) -> None:
@@ -158,6 +185,7 @@ class TransformerAgent(Agent):
         said = chain.from_iterable((*d.persona, *d.history, *d.candidates, d.label or "") for d in dialogs)
         texts = list(dict.fromkeys(said))
         ids = dict(zip(texts, tokenize(self.evaluator.tokenizer, texts)))
+        self.first_texts.add(self.evaluator.tokenizer, ids)
 
         def encode(texts: list[str]) -> list[list[int]]:
             return [ids[text] for text in texts]
