@@ -49,7 +49,7 @@ OF_NEITHER := $(addprefix tests/,data/test_dialogs.py data/test_formats.py data/
 test-oldest: .venv-oldest/installed.stamp  ## run the tests of models and training on the oldest transformers and ignite
 	.venv-oldest/bin/python -m pytest $(addprefix --ignore=,$(OF_NEITHER))
 
-bench: .venv/base.stamp  ## measure every speed claim against the plain recipe: 12 minutes; BENCH=--quick: 2
+bench: .venv/base.stamp  ## measure every speed claim against the plain recipe: half an hour; BENCH=--quick: 2 minutes
 	$(PY) benchmarks/run.py $(BENCH)
 
 lint: .venv/dev.stamp  ## check the code's style and types, and the Dockerfile
