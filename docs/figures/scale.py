@@ -4,12 +4,14 @@ python docs/figures/scale.py     # prints it; a minute or two
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
+from torch.nn import Linear
 from transformers import GPT2Config, LlamaConfig, OpenAIGPTConfig, PretrainedConfig
 
 from transfertransfo.data.trees import Batch, Fork, pack
@@ -23,6 +25,7 @@ CPU = torch.device("cpu")
 ROOM = 72  # GB of an 80 GB GPU: what its context, kernels and fragments leave
 PEAK, USED = 989e12, 0.4  # FLOP/s of an H100 in bfloat16 by its data sheet; the share that is assumed to arrive
 EXAMPLES, TOKENS = 131_438, 200  # of an epoch of PersonaChat; of an example's tree with two candidates, roughly
+NF4 = 4.13  # bits of a weight with its quantised scales
 CONTEXT, REPLY, TURNS = 256, 32, 4  # tokens of the longest example, and examples of a forward
 
 
@@ -48,6 +51,7 @@ class Way(NamedTuple):
     sharded: bool = False
     checkpointing: bool = False
     rank: int = 0
+    quantized: bool = False
 
 
 WAYS = (
@@ -57,7 +61,9 @@ WAYS = (
     Way("--fp16 bf16 --sharded --gradient_checkpointing", sharded=True, checkpointing=True),
     Way("--fp16 bf16 --lora_rank 16 --gradient_checkpointing", checkpointing=True, rank=16),
     Way("--fp16 bf16 --sharded --lora_rank 16 --gradient_checkpointing", sharded=True, checkpointing=True, rank=16),
-)
+    Way("--fp16 bf16 --lora_rank 16 --gradient_checkpointing --quantize 4bit", checkpointing=True, rank=16,
+        quantized=True),
+)  # fmt: skip
 
 
 def longest() -> Batch:
@@ -99,6 +105,15 @@ def needed(config: PretrainedConfig, way: Way, gpus: int) -> tuple[DoubleHeads, 
         model, longest(), CPU, half=torch.bfloat16, micro_steps=1, n_processes=gpus, sharded=way.sharded,
         checkpointing=way.checkpointing,
     )  # fmt: skip
+    if way.quantized:  # what bitsandbytes makes of them needs the weights themselves: by their number, then
+        layers = [
+            layer.weight.numel()
+            for layer in model.pretrained.get_decoder().modules()
+            if isinstance(layer, Linear) and not layer.weight.requires_grad
+        ]
+        unpacked = 2 * max(layers)  # a layer, and the copy that a product is computed of
+        bytes_saved = sum(layers) * (torch.bfloat16.itemsize - NF4 / 8) - unpacked * torch.bfloat16.itemsize
+        memory = replace(memory, parameters=memory.parameters - int(bytes_saved))
     return model, memory
 
 
