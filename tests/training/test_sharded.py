@@ -1,5 +1,6 @@
 """Processes that hold a share of a model each compute what one with the whole model computes."""
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2DoubleHeadsModel
 
 from convai_evaluation import run as evaluate
+from interact import run as chat
 from train import train
 from transfertransfo.errors import UserError
 from transfertransfo.model import loading
@@ -140,6 +142,11 @@ def test_a_run_folder_of_shards_is_a_checkpoint(bases, tmp_path, monkeypatch):
     assert run_processes(2, tmp_path / "both", evaluate, [*argv, "--sharded"]) == [0, 0], said(tmp_path / "both", 2)
     told = json.loads((tmp_path / "report.json").read_text())
     assert {name: told[name] for name in whole} == pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi !\n"))
+    talk = tmp_path / "talk.jsonl"
+    chat([*argv[:4], "--device", "cpu", "--min_length", "2", "--transcript", str(talk)])
+    last = json.loads(talk.read_text().splitlines()[-1])
+    assert last["speaker"] == "model" and last["text"]
 
 
 def measure_shards(argv: list[str]) -> None:
