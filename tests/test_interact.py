@@ -606,7 +606,11 @@ def test_the_model_is_looked_at_before_a_persona(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("argv", "expected"), [
     ([], {"num_samples": 1, "rank": False, "num_beams": 0, "preset": "original"}),
-    (["--model", str(ROOT / "example/smollm2")], {"num_samples": 4, "rank": True, "preset": "ranked"}),
+    ([], {"max_history": 2}),
+    (["--model", str(ROOT / "example/smollm2")], {"num_samples": 1, "block_history_ngram": 3, "max_history": -1}),
+    (["--model", str(ROOT / "example/smollm2"), "--max_history", "3"], {"block_history_ngram": 3, "max_history": 3}),
+    (["--model", str(ROOT / "example/smollm2"), "--num_samples", "4", "--rank"], {"num_samples": 4, "rank": True}),
+    (["--model", str(ROOT / "example/model")], {"num_samples": 4, "rank": True, "preset": "ranked", "max_history": 2}),
     (["--model", str(ROOT / "example/smollm2"), "--preset", "original"], {"num_samples": 1, "rank": False}),
     (["--model", str(ROOT / "example/model"), "--no_sample"], {"num_samples": 1, "rank": False, "no_sample": True}),
     (["--preset", "ranked", "--num_samples", "8"], {"num_samples": 8, "rank": True}),

@@ -230,8 +230,9 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     )
 
 
-PRESETS: dict[str, dict[str, Any]] = {  # ways to choose a reply, as values of the decoding flags
+PRESETS: dict[str, dict[str, Any]] = {  # ways to choose a reply, as values of flags
     "original": {},
+    "varied": {"max_history": -1, "no_repeat_ngram_size": 3, "block_history_ngram": 3},
     "ranked": {"num_samples": 4, "rank": True},
     "beams": {"num_beams": 4, "no_repeat_ngram_size": 3, "block_history_ngram": 4},
 }
@@ -247,8 +248,8 @@ def add_preset_flag(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
-        help=f"several decoding flags in one, each of which can still be given: original = their defaults; {flags}"
-        " (unset = ranked for the embedded models in example/, else original)",
+        help=f"several flags in one, each of which can still be given: original = their defaults; {flags}"
+        " (unset = varied for example/smollm2, ranked for example/model, else original)",
     )
 
 
