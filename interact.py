@@ -97,7 +97,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def best_preset(args: Namespace) -> str:
     """The preset that shows a model at its best, of those that come with the project; the original's way for others."""
     folder = Path(args.model_checkpoint).absolute()
-    return EMBEDDED.get(folder.name, "original") if folder.parent == EXAMPLE else "original"
+    embedded = args.model_checkpoint and folder.parent == EXAMPLE
+    return EMBEDDED.get(folder.name, "original") if embedded else "original"
 
 
 def address(text: str) -> tuple[str, int]:
