@@ -19,6 +19,7 @@ from transfertransfo.decoding import (
     Context,
     Decoding,
     Memory,
+    agreement,
     beam_search,
     candidate_replies,
     decode,
@@ -30,6 +31,7 @@ from transfertransfo.decoding import (
     weigh_replies,
 )
 from transfertransfo.errors import SettingError, UserError, flags_named
+from transfertransfo.evaluation.metrics import f1
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
 
@@ -344,6 +346,28 @@ def test_ranking_equals_the_scores_of_one_sequence_a_reply(model, tokenizer):
     assert ranked != drawn
 
 
+@of_every_family
+def test_consensus_equals_the_f1_of_each_pair_of_replies(model, tokenizer):
+    args = options(no_sample=False, num_samples=6, temperature=1.5)
+    torch.manual_seed(1)
+    drawn = candidate_replies(model, CONTEXTS, tokenizer, args)
+    torch.manual_seed(1)
+    chosen = candidate_replies(model, CONTEXTS, tokenizer, replace(args, consensus=True))
+    for replies, row in zip(drawn, chosen):
+        means = []
+        for i, reply in enumerate(replies):
+            others = [" ".join(map(str, other)) for j, other in enumerate(replies) if j != i]
+            means.append(sum(f1(" ".join(map(str, reply)), [other]) for other in others) / len(others))
+        assert agreement(replies) == pytest.approx(means)
+        assert means[replies.index(row[0])] == pytest.approx(max(means))
+    assert chosen != drawn
+
+
+def test_agreement_counts_a_token_as_often_as_it_is_there():
+    assert agreement([[7, 7], [7], [8]]) == pytest.approx([1 / 3, 1 / 3, 0])
+    assert agreement([[], [], [7]]) == [0, 0, 0]
+
+
 def one_sequence_score(model, context, reply, tokenizer) -> float:
     row = build_input_from_segments(*context, reply, tokenizer)
     ids, types = (torch.tensor([row[name]]) for name in ("input_ids", "token_type_ids"))
@@ -378,10 +402,18 @@ def test_scores_of_different_numbers_of_replies(model, tokenizer):
     [
         ({"num_beams": 2, "num_samples": 2}, "num_beams and num_samples: beams are not sampled; give one of the two"),
         ({"num_samples": 2}, "num_samples 2: with no_sample they would all be the same"),
-        ({"rank": True}, "rank: there is one reply only; give num_samples or num_beams of at least 2 too"),
+        ({"rank": True}, "rank: this takes several replies; give num_samples or num_beams of at least 2 too"),
         (
             {"rank": True, "num_beams": 1},
-            "rank: there is one reply only; give num_samples or num_beams of at least 2 too",
+            "rank: this takes several replies; give num_samples or num_beams of at least 2 too",
+        ),
+        (
+            {"consensus": True, "num_beams": 2},
+            "consensus: this takes several replies; give num_samples or num_beams of at least 3 too",
+        ),
+        (
+            {"consensus": True, "rank": True, "num_beams": 4},
+            "rank and consensus: each says which reply comes first; give one of the two",
         ),
         ({"max_length": 126}, "max_length 126: more than the model's 128 positions hold"),
     ],
@@ -393,7 +425,7 @@ def test_settings_that_cannot_be(model, tokenizer, changed, message):
     assert str(error.value) == message
     with pytest.raises(UserError) as error, flags_named():
         generate(model, CONTEXTS, tokenizer, options(**changed))
-    assert str(error.value) == re.sub("rank|num_beams|num_samples|no_sample|max_length", r"--\g<0>", message)
+    assert str(error.value) == re.sub("rank|consensus|num_beams|num_samples|no_sample|max_length", r"--\g<0>", message)
 
 
 def test_contexts_longer_than_the_model(model, tokenizer):

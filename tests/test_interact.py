@@ -294,7 +294,7 @@ def test_settings(chat):
         ("temperature -h", "^/set temperature: expected a number"),
         ("rank yes", "^/set rank: expected on or off, got 'yes'$"),
         ("num_samples 3", "^/set num_samples 3: with no_sample they would"),
-        ("rank on", "^/set rank: there is one reply only; give num_samples or num_beams of at least 2 too$"),
+        ("rank on", "^/set rank: this takes several replies; give num_samples or num_beams of at least 2 too$"),
         ("help 1", "^/set help: no such setting"),
         ("device cuda", "^/set device: no such setting"),
     ],
@@ -379,15 +379,16 @@ def test_a_command_without_its_slash(chat, typed, command):
     assert say(chat, f" {typed}") and say(chat, f"{typed} me") and len(chat.exchanges) == 2
 
 
+@pytest.mark.parametrize("order", ["rank", "consensus"])
 @pytest.mark.parametrize(("ways", "name"), [(["num_samples 4"], "num_samples"), (["num_beams 4"], "num_beams")])
-def test_one_reply_is_not_ranked(chat, ways, name):
+def test_one_reply_is_not_ranked(chat, ways, name, order):
     """`/set num_samples 1` was refused for the sake of `--rank`, which nobody had typed."""
-    for rest in ("no_sample off", *ways, "rank on"):
+    for rest in ("no_sample off", *ways, f"{order} on"):
         say(chat, f"/set {rest}")
     assert say(chat, f"/set {name} 1").splitlines() == [
-        f"{name} = 1", "rank = False (there is one reply now, and nothing to rank)"
+        f"{name} = 1", f"{order} = False (there are too few replies now)"
     ]  # fmt: skip
-    assert not chat.decoding.rank and say(chat, "hello") and len(chat.exchanges[0].candidates) == 1
+    assert not chat.decoding.chooses and say(chat, "hello") and len(chat.exchanges[0].candidates) == 1
 
 
 def test_what_cannot_be_saved(chat, tmp_path):
@@ -617,6 +618,7 @@ def test_the_model_is_looked_at_before_a_persona(monkeypatch, capsys):
     (["--preset", "ranked", "--temperature", "0.5"], {"num_samples": 4, "rank": True, "temperature": 0.5}),
     (["--preset", "ranked", "--num_samples", "1"], {"num_samples": 1, "rank": False}),
     (["--preset", "ranked", "--num_beams", "2"], {"num_samples": 1, "num_beams": 2, "rank": False}),
+    (["--preset", "ranked", "--consensus"], {"num_samples": 4, "rank": False, "consensus": True}),
     (["--preset", "beams"], {"num_beams": 4, "no_repeat_ngram_size": 3, "num_samples": 1}),
     (["--preset", "beams", "--no_repeat_ngram_size", "0"], {"num_beams": 4, "no_repeat_ngram_size": 0}),
     (["--preset", "beams", "--num_samples", "3", "--rank"], {"num_beams": 0, "num_samples": 3, "rank": True}),

@@ -228,6 +228,9 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--rank", action="store_true", help="of several replies give the one that the model's choice head scores best"
     )
+    parser.add_argument(
+        "--consensus", action="store_true", help="of several replies give the one that shares most with the others"
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {  # ways to choose a reply, as values of flags
@@ -264,7 +267,7 @@ def parse_with_preset(
         preset_of: gives the preset where none is asked for.
     """
     unset = object()
-    decoding = {name for values in PRESETS.values() for name in values} | WAYS
+    decoding = {name for values in PRESETS.values() for name in values} | WAYS | {"consensus"}
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(decoding, unset)))
     args.preset = args.preset or preset_of(args)
     given = {name for name in decoding if getattr(args, name) is not unset}
@@ -272,6 +275,8 @@ def parse_with_preset(
     if chosen := given & WAYS:
         ranked = "num_samples" in chosen and args.num_samples > 1
         values = {name: value for name, value in values.items() if name not in WAYS and (name != "rank" or ranked)}
+    if "consensus" in given:  # another choice among the same replies
+        values.pop("rank", None)
     for name in decoding - given:
         setattr(args, name, values.get(name, parser.get_default(name)))
     return args

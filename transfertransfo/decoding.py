@@ -1,6 +1,7 @@
-"""Replies from a model over a key-value cache, many contexts at a time: greedy, sampled, beam search, ranked."""
+"""Replies from a model over a key-value cache, many contexts at a time: greedy, sampled, beam search, the best of several."""
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads, finite
 
+LEAST = {"rank": 2, "consensus": 3}  # replies that there must be; of two, each is as much like the other
 LEAVE = 4  # a batch of greedy replies is made smaller when one row in so many has ended
 
 
@@ -47,6 +49,7 @@ class Decoding:
     block_history_ngram: int = 0
     num_samples: int = 1  # replies to draw
     rank: bool = False  # whether the choice head says which of several replies comes first
+    consensus: bool = False  # whether that reply comes first that is most like the others, as in `agreement`
 
     def __post_init__(self) -> None:
         if self.num_beams and self.num_samples > 1:
@@ -55,9 +58,22 @@ class Decoding:
         if self.no_sample and self.num_samples > 1:
             message = f"num_samples {self.num_samples}: with no_sample they would all be the same"
             raise SettingError(message, "num_samples", "no_sample")
-        if self.rank and max(self.num_beams, self.num_samples) < 2:
-            message = "rank: there is one reply only; give num_samples or num_beams of at least 2 too"
-            raise SettingError(message, "rank", "num_samples", "num_beams")
+        if self.rank and self.consensus:
+            raise SettingError("rank and consensus: each says which reply comes first; give one of the two", *LEAST)
+        for name, least in LEAST.items():
+            if getattr(self, name) and self.count < least:
+                message = f"{name}: this takes several replies; give num_samples or num_beams of at least {least} too"
+                raise SettingError(message, name, "num_samples", "num_beams")
+
+    @property
+    def count(self) -> int:
+        """How many replies there are to choose from."""
+        return max(self.num_beams, self.num_samples)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the first reply is known only when all of them are complete."""
+        return self.rank or self.consensus
 
     @classmethod
     def of(cls, args: "Namespace | Decoding") -> "Decoding":
@@ -115,8 +131,8 @@ def candidate_replies(
 ) -> list[list[list[int]]]:
     """All replies to each context. The first of them is the one to give.
 
-    There are `num_samples` in the order in which they were drawn, or `num_beams`, the likeliest first. With `rank` the
-    one with the best choice score comes first.
+    There are `num_samples` in the order in which they were drawn, or `num_beams`, the likeliest first; then in that of
+    `in_order`.
 
     Args:
         prefix: the first tokens of every reply, if they are given already.
@@ -130,10 +146,37 @@ def candidate_replies(
             for reply, tokens in zip(rows, step):
                 reply += tokens
         found = [rows[start : start + decoding.num_samples] for start in range(0, len(rows), decoding.num_samples)]
-    if not decoding.rank:
-        return found
-    seen = [fit_context(model, context, decoding.max_length) for context in contexts]
-    return list(map(best_first, found, score_replies(model, seen, found, tokenizer)))
+    return in_order(model, contexts, found, tokenizer, decoding)
+
+
+def in_order(
+    model: DoubleHeads,
+    contexts: Sequence[Context],
+    replies: list[list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+) -> list[list[list[int]]]:
+    """The replies to each context, the one to give first: by `rank` or `consensus`, else as they came."""
+    if decoding.consensus:
+        return list(map(best_first, replies, map(agreement, replies)))
+    if decoding.rank:
+        seen = [fit_context(model, context, decoding.max_length) for context in contexts]
+        return list(map(best_first, replies, score_replies(model, seen, replies, tokenizer)))
+    return replies
+
+
+def agreement(replies: list[list[int]]) -> list[float]:
+    """The mean F1 of each reply's tokens with those of each other reply; F1 as in `metrics.f1`, of bags of tokens.
+
+    Of samples it estimates which reply a model expects to share most with whatever is said: minimum Bayes risk (Kumar
+    and Byrne 2004, "Minimum Bayes-Risk Decoding for Statistical Machine Translation"; from samples, Eikema and Aziz
+    2020, "Is MAP Decoding All You Need?").
+    """
+    bags = list(map(Counter, replies))
+    counts = torch.tensor([[bag[token] for token in set().union(*bags)] for bag in bags])  # (replies, tokens)
+    shared, lengths = torch.minimum(counts[:, None], counts).sum(-1), counts.sum(-1)
+    f1 = 2 * shared / (lengths[:, None] + lengths).clamp(min=1)
+    return ((f1.sum(-1) - f1.diagonal()) / (len(replies) - 1)).tolist()
 
 
 def best_first(replies: list[list[int]], scores: list[float]) -> list[list[int]]:

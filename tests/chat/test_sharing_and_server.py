@@ -103,6 +103,7 @@ def talk(chat: SharedChat, texts: list[str]) -> list[str]:
 
 
 CHANGES = [{}, {"min_length": 1, "max_length": 20}, {"num_samples": 3, "min_length": 1, "rank": True}, {"num_beams": 2},
+           {"num_samples": 4, "min_length": 1, "consensus": True},
            {"no_sample": True, "min_length": 1}]  # fmt: skip
 
 

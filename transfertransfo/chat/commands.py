@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
-from transfertransfo.decoding import Decoding, fit_context, score_replies
+from transfertransfo.decoding import LEAST, Decoding, fit_context, score_replies
 from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
 
@@ -113,12 +113,13 @@ def change_setting(chat: Chat, rest: str) -> str:
         chat.max_history = changed
         return f"{name} = {changed}"
     values = {**asdict(chat.decoding), name: changed}
-    unranked = name != "rank" and chat.decoding.rank and max(values["num_samples"], values["num_beams"]) < 2
+    count = max(values["num_samples"], values["num_beams"])
+    off = [order for order, least in LEAST.items() if order != name and settings[order] and count < least]
     try:
-        chat.decoding = Decoding(**values | ({"rank": False} if unranked else {}))
+        chat.decoding = Decoding(**values | dict.fromkeys(off, False))
     except SettingError as error:
         raise UserError(f"/set {error}") from error
-    return f"{name} = {changed}" + ("\nrank = False (there is one reply now, and nothing to rank)" if unranked else "")
+    return "\n".join([f"{name} = {changed}", *(f"{order} = False (there are too few replies now)" for order in off)])
 
 
 def parse_setting(name: str, value: str, *, is_switch: bool) -> Any:

@@ -177,7 +177,7 @@ def take(chat: SharedChat, turn: Any, candidate: Any) -> str:
 
 def more(chat: SharedChat, turn: Any, _: Any) -> str:
     if is_index(turn, chat.exchanges):
-        sampled = replace(chat.decoding, num_beams=0, no_sample=False, rank=False, num_samples=MORE)
+        sampled = replace(chat.decoding, num_beams=0, no_sample=False, rank=False, consensus=False, num_samples=MORE)
         chat.add_candidates(turn, sampled)
     return show(chat, opened=turn)
 

@@ -38,7 +38,7 @@ from transfertransfo.chat.sharing import (
     check_length,
 )
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.decoding import Context, Decoding
+from transfertransfo.decoding import LEAST, Context, Decoding
 from transfertransfo.errors import SettingError, UserError, printable
 
 MOST_BYTES = 1 << 20  # of a request
@@ -111,11 +111,14 @@ class Question(BaseModel, allow_inf_nan=False):
             changed["num_beams"] = 0  # which are not sampled
         rank = flags.rank if self.rank is None else self.rank
         beams = changed.get("num_beams", flags.num_beams)
-        samples = max(self.n, flags.num_samples if rank else 1)
+        consensus = flags.consensus and self.rank is None
+        samples = max(self.n, flags.num_samples if rank or consensus else 1)
         greedy = changed.get("no_sample", flags.no_sample)
         if beams or (greedy and self.n == 1):
             samples = 1
-        return replace(flags, num_samples=samples, rank=rank and max(beams, samples) > 1, **changed)
+        count = max(beams, samples)
+        orders = {"rank": rank and count >= LEAST["rank"], "consensus": consensus and count >= LEAST["consensus"]}
+        return replace(flags, num_samples=samples, **orders, **changed)
 
     def context(self, chat: Chat) -> Context:
         """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last.
@@ -195,7 +198,7 @@ class Endpoint:
         events: Generator[list[list[int]] | Finished],
         head: dict[str, Any],
     ) -> AsyncGenerator[str]:
-        """The replies as server-sent events; those that are ranked or beams come whole."""
+        """The replies as server-sent events; beams and the best of several come whole."""
 
         def chunk(**fields: Any) -> str:
             return f"data: {json.dumps(head | {'object': 'chat.completion.chunk'} | fields)}\n\n"
@@ -212,7 +215,7 @@ class Endpoint:
                 whole = isinstance(event, Finished)
                 if isinstance(event, Finished):
                     replies = event.result[: question.n]
-                elif not decoding.rank:
+                elif not decoding.chooses:
                     for reply, tokens in zip(replies, event):
                         reply += tokens
                 for i, (text, reply) in enumerate(zip(texts, replies)):

@@ -18,10 +18,9 @@ from transfertransfo.decoding import (
     Decoding,
     Weighed,
     beam_search,
-    best_first,
     decode,
     fit_context,
-    score_replies,
+    in_order,
     weigh_replies,
 )
 from transfertransfo.errors import SettingError, UserError, first_line
@@ -201,9 +200,7 @@ class SharedModel:
                 results = beam_search(self.model, contexts, self.tokenizer, decoding)
             else:
                 results = self._sample(jobs, decoding)
-            if decoding.rank:
-                seen = [fit_context(self.model, context, decoding.max_length) for context in contexts]
-                results = list(map(best_first, results, score_replies(self.model, seen, results, self.tokenizer)))
+            results = in_order(self.model, contexts, results, self.tokenizer, decoding)
         for job, result in zip(jobs, results):
             job.events.put(Finished(result))
 
