@@ -1,4 +1,4 @@
-"""Replies from a model over a key-value cache, many contexts at a time: greedy, sampled, beam search, the best of several."""
+"""Replies over a key-value cache, many contexts at a time: greedy, sampled, beam search, the best of several."""
 
 from argparse import Namespace
 from collections import Counter
