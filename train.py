@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from itertools import chain
@@ -224,11 +224,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     """
     parser = make_parser()
     args, run = parser.parse_args(argv), None
+    defaults = vars(parser.parse_args([]))
     args.dataset_path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if args.resume:
-        run = find_run(args.resume, vars(args))
+        run = find_run(args.resume, vars(args), defaults)
     if run:
-        args = resume_args(parser, argv, run)
+        args = resume_args(parser, argv, run, defaults)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.sharded:
         check_sharded(args)
@@ -269,17 +270,16 @@ def check_quantized(args: Namespace) -> None:
     require(flag, "bitsandbytes")
 
 
-def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Namespace:
-    """The flags as given, else as the run to resume has them.
+def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path, defaults: Mapping) -> Namespace:
+    """The flags as given, else as the run to resume has them; of flags that are newer than the run, their defaults.
 
     Raises:
         UserError: one differs that may not.
     """
-    saved = read_arguments(run)
+    saved = {**defaults, **read_arguments(run)}
     if saved.get("sharded"):
         saved |= divide_batch(saved, int(os.environ.get("WORLD_SIZE", 1)))
-    flags = vars(parser.parse_args([])).keys() - NOT_RESUMED
-    parser.set_defaults(**{name: saved[name] for name in saved.keys() & flags})
+    parser.set_defaults(**{name: saved[name] for name in defaults.keys() - NOT_RESUMED})
     args = parser.parse_args(argv)
     if changed := changed_arguments(saved, vars(args)):
         names = {name: f"--{name}" for name in changed} | {"world_size": "the number of processes"}
@@ -580,7 +580,8 @@ def train(argv: list[str] | None = None) -> str:
     precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
     copied = idist.get_world_size() > 1 and not args.sharded
     distributed = DistributedDataParallel(model) if copied else model
-    trainer = create_trainer(distributed, precision, optimisation, device)
+    count_ahead = sampler.count_labels if args.token_mean else None
+    trainer = create_trainer(distributed, precision, optimisation, device, count_ahead)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     frozen = not rank_of(model.network)

@@ -215,7 +215,7 @@ def test_a_flag_that_may_change(ended, flag, value):
 
 @pytest.mark.parametrize(("flag", "value", "there"), [
     ("--lr", 0.1, "0.03"), ("--train_batch_size", 3, "2"), ("--num_candidates", 3, "2"), ("--seed", 1, "42"),
-    ("--gradient_accumulation_steps", 1, "4"),
+    ("--gradient_accumulation_steps", 1, "4"), ("--batch_by", "dialog", "'turn'"),
     ("--max_history", 0, "2"), ("--best_metric", "nll", "'hits@1'"), ("--fp16", "bf16", "''"),
 ])  # fmt: skip
 def test_a_flag_that_may_not_change(ended, flag, value, there):
@@ -224,6 +224,22 @@ def test_a_flag_that_may_not_change(ended, flag, value, there):
     assert str(complaint.value) == (
         f"--resume {ended.folder}: {flag} is {there} there, {value!r} here; go on with the same, or start a new run"
     )
+
+
+def test_a_flag_that_is_newer_than_the_run(ended, tmp_path, monkeypatch):
+    """It was not compared, so that a run went on with another value than it had begun with."""
+    folder = tmp_path / "runs" / "old"
+    shutil.copytree(ended.folder, folder)
+    saved = json.loads((folder / "training_args.json").read_text())
+    del saved["token_mean"]
+    (folder / "training_args.json").write_text(json.dumps(saved))
+    assert not parse_args_of(Run(folder, ""))[0].token_mean
+    with pytest.raises(UserError, match="--token_mean is False there, True here; go on with the same"):
+        parse_args_of(Run(folder, ""), "--token_mean")
+    monkeypatch.chdir(tmp_path)
+    start = ["--model", saved["model_checkpoint"], "--dataset_path", "dataset.json", "--device", "cpu",
+             *map(str, FLAGS), "--n_epochs", "1", "--resume", "auto"]  # fmt: skip
+    assert train.parse_args(start)[1] and train.parse_args([*start, "--token_mean"])[1] is None
 
 
 def parse_args_of(run: Run, *flags):

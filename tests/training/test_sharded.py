@@ -126,6 +126,21 @@ def test_shards_compute_what_the_whole_model_does(bases, tmp_path, family, more)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--sharded"], [], ["--batch_by", "dialog"]], ids=["shards", "copies", "dialogs"])
+def test_processes_share_a_mean_over_tokens(bases, tmp_path, flags):
+    """Of steps of two forwards, the last of which has fewer examples: without any for the second process."""
+    (tmp_path / "dataset.json").write_text(json.dumps(DIALOGS))
+    argv = ["--model_checkpoint", bases["gpt2"], "--dataset_path", tmp_path / "dataset.json", "--device", "cpu",
+            *FLAGS, *flags, "--token_mean"]  # fmt: skip
+    runs = []
+    for count in (1, 2):
+        cwd = tmp_path / str(count)
+        assert run_processes(count, cwd, train, [*argv, "--train_batch_size", 4 // count]) == [0] * count, said(cwd, 1)
+        runs.append(run_folder(cwd))
+    check_equal(*runs)
+
+
+@pytest.mark.slow
 def test_a_run_folder_of_shards_is_a_checkpoint(bases, tmp_path, monkeypatch):
     """For transformers, the chat and the evaluation, whole or by two processes; here its weights are several files."""
     monkeypatch.setattr(loading, "LARGEST_FILE", "20KB")

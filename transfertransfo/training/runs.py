@@ -64,8 +64,11 @@ def make_record(flags: Mapping, found: Found, saved: Mapping) -> dict:
     return {**saved, **flags, "unset": saved.get("unset", []) if saved else left_open, **asdict(found)}
 
 
-def find_run(resume: str, flags: Mapping) -> Path | None:
+def find_run(resume: str, flags: Mapping, defaults: Mapping) -> Path | None:
     """The run folder to resume: the one given, or for "auto" the newest of the same flags, if there is one.
+
+    Args:
+        defaults: what a run has of flags that are newer than it.
 
     Raises:
         SettingError: the folder given is no run folder, or has no checkpoint yet.
@@ -80,7 +83,7 @@ def find_run(resume: str, flags: Mapping) -> Path | None:
     runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
         try:
-            saved = read_arguments(file.parent)
+            saved = {**defaults, **read_arguments(file.parent)}
         except UserError as error:  # another program's, or a damaged one
             logger.warning("%s", error)
             continue
