@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
-from helpers import DATASET, ROOT, Run, process_as_it_was, run_training, tiny_config
+from helpers import DATASET, ROOT, Run, make_base, process_as_it_was, run_training
 from ignite.engine import Engine
 from safetensors.torch import load_file
 from tensorboardX import record_writer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 import train
 from transfertransfo import files
 from transfertransfo.errors import UserError
 from transfertransfo.model import loading as model
-from transfertransfo.model.loading import load_model, save_model
-from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.model.loading import load_model
 from transfertransfo.training import checkpoints, engines, handlers
 from transfertransfo.training.checkpoints import Best, RandomState, list_checkpoints
 from transfertransfo.training.engines import StepEvents
@@ -132,25 +132,67 @@ def test_the_random_state_is_that_of_every_generator():
     assert draw() == want
 
 
-def test_a_run_without_weights_resumes_with_its_buffers(base_checkpoints, tmp_path):
-    """Killed before its first export, a run began anew with the buffers of no model, as DeepSeek-V3's biases."""
-    tokenizer = load_tokenizer(base_checkpoints["gpt2"])
-    base = tmp_path / "base"
-    tiny_config("deepseek_v3", len(tokenizer)).save_pretrained(base)
-    model = load_model(base, from_scratch=True)
-    (name,) = {name for name, _ in model.pretrained.named_buffers()} & model.pretrained.state_dict().keys()
-    torch.nn.init.normal_(model.pretrained.get_buffer(name))
-    save_model(model, base)
-    tokenizer.save_pretrained(base)
-    flags = [*FLAGS, "--n_epochs", 1, "--save_every", 1]
-    run = run_training(tmp_path, base, *flags)
-    want = load_file(run.folder / "model.safetensors")
-    assert torch.equal(want[name], model.pretrained.get_buffer(name))
-    for file in (*list_checkpoints(run.folder)[1:], run.folder / "model.safetensors"):
-        file.unlink()
-    run_training(tmp_path, base, *flags, "--resume", run.folder)
-    got = load_file(run.folder / "model.safetensors")
-    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+BIASES = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def learning_buffers(base_checkpoints, tmp_path_factory) -> Path:
+    """A DeepSeek-V3, whose biases that choose experts are a buffer."""
+    return make_base(tmp_path_factory.mktemp("deepseek"), base_checkpoints, "deepseek_v3")
+
+
+@pytest.fixture
+def buffers_that_learn(monkeypatch):
+    """Biases that each forward in training changes, as in DeepSeek-V3's own training."""
+    forward = DeepseekV3TopkRouter.forward
+
+    def learning(self, hidden, *args, **kwargs):
+        output = forward(self, hidden, *args, **kwargs)
+        if self.training:
+            self.e_score_correction_bias += hidden.detach().flatten(0, -2)[-1, :4]  # of 4 experts
+        return output
+
+    monkeypatch.setattr(DeepseekV3TopkRouter, "forward", learning)
+
+
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--lora_rank", 2], marks=pytest.mark.slow)], ids=["whole", "adapters"]
+)
+def test_a_run_without_weights_resumes_with_its_buffers(
+    learning_buffers, buffers_that_learn, tmp_path, monkeypatch, more
+):
+    """Killed before its first export, a run began anew with the buffers of no model, or of its base."""
+    flags = [*FLAGS, "--n_epochs", 1, "--gradient_accumulation_steps", 2, *more]  # three steps
+    run_training(tmp_path / "alone", learning_buffers, *flags)
+    with monkeypatch.context() as patch:
+        end_after(patch, train, "save_checkpoint", 2)
+        run = start_and_kill(tmp_path / "killed", learning_buffers, *flags)
+    assert not [*run.glob("*model.safetensors")]
+    run_training(tmp_path / "killed", learning_buffers, *flags, "--resume", run)
+    assert result(tmp_path / "killed") == result(tmp_path / "alone")
+    newest = [torch.load(list_checkpoints(folder)[-1], weights_only=True)["model"]
+              for folder in (run, *(tmp_path / "alone" / "runs").iterdir())]  # fmt: skip
+    biases = [next(value for name, value in state.items() if name.endswith("bias") and "gate" in name)
+              for state in newest]  # fmt: skip
+    assert torch.equal(*biases)
+    assert not torch.equal(biases[0], load_file(learning_buffers / "model.safetensors")[BIASES])
+
+
+def test_a_checkpoint_of_before_buffers_were_held(learning_buffers, tmp_path):
+    """It was called damaged. One that lacks what is trained is."""
+    flags = [*FLAGS, "--n_epochs", 1]
+    run = run_training(tmp_path, learning_buffers, *flags)
+    newest = list_checkpoints(run.folder)[-1]
+    state = torch.load(newest, weights_only=True)
+    biases = state["model"].pop(BIASES)
+    torch.save(state, newest)
+    again = run_training(tmp_path, learning_buffers, *flags, "--resume", run.folder, "--n_epochs", 2)
+    assert again.log.count(f"an early version's checkpoint, without {BIASES}: that stays as the run began") == 1
+    assert torch.equal(load_file(run.folder / "model.safetensors")[BIASES], biases)
+    newest = list_checkpoints(run.folder)[-1]
+    torch.save(state | {"model": {}}, newest)
+    with pytest.raises(UserError, match=r"damaged \(it lacks lm_head\.weight\)"):
+        run_training(tmp_path, learning_buffers, *flags, "--resume", run.folder, "--n_epochs", 3)
 
 
 @pytest.mark.slow

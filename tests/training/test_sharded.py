@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DATASET, dialog, run_processes, run_training
+from helpers import DATASET, dialog, make_base, run_processes, run_training
 from safetensors.torch import load_file, save_file
 from transformers import GPT2DoubleHeadsModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from convai_evaluation import run as evaluate
 from interact import run as chat
@@ -257,6 +258,28 @@ def test_a_run_whose_process_is_killed_goes_on(bases, undisturbed, tmp_path, mon
         assert statuses[rank if name != "_remove_old" else 0] == -signal.SIGKILL and 0 not in statuses
     assert "Resuming from" in resume(2, tmp_path / "cwd")
     check_identical(undisturbed, run_folder(tmp_path / "cwd"))
+
+
+@pytest.mark.slow
+def test_buffers_that_learn_go_on(base_checkpoints, tmp_path, monkeypatch):
+    """A run in shards, too, has them in its checkpoints before it has weights. Here all processes change them alike."""
+    base = make_base(tmp_path / "base", base_checkpoints, "deepseek_v3")
+    forward = DeepseekV3TopkRouter.forward
+
+    def learning(self, hidden, *args, **kwargs):
+        output = forward(self, hidden, *args, **kwargs)
+        if self.training:
+            self.e_score_correction_bias += torch.tensor([0.5, 0.25, 0.0, -0.5])  # of 4 experts
+        return output
+
+    monkeypatch.setattr(DeepseekV3TopkRouter, "forward", learning)
+    alone = train_sharded(2, tmp_path / "alone", base, *SAVING)
+    with monkeypatch.context() as patch:
+        die_at(patch, (0, 1), checkpoints.dcp, "save", 3)
+        assert start_sharded(2, tmp_path / "cwd", base, *SAVING) == [-signal.SIGKILL] * 2
+    assert not (run_folder(tmp_path / "cwd") / "model.safetensors").exists()
+    assert "Resuming from" in resume(2, tmp_path / "cwd")
+    check_identical(alone, run_folder(tmp_path / "cwd"))
 
 
 @pytest.mark.slow
