@@ -171,8 +171,6 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     if not tokenizer.is_fast or vocabulary_size(tokenizer) <= size_without_files(type(tokenizer)):
         files = "tokenizer.json, or vocab.json and merges.txt"
         raise unusable(checkpoint, f"no tokenizer there ({files})")
-    tokenizer.backend_tokenizer.no_truncation()  # of texts, which a file may ask for
-    tokenizer.backend_tokenizer.no_padding()
     fine_tuned = knows_dialog_tokens(tokenizer)
     if fine_tuned:  # from files of 2019 the speakers come as words, which a text could contain
         tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
