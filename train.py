@@ -167,7 +167,7 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import is_adapter, rank_of
 from transfertransfo.model.quantization import quantize_
-from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.model.sources import files_digest, load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (
     Best,
@@ -313,7 +313,10 @@ def load_batches(
         content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     name, digest = args.dataset_path or "PersonaChat", content.digest
     if saved_digest not in (None, digest):
-        raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
+        told = (
+            f"--resume: {name} is not what it was when the run began, as text or as token ids"  # of another tokenizer
+        )
+        raise UserError(f"{told}; start a new run")
     if "train" not in content.splits:
         raise UserError(f"{name}: no train split to train on")
     if "valid" not in content.splits and args.valid_share:
@@ -339,6 +342,17 @@ def gold_places(content: TokenizedDataset) -> list[list[int]]:
     """For each validation example the candidates that read like the gold reply."""
     dialogs = content.dialogs("valid", content.texts)
     return right_places([utterance["candidates"] for dialog in dialogs for utterance in dialog["utterances"]])
+
+
+def digest_of_base(args: Namespace, model: DoubleHeads, saved: Mapping) -> str:
+    """What tells the model that a run began with from others.
+
+    A run without adapters needs it no more: it is asked for only where it is another path than there.
+    """
+    if rank_of(model.network):
+        return base_digest(model)
+    is_named_so = args.model_checkpoint == saved.get("model_checkpoint")
+    return saved.get("base_digest", "") if is_named_so else files_digest(args.model_checkpoint)
 
 
 def make_optimisation(args: Namespace) -> Optimisation:
@@ -556,7 +570,7 @@ def train(argv: list[str] | None = None) -> str:
     train_loader, valid_loader, sampler, _ = loaders
     memory = tell_memory(args, model, train_loader, device)
     place_model(args, model, tokenizer, device)
-    base = base_digest(model)
+    base = digest_of_base(args, model, saved)
     if saved.get("base_digest", base) != base:
         raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
     optimisation = make_optimisation(args)

@@ -133,7 +133,7 @@ def test_what_a_run_found_stands_in_the_place_of_flags_left_open(run, family):
     found = {"gpt_tokenization": {"gpt": "spacy", "gpt2": None}[family], "head_lr": None, "history_start": 0,
              "lora_rank": 0, "token_types": "on", "log_every": 1, "local_rank": -1, "world_size": 1}  # fmt: skip
     assert arguments.items() >= found.items()
-    assert re.fullmatch("[0-9a-f]{32}", arguments["dataset_digest"]) and arguments["base_digest"] == ""
+    assert re.fullmatch("[0-9a-f]{64}", arguments["dataset_digest"] + arguments["base_digest"])
 
 
 def test_log_of_a_run(run, family):

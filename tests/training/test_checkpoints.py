@@ -19,7 +19,7 @@ import torch
 from crash import leftovers, read_events, result
 from helpers import DATASET, ROOT, Run, make_base, process_as_it_was, run_training
 from ignite.engine import Engine
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboardX import record_writer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
@@ -28,6 +28,7 @@ from transfertransfo import files
 from transfertransfo.errors import UserError
 from transfertransfo.model import loading as model
 from transfertransfo.model.loading import load_model
+from transfertransfo.model.sources import files_digest
 from transfertransfo.training import checkpoints, engines, handlers
 from transfertransfo.training.checkpoints import Best, RandomState, list_checkpoints
 from transfertransfo.training.engines import StepEvents
@@ -300,7 +301,7 @@ def test_another_file_in_the_place_of_the_dataset(gpt2, ended):
     other = json.loads(text.replace("i like tea", "i like did"))
     top = ended.folder.parent.parent
     try:
-        with pytest.raises(UserError, match=r"^--resume: dataset\.json is not what it was when the run began"):
+        with pytest.raises(UserError, match=r"^--resume: dataset\.json is not what it was when the run began, as "):
             run_training(top, gpt2, "--resume", ended.folder, dataset=other)
     finally:
         (top / "dataset.json").write_text(text)
@@ -317,8 +318,50 @@ def test_a_run_and_its_dataset_that_were_moved(gpt2, ended, tmp_path):
             train.train([*flags, "--dataset_path", "other.json"])
         folder = train.train([*flags, "--dataset_path", "moved.json"])
     assert json.loads(Path(folder, "training_args.json").read_text())["dataset_path"] == "moved.json"
-    with pytest.raises(UserError, match=r"--model_checkpoint is .* there, 'other' here; go on with the same"):
-        train.parse_args([*flags, "--model", "other"])  # the run's own folder has all that is needed
+
+
+def test_a_run_whose_base_was_moved(learning_buffers, tmp_path):
+    """Its own folder has all that it needs, yet another path was refused, whatever was there."""
+    base, other = (shutil.copytree(learning_buffers, tmp_path / name) for name in ("base", "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {BIASES: weights[BIASES] + 1}, other / "model.safetensors", {"format": "pt"})
+    run = run_training(tmp_path, base, *FLAGS, "--n_epochs", 1)
+    moved = base.rename(tmp_path / "moved")
+    flags = ["--resume", run.folder, "--n_epochs", 2]
+    with pytest.raises(UserError, match=f"^--resume: {other} is not the model that the run began with; start a new"):
+        run_training(tmp_path, other, *flags)
+    run_training(tmp_path, moved, *flags)
+    record = run.folder / "training_args.json"
+    saved = json.loads(record.read_text())
+    assert saved["model_checkpoint"] == str(moved) and saved["base_digest"] == files_digest(moved) != ""
+    shutil.rmtree(moved)
+    train.parse_args([*map(str, flags)])  # nor is it asked for
+    record.write_text(json.dumps(saved | {"base_digest": ""}))  # of an early version, whose base is not known
+    with pytest.raises(UserError, match=f"--model_checkpoint is '{moved}' there, 'other' here; go on with the same"):
+        train.parse_args([*map(str, flags), "--model", "other"])
+
+
+@pytest.mark.parametrize(
+    "names", [["config.json"], ["model.safetensors"], ["model-1-of-2.safetensors", "b.safetensors"],
+              ["pytorch_model.bin"], ["a.gguf"]],
+)  # fmt: skip
+def test_a_base_is_known_by_what_its_files_hold(tmp_path, names):
+    """One byte of each 4096 and more, at the end as at the beginning."""
+    content = random.Random(1).randbytes(256 * 4096)
+    digests = set()
+    for number, place in enumerate((None, 0, -1, 100_000)):
+        for copy in "ab":
+            folder = tmp_path / f"{number}{copy}"
+            folder.mkdir()
+            (folder / "config.json").write_bytes(b"{}")
+            (folder / "training_args.json").write_text(copy)  # is no part of it
+            for name in names:
+                changed = bytearray(content)
+                if place is not None and name == names[-1]:
+                    changed[place] ^= 1
+                (folder / name).write_bytes(changed)
+            digests.add(files_digest(folder / names[0] if names == ["a.gguf"] else folder))
+    assert len(digests) == 4 and files_digest("gpt2") == ""
 
 
 @pytest.mark.parametrize(("resume", "message"), [

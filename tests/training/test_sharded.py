@@ -203,7 +203,8 @@ def test_adapters_in_bfloat16_go_on(bases, tmp_path):
     """Whose frozen weights are bfloat16 beside trained ones in float32; from the adapter, and from a checkpoint."""
     run = train_sharded(2, tmp_path / "cwd", bases["llama"], "--lora_rank", 2, "--fp16", "bf16", "--n_epochs", 1)
     first = weights(run)
-    assert "Resuming from" in resume(2, tmp_path / "cwd", "--n_epochs", 2)
+    moved = shutil.copytree(bases["llama"], tmp_path / "moved")
+    assert "Resuming from" in resume(2, tmp_path / "cwd", "--n_epochs", 2, "--model", moved)
     again = train_sharded(2, tmp_path / "again", run, "--fp16", "bf16", "--n_epochs", 1)
     for later in (run, again):
         assert weights(later).keys() == first.keys() != set()
@@ -278,7 +279,7 @@ def test_buffers_that_learn_go_on(base_checkpoints, tmp_path, monkeypatch):
         die_at(patch, (0, 1), checkpoints.dcp, "save", 3)
         assert start_sharded(2, tmp_path / "cwd", base, *SAVING) == [-signal.SIGKILL] * 2
     assert not (run_folder(tmp_path / "cwd") / "model.safetensors").exists()
-    assert "Resuming from" in resume(2, tmp_path / "cwd")
+    assert "Resuming from" in resume(2, tmp_path / "cwd", "--model", base.rename(tmp_path / "moved"))
     check_identical(alone, run_folder(tmp_path / "cwd"))
 
 
