@@ -207,7 +207,14 @@ def test_kills_at_any_instant():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
-    ["--lora_rank 2", "--lora_rank 2 --merge_lora", "--export best", "--fp16 bf16", "--freeze_embeddings"],
+    [
+        "--lora_rank 2",
+        "--lora_rank 2 --merge_lora",
+        "--export best",
+        "--fp16 bf16",
+        "--freeze_embeddings",
+        "--token_mean",
+    ],
 )
 def test_kills_of_runs_with_other_flags(flags):
     """One each, while it saves, which is where they differ."""
