@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from itertools import chain
@@ -167,7 +167,7 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
 from transfertransfo.model.lora import is_adapter, rank_of
 from transfertransfo.model.quantization import quantize_
-from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.model.sources import files_digest, load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (
     Best,
@@ -224,11 +224,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
     """
     parser = make_parser()
     args, run = parser.parse_args(argv), None
+    defaults = vars(parser.parse_args([]))
     args.dataset_path = args.dataset_path or recorded_dataset(args.model_checkpoint)
     if args.resume:
-        run = find_run(args.resume, vars(args))
+        run = find_run(args.resume, vars(args), defaults)
     if run:
-        args = resume_args(parser, argv, run)
+        args = resume_args(parser, argv, run, defaults)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.sharded:
         check_sharded(args)
@@ -269,17 +270,16 @@ def check_quantized(args: Namespace) -> None:
     require(flag, "bitsandbytes")
 
 
-def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path) -> Namespace:
-    """The flags as given, else as the run to resume has them.
+def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path, defaults: Mapping) -> Namespace:
+    """The flags as given, else as the run to resume has them; of flags that are newer than the run, their defaults.
 
     Raises:
         UserError: one differs that may not.
     """
-    saved = read_arguments(run)
+    saved = {**defaults, **read_arguments(run)}
     if saved.get("sharded"):
         saved |= divide_batch(saved, int(os.environ.get("WORLD_SIZE", 1)))
-    flags = vars(parser.parse_args([])).keys() - NOT_RESUMED
-    parser.set_defaults(**{name: saved[name] for name in saved.keys() & flags})
+    parser.set_defaults(**{name: saved[name] for name in defaults.keys() - NOT_RESUMED})
     args = parser.parse_args(argv)
     if changed := changed_arguments(saved, vars(args)):
         names = {name: f"--{name}" for name in changed} | {"world_size": "the number of processes"}
@@ -313,7 +313,10 @@ def load_batches(
         content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     name, digest = args.dataset_path or "PersonaChat", content.digest
     if saved_digest not in (None, digest):
-        raise UserError(f"--resume: {name} is not what it was when the run began; start a new run")
+        told = (
+            f"--resume: {name} is not what it was when the run began, as text or as token ids"  # of another tokenizer
+        )
+        raise UserError(f"{told}; start a new run")
     if "train" not in content.splits:
         raise UserError(f"{name}: no train split to train on")
     if "valid" not in content.splits and args.valid_share:
@@ -339,6 +342,17 @@ def gold_places(content: TokenizedDataset) -> list[list[int]]:
     """For each validation example the candidates that read like the gold reply."""
     dialogs = content.dialogs("valid", content.texts)
     return right_places([utterance["candidates"] for dialog in dialogs for utterance in dialog["utterances"]])
+
+
+def digest_of_base(args: Namespace, model: DoubleHeads, saved: Mapping) -> str:
+    """What tells the model that a run began with from others.
+
+    A run without adapters needs it no more: it is asked for only where it is another path than there.
+    """
+    if rank_of(model.network):
+        return base_digest(model)
+    is_named_so = args.model_checkpoint == saved.get("model_checkpoint")
+    return saved.get("base_digest", "") if is_named_so else files_digest(args.model_checkpoint)
 
 
 def make_optimisation(args: Namespace) -> Optimisation:
@@ -556,7 +570,7 @@ def train(argv: list[str] | None = None) -> str:
     train_loader, valid_loader, sampler, _ = loaders
     memory = tell_memory(args, model, train_loader, device)
     place_model(args, model, tokenizer, device)
-    base = base_digest(model)
+    base = digest_of_base(args, model, saved)
     if saved.get("base_digest", base) != base:
         raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
     optimisation = make_optimisation(args)
@@ -580,7 +594,8 @@ def train(argv: list[str] | None = None) -> str:
     precision = make_precision(args.fp16, model, make_optimizer, device)  # before the model is distributed
     copied = idist.get_world_size() > 1 and not args.sharded
     distributed = DistributedDataParallel(model) if copied else model
-    trainer = create_trainer(distributed, precision, optimisation, device)
+    count_ahead = sampler.count_labels if args.token_mean else None
+    trainer = create_trainer(distributed, precision, optimisation, device, count_ahead)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
     frozen = not rank_of(model.network)

@@ -33,6 +33,7 @@ from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.training.engines import count_labels
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 
 DOUBLE_HEADS = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
@@ -132,7 +133,7 @@ def test_what_a_run_found_stands_in_the_place_of_flags_left_open(run, family):
     found = {"gpt_tokenization": {"gpt": "spacy", "gpt2": None}[family], "head_lr": None, "history_start": 0,
              "lora_rank": 0, "token_types": "on", "log_every": 1, "local_rank": -1, "world_size": 1}  # fmt: skip
     assert arguments.items() >= found.items()
-    assert re.fullmatch("[0-9a-f]{32}", arguments["dataset_digest"]) and arguments["base_digest"] == ""
+    assert re.fullmatch("[0-9a-f]{64}", arguments["dataset_digest"] + arguments["base_digest"])
 
 
 def test_log_of_a_run(run, family):
@@ -583,6 +584,45 @@ def test_8_steps_of_1_accumulate_to_1_of_8(characters, tmp_path, flags):
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     assert changes[0].abs().max() > 1e-4
     torch.testing.assert_close(changes[0], changes[1], atol=3e-6, rtol=2e-3)
+
+
+@pytest.mark.parametrize("batch_by", ["turn", "dialog"])
+def test_the_mean_over_a_steps_tokens(characters, tmp_path, batch_by):
+    """3 forwards of 4 examples are 1 of 12, of unlike lengths; the mean of the forwards' means is another step."""
+    first = load_file(characters / "model.safetensors")
+    losses, changes = [], []
+    for size, micro_steps, flags in ((12, 1, []), (4, 3, ["--token_mean"]), (4, 3, [])):
+        run = run_training(
+            tmp_path / str(len(losses)), characters, "--n_epochs", 1, "--train_batch_size", size,
+            "--gradient_accumulation_steps", micro_steps, "--lr", 1e-2 * micro_steps,  # it falls each micro-step
+            "--batch_by", batch_by, "--lm_coef", 1e-5, "--mc_coef", 1e-5, *flags,  # as above: no step hides the scale
+            dataset={"train": DATASET["train"]},
+        )  # fmt: skip
+        (line,) = run.steps
+        losses.append([line[name] for name in ("loss", "lm_loss", "mc_loss")])
+        last = load_file(run.folder / "model.safetensors")
+        changes.append(torch.cat([(last[name] - first[name]).flatten() for name in sorted(first)]))
+    one, token_mean, mean_of_means = losses
+    assert token_mean == pytest.approx(one, rel=1e-5)
+    torch.testing.assert_close(changes[0], changes[1], atol=3e-6, rtol=2e-3)
+    assert abs(mean_of_means[1] - one[1]) > 1e-3 and (changes[2] - changes[0]).abs().max() > 2e-5
+
+
+@pytest.mark.parametrize("batch_by", ["turn", "dialog"])
+def test_the_labels_of_a_step_are_counted_ahead(checkpoints, tmp_path, batch_by):
+    """Over the end of an epoch too, whose next one has another order."""
+    (tmp_path / "dataset.json").write_text(json.dumps(DATASET))
+    flags = ["--dataset_path", str(tmp_path / "dataset.json"), "--dataset_cache", "", "--train_batch_size", "5"]
+    args = make_parser().parse_args([*flags, "--batch_by", batch_by])
+    loader, _, sampler, _ = get_data_loaders(args, load_tokenizer(checkpoints["gpt2"]))
+    found = []
+    for epoch in (1, 2, 3):
+        sampler.set_epoch(epoch)
+        found += [count_labels(batch) for batch in loader]
+    sampler.set_epoch(1)
+    assert len(found) == 9 and len({tuple(count.tolist()) for count in found}) == 3
+    for iterations in (range(1, 5), range(3, 8), range(9, 10)):
+        assert sampler.count_labels(iterations) == sum(found[i - 1] for i in iterations).tolist()
 
 
 def test_what_is_left_over_makes_a_smaller_last_step(characters, tmp_path):

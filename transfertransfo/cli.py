@@ -300,6 +300,11 @@ def add_optimisation_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--gradient_accumulation_steps", type=number(int, 1), default=8, help="forwards of one optimizer step"
     )
+    parser.add_argument(
+        "--token_mean",
+        action="store_true",
+        help="make a step's loss the mean over all reply tokens of its forwards, not the mean of their means",
+    )
     parser.add_argument("--lr", type=number(float, 0), default=6.25e-5, help="first learning rate; it falls to 0")
     parser.add_argument("--head_lr", type=number(float, 0), help="the same for the choice head (unset = --lr)")
     parser.add_argument(

@@ -1,10 +1,13 @@
 """Text -> token ids: against transformers, and GPT's own pre-processing step by step."""
 
+import json
+
 import pytest
-from transformers import OpenAIGPTTokenizer
+from tokenizers import Tokenizer
+from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerFast
 
 from transfertransfo.data import tokenization
-from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
+from transfertransfo.data.tokenization import SPECIAL_TOKENS, fingerprint, tokenize
 from transfertransfo.model.sources import load_tokenizer
 
 TEXTS = [
@@ -31,6 +34,58 @@ def test_spacy_tokenisation_by_its_steps(spacy_gpt):
         words = [word for word in words if word != "\n "]  # this vocabulary has no line end
         assert got == [piece.id for word in words for piece in bpe.tokenize(word)]
     assert tokenize(spacy_gpt, [TEXTS[0]]) != tokenize_basic(spacy_gpt, [TEXTS[0]]), "else this test says little"
+
+
+LOWER = {"type": "Lowercase"}
+ADDED = {"content": "fine", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": False}  # fmt: skip
+
+
+def added(**options) -> list[dict]:
+    return [{"id": 400, **ADDED, **options}]
+
+
+CHANGES = {  # of a serialised tokenizer: what is changed, each beside what the one before has
+    "normalizer": {"normalizer": LOWER},
+    "pre-tokenizer": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                                        "use_regex": True}},
+    "added token": {"added_tokens": added()},
+    "its text": {"added_tokens": added(content="thanks")},
+    "its id": {"added_tokens": [*added(content="<new>"), *added(id=401)]},
+    "its spaces before": {"added_tokens": added(lstrip=True)},
+    "its spaces after": {"added_tokens": added(rstrip=True)},
+    "its borders": {"added_tokens": added(content="in", single_word=True)},
+    "no borders": {"added_tokens": added(content="in")},
+    "not normalised": {"normalizer": LOWER, "added_tokens": added(content="Stop")},
+    "normalised": {"normalizer": LOWER, "added_tokens": added(content="Stop", normalized=True)},
+}  # fmt: skip
+
+
+def test_all_that_decides_token_ids_is_in_the_fingerprint(gpt2, gpt, spacy_gpt):
+    """Two tokenizers that give other ids have other fingerprints; each change here gives ids of its own."""
+    texts = [*TEXTS, "it is fine , Stop going in"]
+    states = {name: json.loads(gpt2.backend_tokenizer.to_str()) | change for name, change in CHANGES.items()}
+    states["as it is"] = json.loads(gpt2.backend_tokenizer.to_str())
+    model = states["as it is"]["model"]
+    vocabulary = model["vocab"] | {"a": model["vocab"]["b"], "b": model["vocab"]["a"]}
+    states["vocabulary"] = states["as it is"] | {"model": model | {"vocab": vocabulary}}
+    states["merges"] = states["as it is"] | {"model": model | {"merges": model["merges"][1:]}}
+    lossy = json.loads(gpt.backend_tokenizer.to_str())
+    for unknown in ("<unk>", "a"):
+        states[f"unknown: {unknown}"] = lossy | {"model": lossy["model"] | {"unk_token": unknown}}
+    tokenizers = [PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+                  for state in states.values()]  # fmt: skip
+    tokenizers.append(spacy_gpt)
+    ids = {json.dumps(tokenize(tokenizer, texts)) for tokenizer in tokenizers}
+    assert len(ids) == len(tokenizers) == len({fingerprint(tokenizer) for tokenizer in tokenizers})
+
+
+def test_what_was_asked_of_transformers_before_changes_no_ids(checkpoints):
+    """Its own calls leave their truncation and padding behind, by which a dataset's texts were cut, and cached so."""
+    tokenizer = load_tokenizer(checkpoints["gpt2"])
+    want, before = tokenize(tokenizer, TEXTS), fingerprint(tokenizer)
+    tokenizer(TEXTS, truncation=True, max_length=3, padding="max_length")
+    assert fingerprint(tokenizer) == before and tokenize(tokenizer, TEXTS) == want
 
 
 PIECES = ["a</w>", ",</w>", ".</w>", "b</w>", "-</w>", "x", "x</w>", "\n</w>"]

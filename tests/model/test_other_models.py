@@ -239,8 +239,12 @@ def test_what_an_adapter_needs(bases, base_checkpoints, tmp_path, monkeypatch):
             run_training(tmp_path, run.folder, *FLAGS, "--lora_rank", 3)
     finally:
         base.rename(bases["llama"])
-    with pytest.raises(UserError, match=f"^{run.folder} adapts another model: .* {base}: no such folder$"):
+    record = run.folder / "adapter_config.json"
+    where = f"base_model_name_or_path of {record} says where that is"
+    with pytest.raises(UserError, match=f"^{run.folder} adapts another model: .* {base}: no such folder; {where}$"):
         load_finetuned(run.folder)
+    record.write_text(record.read_text().replace(str(base), str(bases["llama"])))
+    load_finetuned(run.folder)
     (run.folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"adapter_config.json: no adapter's configuration$"):
         load_finetuned(run.folder)

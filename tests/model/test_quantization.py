@@ -190,7 +190,8 @@ def test_a_resumed_run_equals_one_left_alone(run, tmp_path, base):
     newest = list_checkpoints(folder)[-1]
     for file in (newest, folder / "adapter_model.safetensors"):
         file.unlink()
-    run_training(tmp_path, base, "--resume", folder)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    run_training(tmp_path, moved, "--resume", folder)
     got = load_file(folder / "adapter_model.safetensors")
     assert list_checkpoints(folder)[-1] == newest
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

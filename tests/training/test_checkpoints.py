@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
-from helpers import DATASET, ROOT, Run, process_as_it_was, run_training, tiny_config
+from helpers import DATASET, ROOT, Run, make_base, process_as_it_was, run_training
 from ignite.engine import Engine
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboardX import record_writer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 import train
 from transfertransfo import files
 from transfertransfo.errors import UserError
 from transfertransfo.model import loading as model
-from transfertransfo.model.loading import load_model, save_model
-from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.sources import files_digest
 from transfertransfo.training import checkpoints, engines, handlers
 from transfertransfo.training.checkpoints import Best, RandomState, list_checkpoints
 from transfertransfo.training.engines import StepEvents
@@ -132,25 +133,67 @@ def test_the_random_state_is_that_of_every_generator():
     assert draw() == want
 
 
-def test_a_run_without_weights_resumes_with_its_buffers(base_checkpoints, tmp_path):
-    """Killed before its first export, a run began anew with the buffers of no model, as DeepSeek-V3's biases."""
-    tokenizer = load_tokenizer(base_checkpoints["gpt2"])
-    base = tmp_path / "base"
-    tiny_config("deepseek_v3", len(tokenizer)).save_pretrained(base)
-    model = load_model(base, from_scratch=True)
-    (name,) = {name for name, _ in model.pretrained.named_buffers()} & model.pretrained.state_dict().keys()
-    torch.nn.init.normal_(model.pretrained.get_buffer(name))
-    save_model(model, base)
-    tokenizer.save_pretrained(base)
-    flags = [*FLAGS, "--n_epochs", 1, "--save_every", 1]
-    run = run_training(tmp_path, base, *flags)
-    want = load_file(run.folder / "model.safetensors")
-    assert torch.equal(want[name], model.pretrained.get_buffer(name))
-    for file in (*list_checkpoints(run.folder)[1:], run.folder / "model.safetensors"):
-        file.unlink()
-    run_training(tmp_path, base, *flags, "--resume", run.folder)
-    got = load_file(run.folder / "model.safetensors")
-    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+BIASES = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def learning_buffers(base_checkpoints, tmp_path_factory) -> Path:
+    """A DeepSeek-V3, whose biases that choose experts are a buffer."""
+    return make_base(tmp_path_factory.mktemp("deepseek"), base_checkpoints, "deepseek_v3")
+
+
+@pytest.fixture
+def buffers_that_learn(monkeypatch):
+    """Biases that each forward in training changes, as in DeepSeek-V3's own training."""
+    forward = DeepseekV3TopkRouter.forward
+
+    def learning(self, hidden, *args, **kwargs):
+        output = forward(self, hidden, *args, **kwargs)
+        if self.training:
+            self.e_score_correction_bias += hidden.detach().flatten(0, -2)[-1, :4]  # of 4 experts
+        return output
+
+    monkeypatch.setattr(DeepseekV3TopkRouter, "forward", learning)
+
+
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--lora_rank", 2], marks=pytest.mark.slow)], ids=["whole", "adapters"]
+)
+def test_a_run_without_weights_resumes_with_its_buffers(
+    learning_buffers, buffers_that_learn, tmp_path, monkeypatch, more
+):
+    """Killed before its first export, a run began anew with the buffers of no model, or of its base."""
+    flags = [*FLAGS, "--n_epochs", 1, "--gradient_accumulation_steps", 2, *more]  # three steps
+    run_training(tmp_path / "alone", learning_buffers, *flags)
+    with monkeypatch.context() as patch:
+        end_after(patch, train, "save_checkpoint", 2)
+        run = start_and_kill(tmp_path / "killed", learning_buffers, *flags)
+    assert not [*run.glob("*model.safetensors")]
+    run_training(tmp_path / "killed", learning_buffers, *flags, "--resume", run)
+    assert result(tmp_path / "killed") == result(tmp_path / "alone")
+    newest = [torch.load(list_checkpoints(folder)[-1], weights_only=True)["model"]
+              for folder in (run, *(tmp_path / "alone" / "runs").iterdir())]  # fmt: skip
+    biases = [next(value for name, value in state.items() if name.endswith("bias") and "gate" in name)
+              for state in newest]  # fmt: skip
+    assert torch.equal(*biases)
+    assert not torch.equal(biases[0], load_file(learning_buffers / "model.safetensors")[BIASES])
+
+
+def test_a_checkpoint_of_before_buffers_were_held(learning_buffers, tmp_path):
+    """It was called damaged. One that lacks what is trained is."""
+    flags = [*FLAGS, "--n_epochs", 1]
+    run = run_training(tmp_path, learning_buffers, *flags)
+    newest = list_checkpoints(run.folder)[-1]
+    state = torch.load(newest, weights_only=True)
+    biases = state["model"].pop(BIASES)
+    torch.save(state, newest)
+    again = run_training(tmp_path, learning_buffers, *flags, "--resume", run.folder, "--n_epochs", 2)
+    assert again.log.count(f"an early version's checkpoint, without {BIASES}: that stays as the run began") == 1
+    assert torch.equal(load_file(run.folder / "model.safetensors")[BIASES], biases)
+    newest = list_checkpoints(run.folder)[-1]
+    torch.save(state | {"model": {}}, newest)
+    with pytest.raises(UserError, match=r"damaged \(it lacks lm_head\.weight\)"):
+        run_training(tmp_path, learning_buffers, *flags, "--resume", run.folder, "--n_epochs", 3)
 
 
 @pytest.mark.slow
@@ -164,7 +207,14 @@ def test_kills_at_any_instant():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
-    ["--lora_rank 2", "--lora_rank 2 --merge_lora", "--export best", "--fp16 bf16", "--freeze_embeddings"],
+    [
+        "--lora_rank 2",
+        "--lora_rank 2 --merge_lora",
+        "--export best",
+        "--fp16 bf16",
+        "--freeze_embeddings",
+        "--token_mean",
+    ],
 )
 def test_kills_of_runs_with_other_flags(flags):
     """One each, while it saves, which is where they differ."""
@@ -215,7 +265,7 @@ def test_a_flag_that_may_change(ended, flag, value):
 
 @pytest.mark.parametrize(("flag", "value", "there"), [
     ("--lr", 0.1, "0.03"), ("--train_batch_size", 3, "2"), ("--num_candidates", 3, "2"), ("--seed", 1, "42"),
-    ("--gradient_accumulation_steps", 1, "4"),
+    ("--gradient_accumulation_steps", 1, "4"), ("--batch_by", "dialog", "'turn'"),
     ("--max_history", 0, "2"), ("--best_metric", "nll", "'hits@1'"), ("--fp16", "bf16", "''"),
 ])  # fmt: skip
 def test_a_flag_that_may_not_change(ended, flag, value, there):
@@ -224,6 +274,22 @@ def test_a_flag_that_may_not_change(ended, flag, value, there):
     assert str(complaint.value) == (
         f"--resume {ended.folder}: {flag} is {there} there, {value!r} here; go on with the same, or start a new run"
     )
+
+
+def test_a_flag_that_is_newer_than_the_run(ended, tmp_path, monkeypatch):
+    """It was not compared, so that a run went on with another value than it had begun with."""
+    folder = tmp_path / "runs" / "old"
+    shutil.copytree(ended.folder, folder)
+    saved = json.loads((folder / "training_args.json").read_text())
+    del saved["token_mean"]
+    (folder / "training_args.json").write_text(json.dumps(saved))
+    assert not parse_args_of(Run(folder, ""))[0].token_mean
+    with pytest.raises(UserError, match="--token_mean is False there, True here; go on with the same"):
+        parse_args_of(Run(folder, ""), "--token_mean")
+    monkeypatch.chdir(tmp_path)
+    start = ["--model", saved["model_checkpoint"], "--dataset_path", "dataset.json", "--device", "cpu",
+             *map(str, FLAGS), "--n_epochs", "1", "--resume", "auto"]  # fmt: skip
+    assert train.parse_args(start)[1] and train.parse_args([*start, "--token_mean"])[1] is None
 
 
 def parse_args_of(run: Run, *flags):
@@ -242,7 +308,7 @@ def test_another_file_in_the_place_of_the_dataset(gpt2, ended):
     other = json.loads(text.replace("i like tea", "i like did"))
     top = ended.folder.parent.parent
     try:
-        with pytest.raises(UserError, match=r"^--resume: dataset\.json is not what it was when the run began"):
+        with pytest.raises(UserError, match=r"^--resume: dataset\.json is not what it was when the run began, as "):
             run_training(top, gpt2, "--resume", ended.folder, dataset=other)
     finally:
         (top / "dataset.json").write_text(text)
@@ -259,8 +325,50 @@ def test_a_run_and_its_dataset_that_were_moved(gpt2, ended, tmp_path):
             train.train([*flags, "--dataset_path", "other.json"])
         folder = train.train([*flags, "--dataset_path", "moved.json"])
     assert json.loads(Path(folder, "training_args.json").read_text())["dataset_path"] == "moved.json"
-    with pytest.raises(UserError, match=r"--model_checkpoint is .* there, 'other' here; go on with the same"):
-        train.parse_args([*flags, "--model", "other"])  # the run's own folder has all that is needed
+
+
+def test_a_run_whose_base_was_moved(learning_buffers, tmp_path):
+    """Its own folder has all that it needs, yet another path was refused, whatever was there."""
+    base, other = (shutil.copytree(learning_buffers, tmp_path / name) for name in ("base", "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {BIASES: weights[BIASES] + 1}, other / "model.safetensors", {"format": "pt"})
+    run = run_training(tmp_path, base, *FLAGS, "--n_epochs", 1)
+    moved = base.rename(tmp_path / "moved")
+    flags = ["--resume", run.folder, "--n_epochs", 2]
+    with pytest.raises(UserError, match=f"^--resume: {other} is not the model that the run began with; start a new"):
+        run_training(tmp_path, other, *flags)
+    run_training(tmp_path, moved, *flags)
+    record = run.folder / "training_args.json"
+    saved = json.loads(record.read_text())
+    assert saved["model_checkpoint"] == str(moved) and saved["base_digest"] == files_digest(moved) != ""
+    shutil.rmtree(moved)
+    train.parse_args([*map(str, flags)])  # nor is it asked for
+    record.write_text(json.dumps(saved | {"base_digest": ""}))  # of an early version, whose base is not known
+    with pytest.raises(UserError, match=f"--model_checkpoint is '{moved}' there, 'other' here; go on with the same"):
+        train.parse_args([*map(str, flags), "--model", "other"])
+
+
+@pytest.mark.parametrize(
+    "names", [["config.json"], ["model.safetensors"], ["model-1-of-2.safetensors", "b.safetensors"],
+              ["pytorch_model.bin"], ["a.gguf"]],
+)  # fmt: skip
+def test_a_base_is_known_by_what_its_files_hold(tmp_path, names):
+    """One byte of each 4096 and more, at the end as at the beginning."""
+    content = random.Random(1).randbytes(256 * 4096)
+    digests = set()
+    for number, place in enumerate((None, 0, -1, 100_000)):
+        for copy in "ab":
+            folder = tmp_path / f"{number}{copy}"
+            folder.mkdir()
+            (folder / "config.json").write_bytes(b"{}")
+            (folder / "training_args.json").write_text(copy)  # is no part of it
+            for name in names:
+                changed = bytearray(content)
+                if place is not None and name == names[-1]:
+                    changed[place] ^= 1
+                (folder / name).write_bytes(changed)
+            digests.add(files_digest(folder / names[0] if names == ["a.gguf"] else folder))
+    assert len(digests) == 4 and files_digest("gpt2") == ""
 
 
 @pytest.mark.parametrize(("resume", "message"), [

@@ -5,15 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DATASET, make_base, run_training, tiny_config
+from helpers import DATASET, adapt, make_base, run_training, tiny_config
 from ignite.engine import Events
 from safetensors.torch import load_file
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.functional import cross_entropy
 
 import train
 from transfertransfo.data.trees import Fork, pack
 from transfertransfo.errors import UserError
-from transfertransfo.model.double_heads import DoubleHeads, enable_gradient_checkpointing_
+from transfertransfo.model.double_heads import DoubleHeads, enable_gradient_checkpointing_, halve_frozen_
 from transfertransfo.model.heads import double_heads_class
 from transfertransfo.training.engines import Optimisation, create_trainer, make_adamw
 from transfertransfo.training.memory import estimate_memory
@@ -38,8 +39,7 @@ def test_a_step_needs_what_is_estimated(family, level, micro_steps, checkpointin
     config = tiny_config(family, 400)
     model = DoubleHeads(double_heads_class(config)(config)).train()
     model.additive_mask = family == "llama"
-    forks = [Fork([5] * 90, [1] * 90, [*range(90)], [[i] * 20, [9] * 20], 1) for i in range(4)]
-    batch = pack(forks, 0)
+    batch = make_batch()
     half = torch.bfloat16 if level else None
     memory = estimate_memory(
         model, batch, CPU, half=half, micro_steps=micro_steps, n_processes=1, sharded=False, checkpointing=checkpointing
@@ -58,6 +58,40 @@ def test_a_step_needs_what_is_estimated(family, level, micro_steps, checkpointin
     peak = tracker.get_tracker_snapshot("peak")[CPU]
     (measured,) = (size for kind, size in peak.items() if "Total" in str(kind))
     assert memory.peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_adapters_over_halved_weights_need_what_is_estimated(base_checkpoints, tmp_path):
+    """Autocast makes no copies of these weights, which the backward would keep."""
+    pytest.importorskip("peft", reason="needs requirements/extra.txt")
+    model, _ = adapt(make_base(tmp_path, base_checkpoints, "llama", hidden_size=64, intermediate_size=256))
+    batch, sizes, kept = make_batch(), [], {}
+    for halve in (False, True):
+        if halve:
+            halve_frozen_(model)
+        memory = estimate_memory(
+            model, batch, CPU, half=torch.bfloat16, micro_steps=1, n_processes=1, sharded=False, checkpointing=False
+        )
+        sizes.append((memory.parameters, memory.activations))
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        logits, scores = model.train()(batch)
+        losses = [cross_entropy(logits.float(), batch.lm_labels), cross_entropy(scores.float(), batch.choice_labels)]
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + 2 * logits.numel() * 4
+    assert sizes[1][1] == pytest.approx(measured, rel=0.05) and len(losses) == 2
+    halved = sum(p.nbytes for p in model.parameters() if p.dtype == torch.bfloat16)
+    assert halved > 100_000 and sizes[0][0] - sizes[1][0] == halved == sizes[0][1] - sizes[1][1]
+
+
+def make_batch():
+    forks = [Fork([5] * 90, [1] * 90, [*range(90)], [[i] * 20, [9] * 20], 1) for i in range(4)]
+    return pack(forks, 0)
 
 
 @pytest.fixture

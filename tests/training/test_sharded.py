@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DATASET, dialog, run_processes, run_training
+from helpers import DATASET, dialog, make_base, run_processes, run_training
 from safetensors.torch import load_file, save_file
 from transformers import GPT2DoubleHeadsModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from convai_evaluation import run as evaluate
 from interact import run as chat
@@ -126,6 +127,21 @@ def test_shards_compute_what_the_whole_model_does(bases, tmp_path, family, more)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--sharded"], [], ["--batch_by", "dialog"]], ids=["shards", "copies", "dialogs"])
+def test_processes_share_a_mean_over_tokens(bases, tmp_path, flags):
+    """Of steps of two forwards, the last of which has fewer examples: without any for the second process."""
+    (tmp_path / "dataset.json").write_text(json.dumps(DIALOGS))
+    argv = ["--model_checkpoint", bases["gpt2"], "--dataset_path", tmp_path / "dataset.json", "--device", "cpu",
+            *FLAGS, *flags, "--token_mean"]  # fmt: skip
+    runs = []
+    for count in (1, 2):
+        cwd = tmp_path / str(count)
+        assert run_processes(count, cwd, train, [*argv, "--train_batch_size", 4 // count]) == [0] * count, said(cwd, 1)
+        runs.append(run_folder(cwd))
+    check_equal(*runs)
+
+
+@pytest.mark.slow
 def test_a_run_folder_of_shards_is_a_checkpoint(bases, tmp_path, monkeypatch):
     """For transformers, the chat and the evaluation, whole or by two processes; here its weights are several files."""
     monkeypatch.setattr(loading, "LARGEST_FILE", "20KB")
@@ -187,7 +203,8 @@ def test_adapters_in_bfloat16_go_on(bases, tmp_path):
     """Whose frozen weights are bfloat16 beside trained ones in float32; from the adapter, and from a checkpoint."""
     run = train_sharded(2, tmp_path / "cwd", bases["llama"], "--lora_rank", 2, "--fp16", "bf16", "--n_epochs", 1)
     first = weights(run)
-    assert "Resuming from" in resume(2, tmp_path / "cwd", "--n_epochs", 2)
+    moved = shutil.copytree(bases["llama"], tmp_path / "moved")
+    assert "Resuming from" in resume(2, tmp_path / "cwd", "--n_epochs", 2, "--model", moved)
     again = train_sharded(2, tmp_path / "again", run, "--fp16", "bf16", "--n_epochs", 1)
     for later in (run, again):
         assert weights(later).keys() == first.keys() != set()
@@ -242,6 +259,28 @@ def test_a_run_whose_process_is_killed_goes_on(bases, undisturbed, tmp_path, mon
         assert statuses[rank if name != "_remove_old" else 0] == -signal.SIGKILL and 0 not in statuses
     assert "Resuming from" in resume(2, tmp_path / "cwd")
     check_identical(undisturbed, run_folder(tmp_path / "cwd"))
+
+
+@pytest.mark.slow
+def test_buffers_that_learn_go_on(base_checkpoints, tmp_path, monkeypatch):
+    """A run in shards, too, has them in its checkpoints before it has weights. Here all processes change them alike."""
+    base = make_base(tmp_path / "base", base_checkpoints, "deepseek_v3")
+    forward = DeepseekV3TopkRouter.forward
+
+    def learning(self, hidden, *args, **kwargs):
+        output = forward(self, hidden, *args, **kwargs)
+        if self.training:
+            self.e_score_correction_bias += torch.tensor([0.5, 0.25, 0.0, -0.5])  # of 4 experts
+        return output
+
+    monkeypatch.setattr(DeepseekV3TopkRouter, "forward", learning)
+    alone = train_sharded(2, tmp_path / "alone", base, *SAVING)
+    with monkeypatch.context() as patch:
+        die_at(patch, (0, 1), checkpoints.dcp, "save", 3)
+        assert start_sharded(2, tmp_path / "cwd", base, *SAVING) == [-signal.SIGKILL] * 2
+    assert not (run_folder(tmp_path / "cwd") / "model.safetensors").exists()
+    assert "Resuming from" in resume(2, tmp_path / "cwd", "--model", base.rename(tmp_path / "moved"))
+    check_identical(alone, run_folder(tmp_path / "cwd"))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ section 3). What sequences have in common is computed once: `trees.pack`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -252,6 +252,7 @@ class BucketSampler(Sampler[list[int]]):
     Args:
         lengths: tokens of each tree.
         counts: examples of each tree; None = one.
+        labels: tokens to be predicted of each tree; None = not known.
     """
 
     WINDOW = 32
@@ -265,9 +266,11 @@ class BucketSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         counts: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
     ):
         self.lengths = np.asarray(lengths)
         self.counts = np.ones_like(self.lengths) if counts is None else np.asarray(counts)
+        self.labels = np.zeros_like(self.lengths) if labels is None else np.asarray(labels)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -275,6 +278,7 @@ class BucketSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.epoch = 0
         self.start = 0
+        self._made: tuple[int, list[np.ndarray]] = (-1, [])  # the newest epoch's batches: they are asked for again
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, which decides on the order, in every process the same; begin with batch `start` of it."""
@@ -285,13 +289,24 @@ class BucketSampler(Sampler[list[int]]):
         return min(len(self.lengths), -(-int(self.counts.sum()) // (self.batch_size * self.world_size)))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._global_batches()[self.start :]:
+        for batch in self._global_batches(self.epoch)[self.start :]:
             yield batch[self.rank :: self.world_size].tolist()  # none of a batch with fewer trees than ranks
 
-    def _global_batches(self) -> list[np.ndarray]:
+    def count_labels(self, iterations: Iterable[int]) -> list[int]:
+        """The tokens to be predicted and the examples of iterations of a run, from 1 on, by all ranks."""
+        places = [divmod(iteration - 1, len(self)) for iteration in iterations]
+        trees = np.concatenate([self._global_batches(1 + epoch)[place] for epoch, place in places])
+        return [int(self.labels[trees].sum()), int(self.counts[trees].sum())]
+
+    def _global_batches(self, epoch: int) -> list[np.ndarray]:
+        if self._made[0] != epoch:
+            self._made = (epoch, self._make_batches(epoch))
+        return self._made[1]
+
+    def _make_batches(self, epoch: int) -> list[np.ndarray]:
         if not self.shuffle:
             return self._cut(np.argsort(self.lengths, kind="stable"))
-        generator = np.random.default_rng((self.seed, self.epoch))
+        generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.lengths))
         window = np.cumsum(self.counts[order]) - self.counts[order]
         window //= self.batch_size * self.world_size * self.WINDOW

@@ -38,6 +38,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # of texts, which a file may ask for, or the last call of transformers' own
+    backend.no_padding()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:
         return [

@@ -37,6 +37,7 @@ from transfertransfo.model.double_heads import (
 from transfertransfo.model.gguf import load_gguf
 from transfertransfo.model.heads import FAMILIES, double_heads_class
 from transfertransfo.model.lora import (
+    CONFIG,
     HEAD,
     is_adapter,
     load_adapter,
@@ -388,7 +389,8 @@ def load_adapted(
             raise UserError(f"{base}: no weights there")
         model = load_whole(base, base_folder, load_config(base), device, in_shards=in_shards)
     except UserError as error:
-        raise SettingError(f"{checkpoint} adapts another model: {error}", *error.names) from error
+        where = f"base_model_name_or_path of {os.path.join(folder, CONFIG)} says where that is"
+        raise SettingError(f"{checkpoint} adapts another model: {error}; {where}", *error.names) from error
     for name in ("history_start", "token_types", "quantize"):
         if hasattr(config, name):
             setattr(model.pretrained.config, name, getattr(config, name))

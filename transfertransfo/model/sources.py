@@ -1,6 +1,7 @@
 """Where models come from: names, folders, archives and GGUF files; their configurations and tokenizers."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -29,6 +30,7 @@ HF_FINETUNED_MODEL = (
 )
 MAX_CONFIG = 1 << 20  # bytes of a configuration
 MAX_LIST = 10_000
+PART = 4096  # bytes of a file that are looked at together
 COUNTED, MAX_COUNT = re.compile(r"(^|_)(n|num)_.*(layers?|labels|experts|heads?)$"), 1024
 POSITIONS, MAX_POSITIONS = re.compile(r"positions?(_embeddings)?$|^n_ctx$|max_seq_len$"), 1 << 24
 HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
@@ -101,6 +103,27 @@ def has_weights(checkpoint: str) -> bool:
     return not os.path.isdir(checkpoint) or any(os.path.isfile(os.path.join(checkpoint, name)) for name in WEIGHTS)
 
 
+def files_digest(checkpoint: str | Path) -> str:
+    """Text that tells a local checkpoint's weights from others, by up to 256 parts of each file; "" = not a local one.
+
+    Where they are and what they are called does not count.
+    """
+    place = Path(resolve_checkpoint(checkpoint))
+    if not place.exists():
+        return ""
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin")
+    files = [file for pattern in patterns for file in sorted(place.glob(pattern))] if place.is_dir() else [place]
+    key = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            key.update(str(size).encode())
+            for start in range(0, size, max(PART, size // 256)):
+                file.seek(start)
+                key.update(file.read(PART))
+    return key.hexdigest()
+
+
 def load_config(checkpoint: str | Path) -> PretrainedConfig:
     """A checkpoint's configuration. Those of 2019 do not name their family; GPT's alone has `afn`.
 
@@ -171,8 +194,6 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     if not tokenizer.is_fast or vocabulary_size(tokenizer) <= size_without_files(type(tokenizer)):
         files = "tokenizer.json, or vocab.json and merges.txt"
         raise unusable(checkpoint, f"no tokenizer there ({files})")
-    tokenizer.backend_tokenizer.no_truncation()  # of texts, which a file may ask for
-    tokenizer.backend_tokenizer.no_padding()
     fine_tuned = knows_dialog_tokens(tokenizer)
     if fine_tuned:  # from files of 2019 the speakers come as words, which a text could contain
         tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)

@@ -68,12 +68,16 @@ class TrainedParameters:
     They are the trained parameters and the buffers that a model is saved with, as the biases by which DeepSeek-V3
     chooses experts; a run folder may hold a checkpoint before it holds weights.
 
+    A checkpoint of an early version lacks all but the trained ones; the others then stay as they are, and a line says
+    so.
+
     Args:
         frozen: whether the other parameters too, where no other checkpoint has them.
     """
 
     def __init__(self, model: nn.Module, frozen: bool = False):
         saved = model.state_dict()
+        self.trained = {name for name, value in model.named_parameters() if value.requires_grad}
         self.tensors: dict[str, torch.Tensor] = {name: value for name, value in model.named_buffers() if name in saved}
         self.tensors |= {name: value for name, value in model.named_parameters() if frozen or value.requires_grad}
 
@@ -82,10 +86,13 @@ class TrainedParameters:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        if missing := self.tensors.keys() - state.keys():
-            raise ValueError(f"it lacks {min(missing)}")
-        for name, tensor in self.tensors.items():
-            tensor.copy_(state[name])
+        missing = self.tensors.keys() - state.keys()
+        if lost := missing & self.trained:
+            raise ValueError(f"it lacks {min(lost)}")
+        if missing:
+            logger.warning("an early version's checkpoint, without %s: that stays as the run began", min(missing))
+        for name in self.tensors.keys() & state.keys():
+            self.tensors[name].copy_(state[name])
 
 
 class Shards:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import ignite.distributed as idist
@@ -55,9 +55,17 @@ class StepEvents(EventEnum):
 
 
 def create_trainer(
-    model: torch.nn.Module, precision: Precision, optimisation: Optimisation, device: torch.device
+    model: torch.nn.Module,
+    precision: Precision,
+    optimisation: Optimisation,
+    device: torch.device,
+    count_ahead: Callable[[range], list[int]] | None = None,
 ) -> Engine:
     """An engine whose iteration is one forward and backward, and every so many of them an optimizer step.
+
+    Args:
+        count_ahead: gives the labels of each head in iterations to come, of all processes. A step's loss is then the
+            mean over all of its labels; None = the mean of its iterations' means, as in the original.
 
     It fires `StepEvents.OPTIMIZER_STEP`, with the step's own losses in `state.losses`, a tensor of the weighted sum,
     the language-model and the choice loss, of this process.
@@ -65,8 +73,11 @@ def create_trainer(
     accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
     coefficients = torch.tensor([optimisation.lm_coef, optimisation.mc_coef], device=device)
     micro_steps = optimisation.gradient_accumulation_steps
+    counts: torch.Tensor | None = None  # (2,), labels of an iteration of this step, on average
+    parts = micro_steps  # by which each iteration's loss is divided
 
     def step(engine: Engine, batch: Batch) -> None:
+        nonlocal counts, parts
         state = engine.state
         n_iterations = state.max_epochs * state.epoch_length
         share = 1 - (state.iteration - 1) / n_iterations
@@ -76,15 +87,20 @@ def create_trainer(
             group["lr"] = group["initial_lr"] * share
         # original: what is left over at the end of the run is thrown away
         full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
+        if count_ahead and not accumulated:
+            last = min(-(-state.iteration // micro_steps) * micro_steps, n_iterations)
+            iterations = range(state.iteration, last + 1)
+            parts = len(iterations)
+            counts = torch.tensor(count_ahead(iterations), device=device) / parts
         with contextlib.ExitStack() as stack:
             if isinstance(model, DistributedDataParallel) and not full:
                 stack.enter_context(model.no_sync())  # processes exchange their gradients once an optimizer step
             elif isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(full)
             with precision.autocast():
-                losses = distributed_losses(model, batch.to(device), optimisation.label_smoothing)
+                losses = distributed_losses(model, batch.to(device), optimisation.label_smoothing, counts)
             loss = losses @ coefficients
-            precision.backward(loss / micro_steps)
+            precision.backward(loss / parts)
         accumulated.append(torch.cat([loss[None], losses]).detach())
         if not full:
             return
@@ -101,15 +117,22 @@ def create_trainer(
     return trainer
 
 
-def distributed_losses(model: torch.nn.Module, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+def distributed_losses(
+    model: torch.nn.Module, batch: Batch, label_smoothing: float = 0.0, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """(2,): language-model and choice loss, whose mean over processes is the loss of all their rows in one batch.
 
     Each is a sum divided by what all processes count, not a mean of means: k processes are one with a k-fold batch.
     Label smoothing (Szegedy et al. 2016, section 7) is of the language model's.
+
+    Args:
+        counts: (2,), what the sums are divided by instead.
     """
-    counts = count_labels(batch)
-    # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
-    reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
+    reduction = None
+    if counts is None:
+        counts = count_labels(batch)
+        # meanwhile each process goes on with its own forward: none waits for the slowest at every batch
+        reduction = torch.distributed.all_reduce(counts, async_op=True) if idist.get_world_size() > 1 else None
     lm_logits, choice_scores = model(batch)
     sums = torch.stack([
         cross_entropy(lm_logits.float(), batch.lm_labels, reduction="sum", label_smoothing=label_smoothing),

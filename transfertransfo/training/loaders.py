@@ -99,6 +99,7 @@ def make_loader(
         rank=idist.get_rank(),
         world_size=idist.get_world_size(),
         counts=list(map(len, trees)),
+        labels=[sum(len(example.candidates[-1]) + 1 for example in tree) for tree in trees],  # 1 for <eos>
     )
     loader: DataLoader = DataLoader(
         trees,  # type: ignore[arg-type]  # torch takes any sequence

@@ -42,7 +42,7 @@ class Found:
         gpt_tokenization: how GPT's text is split into words (None = another kind of tokenizer).
         token_types: "on" or "off".
         dataset_digest: tells the dataset, tokenised, from any other.
-        base_digest: tells the model beside an adapter from any other ("" = no adapter).
+        base_digest: tells the model that it began with from any other ("" = one on the hub, without an adapter).
     """
 
     gpt_tokenization: str | None
@@ -64,8 +64,11 @@ def make_record(flags: Mapping, found: Found, saved: Mapping) -> dict:
     return {**saved, **flags, "unset": saved.get("unset", []) if saved else left_open, **asdict(found)}
 
 
-def find_run(resume: str, flags: Mapping) -> Path | None:
+def find_run(resume: str, flags: Mapping, defaults: Mapping) -> Path | None:
     """The run folder to resume: the one given, or for "auto" the newest of the same flags, if there is one.
+
+    Args:
+        defaults: what a run has of flags that are newer than it.
 
     Raises:
         SettingError: the folder given is no run folder, or has no checkpoint yet.
@@ -80,7 +83,7 @@ def find_run(resume: str, flags: Mapping) -> Path | None:
     runs = sorted(Path("runs").glob(f"*/{ARGUMENTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
         try:
-            saved = read_arguments(file.parent)
+            saved = {**defaults, **read_arguments(file.parent)}
         except UserError as error:  # another program's, or a damaged one
             logger.warning("%s", error)
             continue
@@ -110,9 +113,9 @@ def read_arguments(folder: Path) -> dict:
 def changed_arguments(saved: Mapping, flags: Mapping) -> dict[str, tuple]:
     """The arguments of a run that may not change and differ from the flags given, each as there and here.
 
-    A run without adapters goes on from its own folder, so that another base model would be of no use.
+    Of a base model on the hub, as of one in a run of an early version, the path is all that is known.
     """
-    movable = MOVABLE if saved.get("lora_rank") else MOVABLE - {"model_checkpoint"}
+    movable = MOVABLE if saved.get("base_digest") else MOVABLE - {"model_checkpoint"}
     return {
         name: (saved[name], flags[name])
         for name in sorted(saved.keys() & flags.keys() - CHANGEABLE - movable)
