@@ -190,7 +190,7 @@ from transfertransfo.training.handlers import (
     attach_validation,
 )
 from transfertransfo.training.loaders import Loaders, first_share, make_loaders
-from transfertransfo.training.memory import estimate_memory, free_memory, longest_batch
+from transfertransfo.training.memory import estimate_memory, free_memory, largest_batch
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 from transfertransfo.training.precision import make_precision
 from transfertransfo.training.runs import (
@@ -420,7 +420,7 @@ def tell_memory(args: Namespace, model: DoubleHeads, loader: DataLoader, device:
     half = {"bf16": torch.bfloat16, "O1": torch.float16}.get(args.fp16)
     try:
         memory = estimate_memory(
-            model, longest_batch(loader, args.train_batch_size), device, half=half,
+            model, largest_batch(loader), device, half=half,
             micro_steps=args.gradient_accumulation_steps, n_processes=idist.get_world_size(), sharded=args.sharded,
             checkpointing=args.gradient_checkpointing,
         )  # fmt: skip

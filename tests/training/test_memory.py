@@ -12,12 +12,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.functional import cross_entropy
 
 import train
+from transfertransfo.data.inputs import Example
 from transfertransfo.data.trees import Fork, pack
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import DoubleHeads, enable_gradient_checkpointing_, halve_frozen_
 from transfertransfo.model.heads import double_heads_class
 from transfertransfo.training.engines import Optimisation, create_trainer, make_adamw
-from transfertransfo.training.memory import estimate_memory
+from transfertransfo.training.loaders import make_loader, pack_examples
+from transfertransfo.training.memory import estimate_memory, largest_batch
 from transfertransfo.training.precision import make_precision
 
 CPU = torch.device("cpu")
@@ -87,6 +89,17 @@ def test_adapters_over_halved_weights_need_what_is_estimated(base_checkpoints, t
     assert sizes[1][1] == pytest.approx(measured, rel=0.05) and len(losses) == 2
     halved = sum(p.nbytes for p in model.parameters() if p.dtype == torch.bfloat16)
     assert halved > 100_000 and sizes[0][0] - sizes[1][0] == halved == sizes[0][1] - sizes[1][1]
+
+
+def test_the_batch_that_takes_most_room(gpt):
+    """Many short rows can take more than few long ones."""
+    short, long = (Example([[5] * size], [[6]], [[7], [8]]) for size in (20, 90))
+    trees = [[short]] * 40 + [[long] * 8] * 2
+    collate = partial(pack_examples, tokenizer=gpt, history_start=0, multiple=1, filler=short)
+    loader, sampler = make_loader(trees, collate, batch_size=8, shuffle=True, seed=1)
+    sizes = [batch.input_ids.numel() for batch in loader]
+    largest = largest_batch(loader).input_ids
+    assert largest.numel() == max(sizes) and largest.size(1) < sampler.lengths.max()
 
 
 def make_batch():

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # tensors of shapes al
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from transfertransfo.data.inputs import Example, tree_length
 from transfertransfo.data.trees import Batch
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.quantization import quantized_layers
@@ -36,7 +35,7 @@ class Memory:
         parameters: what the device holds of them, and what of shards it gathers, or unpacks of 4 bits, at a time.
         gradients: of the parameters that are trained.
         optimizer: AdamW's two moments, and float32 masters where there are some.
-        activations: what the forward of the longest batch keeps for the backward, and what the loss needs beside it.
+        activations: what the forward of the largest batch keeps for the backward, and what the loss needs beside it.
         gradients_stay: whether gradients are there beside all of the activations.
     """
 
@@ -192,15 +191,13 @@ def replaced(model: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[Non
             held[name] = tensor  # type: ignore[assignment]
 
 
-def longest_batch(loader: DataLoader, size: int) -> Batch:
-    """A batch of `size` examples at least, of the longest trees."""
+def largest_batch(loader: DataLoader) -> Batch:
+    """The batch of an epoch that takes the most room, which many short trees can do as well as few long ones."""
     trees: Any = loader.dataset  # torch knows no sequence
-    chosen: list[list[Example]] = []
-    for tree in sorted(trees, key=tree_length, reverse=True):
-        if sum(map(len, chosen)) < size:
-            chosen.append(tree)
+    sampler: Any = loader.batch_sampler
+    chosen = max(sampler, key=lambda batch: len(batch) * max(sampler.lengths[batch], default=0))
     assert loader.collate_fn
-    return loader.collate_fn(chosen)
+    return loader.collate_fn([trees[i] for i in chosen])
 
 
 def free_memory(device: torch.device) -> int:
