@@ -224,7 +224,6 @@ class Bench:
             sharded=False, checkpointing=False,
         )  # fmt: skip
         stream = itertools.cycle(batches)
-        packed.step(next(stream))  # the first one loads what the others find
         count, seconds = self.for_seconds(lambda: packed.step(next(stream)), self.plan.steady)
         peak = torch.cuda.max_memory_allocated() - before if self.cuda else 0
         yield figure(f"training, adapters over weights in {bits} bits, batch 4", count / seconds, unit="steps/s",
