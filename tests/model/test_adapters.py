@@ -4,6 +4,8 @@ import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,15 @@ def test_a_note_of_peft_that_decides_nothing_is_passed_over(run, tmp_path, monke
     folder = with_config(run, tmp_path, {"auto_mapping": mapping, "peft_version": "9", "task_type": "CAUSAL_LM"})
     assert torch.equal(losses_of(load_model(folder), tokenizer), losses_of(load_model(run), tokenizer))
     assert json.loads((run / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.slow
+def test_an_adapter_is_loaded_without_bitsandbytes(run):
+    """peft imports it where it is there: a chat began four seconds later."""
+    pytest.importorskip("bitsandbytes", reason="needs requirements/extra.txt")
+    code = "import sys; from transfertransfo.model.loading import load_finetuned"
+    code += f"; load_finetuned({str(run)!r}); assert 'peft' in sys.modules; assert 'bitsandbytes' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def with_config(run: Path, tmp_path: Path, changed: dict) -> Path:

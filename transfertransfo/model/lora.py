@@ -3,12 +3,14 @@
 A run folder then holds these matrices, the dialog tokens' embeddings, the choice head, and where the model is.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,24 @@ UNREAD = {  # that peft writes, and that decide nothing where what they belong t
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Have peft work as if bitsandbytes were not there, whose import takes a quarter of a chat's start.
+
+    peft's own layers of 4 bits are not used: `quantization.Linear4bit` is.
+    """
+    name = "bitsandbytes"
+    absent = name not in sys.modules
+    if absent:
+        sys.modules[name] = None  # type: ignore[assignment]  # so the import system marks what is not to be found
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[name]
+
+
+@without_bitsandbytes()
 def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], base: str) -> Network:
     """The model with adapters of this rank, scaled by alpha / rank = 2, at all linear layers of its blocks.
 
@@ -185,6 +205,7 @@ def rank_of(network: Network) -> int:
     return 0 if isinstance(network, PreTrainedModel) else network.active_peft_config.r
 
 
+@without_bitsandbytes()
 def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any]) -> Network:
     """The model with a folder's adapter, ready to be trained on.
 
@@ -220,6 +241,7 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
     return network
 
 
+@without_bitsandbytes()
 def merge(network: Network) -> PreTrainedModel:
     """The model with its adapter, if it has one, worked into its weights; `network` is of no use then."""
     return network.merge_and_unload() if rank_of(network) else network
