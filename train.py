@@ -164,8 +164,9 @@ from transfertransfo.model.double_heads import (
     halve_frozen_,
     merge_adapter_,
 )
-from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
+from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model
 from transfertransfo.model.lora import is_adapter, rank_of
+from transfertransfo.model.packing import use_eager_attention_
 from transfertransfo.model.quantization import quantize_
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed

@@ -19,7 +19,8 @@ from transfertransfo.data.tokenization import tokenize
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.heads import double_heads_class
-from transfertransfo.model.loading import check_packing_, load_finetuned, load_model, save_model
+from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.packing import check_packing_
 from transfertransfo.model.sources import load_tokenizer
 
 
@@ -255,17 +256,20 @@ UNKNOWN = [
         vocab_size=60, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["local"], 1]],
         max_position_embeddings=400,
     ),
+    # back over more tokens than are tried
+    tiny_config("gpt_neo", 60, max_position_embeddings=1024, window_size=512),
     *(tiny_config(family, 60) for family in ("mpt", "falcon_alibi", "llama4_text", "mamba")),
     *([] if AS_IN_5_3 else [tiny_config("qwen3_5_text", 60)]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("std", [1e-3, 0.02, 0.5])
+@pytest.mark.parametrize("std", [0.0, 1e-3, 0.5])
 @pytest.mark.parametrize("config", [*KNOWN, *UNKNOWN], ids=lambda config: config.model_type)
 def test_the_configuration_decides_whether_a_model_can_be_used_not_the_size_of_its_weights(config, std):
-    """With small weights no logit came near Gemma 2's cap; what was trained from them was refused."""
+    """With small weights no logit came near Gemma 2's cap; what was trained from them was refused. With zeros every
+    model was refused, and GPT-Neo with a long window was taken whatever its weights.
+    """
     model = decoder(config, std)
-    hooks = {module: len(module._forward_hooks) for module in model.modules()}
     if config in KNOWN:
         check_packing_(model, "there")
     else:
@@ -273,7 +277,17 @@ def test_the_configuration_decides_whether_a_model_can_be_used_not_the_size_of_i
             check_packing_(model, "there")
         assert not model.additive_mask
     assert not model.token_types
-    assert hooks == {module: len(module._forward_hooks) for module in model.modules()}
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "mpt"])
+def test_zeros_behind_attention_do_not_hide_its_kind(family):
+    """As some begin: the model was taken, and refused when it had been trained."""
+    model = decoder(tiny_config(family, 60), 0.02)
+    for name, layer in model.pretrained.named_modules():
+        if name.endswith(("out_proj", "c_proj", "down_proj")):
+            torch.nn.init.zeros_(layer.weight)
+    with pytest.raises(UserError, match="whose attention"):
+        check_packing_(model, "there")
 
 
 def test_a_model_that_raises_is_left_as_it_was(monkeypatch):
@@ -287,7 +301,6 @@ def test_a_model_that_raises_is_left_as_it_was(monkeypatch):
     with pytest.raises(UserError, match=r"that is not known here \(of its own\)$"):
         check_packing_(model, "there")
     assert model.token_types and not model.additive_mask
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_learnt_buffers_are_saved_and_loaded(tmp_path):

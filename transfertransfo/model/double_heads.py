@@ -180,7 +180,7 @@ class DoubleHeads(nn.Module):
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of each next token: (..., C) -> (..., vocabulary), scaled and capped as the model's own are.
 
-        `loading.check_packing_` compares them with what the model gives.
+        `packing.check_packing_` compares them with what the model gives.
         """
         config = self.pretrained.config.get_text_config()
         logits = self.pretrained.get_output_embeddings()(hidden)

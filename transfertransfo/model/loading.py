@@ -1,13 +1,12 @@
 """Double-head models loaded, checked and saved."""
 
-import contextlib
 import copy
 import json
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    Cache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from transfertransfo.data.tokenization import knows_dialog_tokens
@@ -45,6 +41,7 @@ from transfertransfo.model.lora import (
     read_adapter,
     save_network,
 )
+from transfertransfo.model.packing import check_packing_
 from transfertransfo.model.quantization import can_quantize, quantize_
 from transfertransfo.model.sharding import (
     INDEX,
@@ -404,125 +401,6 @@ def load_adapted(
         raise cannot_load(checkpoint, "adapter", error) from error
     model.new_head = False
     return model
-
-
-def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
-    """Check that packed rows and cached steps give what a model gives a sequence alone, and find how it takes masks.
-
-    There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
-
-    Raises:
-        UserError: the model is of such a kind.
-    """
-    error = None
-    before = model.additive_mask, model.window_by
-    for window_by in ("layer type", "model", "") if model.window else ("",):
-        for additive_mask in (False, True):
-            model.additive_mask, model.window_by = additive_mask, window_by
-            try:
-                if computes_the_same(model):
-                    return
-            except Exception as raised:  # whatever a model's code does with arguments that it does not expect
-                error = raised
-    model.additive_mask, model.window_by = before
-    reason = f" ({first_line(error)})" if error else ""
-    raise unusable(
-        checkpoint,
-        f"a {model.pretrained.config.model_type} model, whose attention, positions or"
-        f" logits are of a kind that is not known here{reason}",
-    ) from error
-
-
-@torch.no_grad()
-def computes_the_same(model: DoubleHeads) -> bool:
-    """Whether packed rows and cached steps give what the model gives a sequence alone; it is left as it was.
-
-    All matrix products count as scaled to one size, so that the answer is the configuration's, not the weights'. A
-    sliding window that a mask is to have counts as one of three tokens.
-    """
-    n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
-    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]], device=model.device)  # a context and two replies
-    positions = torch.tensor([[*range(3 + n), 3, 4]], device=model.device)
-    segments = torch.tensor([0] * 3 + [1] * n + [2] * 2, device=model.device)
-    alone = [0, 1, 2, n + 3, n + 4]
-    causal = torch.ones(n + 5, n + 5, dtype=torch.bool, device=model.device).tril()
-    mask = causal & ((segments == 0) | (segments == segments[:, None]))
-    token_types, config = model.token_types, model.pretrained.config.get_text_config()
-    window = model.window
-    model.token_types = False
-    if model.window_by:
-        config.sliding_window = 3
-    try:
-        with at_one_size(model), inputs_of(model.pretrained.get_output_embeddings()) as hidden_alone:
-            want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
-            packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
-            cache = Cache(layer_class_to_replicate=DynamicLayer)
-            for part in (alone[:3], alone[3:4], alone[4:]):
-                cached = model.hidden_states(ids[:, part], ids[:, part], positions[:, part], None, cache)[0, -1:]
-            hidden = torch.cat([packed, cached])
-            got = model.lm_logits(hidden)
-    finally:
-        model.token_types = token_types
-        if window:
-            config.sliding_window = window
-    if not want.isfinite().all():
-        raise ValueError("its logits are not finite")
-    # the logits alone would say little where they are capped
-    pairs = [(got, want), (hidden, hidden_alone[0][0, -2:])]
-    return all((here - there[[0, 1, 1]]).norm() < 1e-3 * there.norm() for here, there in pairs)
-
-
-@contextlib.contextmanager
-def inputs_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list to which each input of a layer is added."""
-    inputs: list[torch.Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        yield inputs
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def at_one_size(model: DoubleHeads) -> Iterator[None]:
-    """Give what each linear layer returns a root mean square of 1, and the logits one of 10,000.
-
-    Small weights hide what a model does: attention is the same everywhere, and no logit reaches the cap on it.
-    """
-
-    def scale_to(size: float) -> Callable:
-        def scaled(module: nn.Module, inputs: tuple, output: Any) -> Any:
-            if not isinstance(output, torch.Tensor):  # of a layer that chooses experts
-                return output
-            return output * (size * (output.square().mean(-1, keepdim=True) + 1e-30).rsqrt())
-
-        return scaled
-
-    output = model.pretrained.get_output_embeddings()
-    layers = [layer for layer in model.pretrained.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
-    hooks = [layer.register_forward_hook(scale_to(1.0)) for layer in layers if layer is not output]
-    hooks.append(output.register_forward_hook(scale_to(1e4)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def use_eager_attention_(model: DoubleHeads) -> None:
-    """Make a decoder of transformers attend by plain matrix products, where it computes the same by them.
-
-    On a CPU in bfloat16 they take half the time of torch's fused kernel, forward and backward.
-    """
-    pretrained = model.pretrained
-    if pretrained.config.model_type in FAMILIES:
-        return
-    before = pretrained.config._attn_implementation
-    pretrained.set_attn_implementation("eager")
-    try:
-        check_packing_(model, "")
-    except UserError:
-        pretrained.set_attn_implementation(before)
 
 
 def load_finetuned(
