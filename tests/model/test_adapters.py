@@ -207,7 +207,7 @@ def test_what_no_text_passes_is_not_trained(base, family):
         assert parameter.requires_grad != ("vision" in name or "multi_modal" in name), name
 
 
-@pytest.mark.parametrize("change", ["lost", "more", "of another model"])
+@pytest.mark.parametrize("change", ["lost", "more", "of another model", "of another shape", "of a wrapped model"])
 @pytest.mark.parametrize("family", ["gpt"])
 def test_an_adapters_weights_that_do_not_fit_are_refused(base, tmp_path, change):
     """What was missing began anew, and what was too much was passed over: as the second delta of GPT's embeddings."""
@@ -218,6 +218,10 @@ def test_an_adapters_weights_that_do_not_fit_are_refused(base, tmp_path, change)
         weights["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] = torch.zeros(5, 16)
     else:
         weight = weights.pop(name)
+    if change == "of another shape":
+        weights[name] = weight[1:].contiguous()
+    if change == "of a wrapped model":
+        weights = {f"module.{name}": weight for name, weight in weights.items()}
     if change == "of another model":
         weights[name.replace("h.1.", "h.2.")] = weight
     save_file(weights, run / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -61,6 +61,25 @@ def test_weights_that_do_not_fit_are_refused(family, checkpoints, tmp_path, chan
             load_model(folder, from_scratch=from_scratch)
 
 
+@pytest.mark.parametrize("part", ["layer", "choice head"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_the_line_names_the_weight_of_another_shape(family, checkpoints, tmp_path, kind, part):
+    """It named a flag of transformers and a report above it."""
+    folder = shutil.copytree(checkpoints[family], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = "multiple_choice_head.summary.weight" if part == "choice head" else min(n for n in weights if ".1." in n)
+    shape, weights[name] = tuple(weights[name].shape), torch.zeros(3)
+    if kind == "safetensors":
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    message = f"another shape 1, as {name} of the shape (3,), in place of {shape}"
+    with pytest.raises(UserError, match=re.escape(f"not those of the model in config.json: {message})")):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox"])
 def test_a_layer_that_the_configuration_has_not_is_refused(family, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints[family], tmp_path / "model")

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -281,14 +281,17 @@ def read_weights(
     Raises:
         ValueError: the weights are not those of the configuration's model.
     """
-    arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32, "output_loading_info": True}
+    arguments = pretrained_arguments(checkpoint)
     loaded: Any  # a pair, since it is asked for
     if "gguf_file" in arguments:
         return load_gguf(family, checkpoint, config, check_fit)
     check_depth(config, checkpoint)
-    loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
+    loaded = family.from_pretrained(
+        **arguments, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_fit` names them
+    )  # fmt: skip
     pretrained, found = loaded
-    new_head = check_fit(pretrained, found["missing_keys"], set(found["unexpected_keys"]) - set(elsewhere))
+    new_head = check_fit(pretrained, found, elsewhere)
     separate_(pretrained)
     return pretrained, new_head
 
@@ -321,24 +324,27 @@ def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
             raise ValueError(f"not finite: {name}")
 
 
-def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> bool:
+def check_fit(pretrained: PreTrainedModel, found: Mapping[str, Any], elsewhere: Collection[str] = ()) -> bool:
     """Check that a checkpoint's weights are the model's; transformers gives those that are missing random values.
 
     A choice head may be missing as a whole. Weights of another part, as of another head, are left unread.
 
     Args:
-        missing, unexpected: the names that transformers found to be so, but for those that it passes over.
+        found: names that transformers found to be missing, unexpected, or of another shape, but for those that it
+            passes over.
+        elsewhere: unexpected names that are expected to be so.
 
     Returns:
         Whether the choice head is missing.
 
     Raises:
-        ValueError: weights are missing, or there are more than the model has in one of its parts.
+        ValueError: weights are missing, are of another shape, or are more than the model has in one of its parts.
     """
     names = pretrained.state_dict().keys()
     head = {name for name in names if name.startswith(f"{HEAD}.")}
-    new_head = head <= set(missing)
-    missing = [name for name in missing if not (new_head and name in head)]
+    new_head = head <= set(found["missing_keys"])
+    missing = [name for name in found["missing_keys"] if not (new_head and name in head)]
+    unexpected = set(found["unexpected_keys"]) - set(elsewhere)
     parts = {name.removeprefix(f"{pretrained.base_model_prefix}.").partition(".")[0] for name in names}
     parts |= {name.partition(".")[0] for name in names}
     others = [name for name in unexpected if name.partition(".")[0] not in parts and not missing]
@@ -348,6 +354,10 @@ def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected:
         faults.append(f"missing {len(missing)}, as {min(missing)}")
     if surplus:
         faults.append(f"too many {len(surplus)}, as {min(surplus)}")
+    if misshapen := found["mismatched_keys"]:
+        name, there, here = min(misshapen)
+        shapes = f"of the shape {tuple(there)}, in place of {tuple(here)}"
+        faults.append(f"another shape {len(misshapen)}, as {name} {shapes}")
     if faults:
         raise ValueError(f"not those of the model in config.json: {'; '.join(faults)}")
     if others:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -196,7 +197,7 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
         Exception: whatever peft raises of a damaged adapter; ValueError of weights that are not the adapter's.
     """
     require(f"model_checkpoint {folder}", "peft", setting="model_checkpoint")
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     layer: Any = pretrained.get_input_embeddings()
     rows, embeddings = len(layer.weight), embedding_names(pretrained)
@@ -207,16 +208,20 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
     if strange := {*fields.get("modules_to_save", ())} - {HEAD, *biased_output(pretrained)}:
         raise ValueError(f"modules_to_save: {shortened(min(strange))}: no output layer of this model with a bias")
     with safe_open(os.path.join(folder, WEIGHTS), "pt") as file:
-        there = set(file.keys())
-        largest = max((file.get_slice(name).get_shape()[0] for name in there if ".lora_A." in name), default=0)
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+    largest = max((shape[0] for name, shape in there.items() if ".lora_A." in name), default=0)
     config = LoraConfig(**fields)
     if (rank := max(config.r, *(config.rank_pattern or {}).values(), 0)) > largest:  # before memory is taken for it
         raise ValueError(f"r or rank_pattern is {rank}, that of its weights {largest}")
     with warnings.catch_warnings(action="ignore"):
-        network = PeftModel.from_pretrained(pretrained, folder, is_trainable=True, config=config)
-        wanted = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
-    if strange := wanted ^ there:  # peft begins what is missing anew, and passes over the rest
-        raise ValueError(f"its weights are not those of the adapter: {len(strange)} differ, as {min(strange)}")
+        network = PeftModel(pretrained, config)
+        state = get_peft_model_state_dict(network, save_embedding_layers=False)
+        wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        # peft would begin what is missing anew, and pass over the rest
+        if strange := {name for name, _ in wanted.items() ^ there.items()}:
+            message = f"{len(strange)} differ by name or shape, as {min(strange)}"
+            raise ValueError(f"its weights are not those of the adapter: {message}")
+        set_peft_model_state_dict(network, load_file(os.path.join(folder, WEIGHTS)))
     return network
 
 
