@@ -232,10 +232,16 @@ def test_escape_sequences_of_a_configuration_do_not_reach_the_terminal(family, c
 
 @pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "qwen2", "gpt_neox", "gemma2", "gemma3", "opt", "mistral"])
 def test_a_folder_without_tokenizer_files(family, tmp_path):
-    """transformers makes one of 2 tokens for GPT-NeoX, of 5 for Gemma, and every text became nothing or <unk>."""
+    """transformers makes one of 2 tokens for GPT-NeoX, of 5 for Gemma, and every text became nothing or <unk>. Of Llama
+    and Mistral it says that it cannot do it "from one of:".
+    """
     tiny_config(family, 400).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"^model_checkpoint {tmp_path}: no .*tokenizer there"):
-        load_tokenizer(tmp_path)
+    message = f"model_checkpoint {tmp_path}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt)"
+    for settings in (None, {"eos_token": "</s>", "extra_special_tokens": [f"<{number}>" for number in range(20)]}):
+        if settings:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_file_that_would_have_texts_cut_or_padded(checkpoints, tmp_path, family):
