@@ -95,13 +95,15 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
     if copied and pretrained.config.get_text_config().tie_word_embeddings:
         message = f"lora_rank {rank}: {kind}, whose output layer has a bias and the input's embeddings"
         raise SettingError(message, "lora_rank")
-    adapted, others = linear_layers(pretrained)
+    adapted = linear_layers(pretrained)
     names = {last_part(name) for name in adapted}
+    # of a kind of their own, or not for text, of whatever class: peft goes by the names
+    others = [name for name, _ in pretrained.named_modules() if last_part(name) in names and name not in adapted]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=sorted(names),
-        exclude_modules=[name for name in others if last_part(name) in names] or None,
+        exclude_modules=others or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
         modules_to_save=[HEAD, *copied],
         trainable_token_indices={name: list(tokens) for name in embedding_names(pretrained) if name not in copied},
@@ -121,23 +123,28 @@ def text_parts(pretrained: PreTrainedModel) -> tuple[nn.Module, ...]:
     return pretrained.get_decoder(), pretrained.get_input_embeddings(), pretrained.get_output_embeddings()
 
 
-def linear_layers(pretrained: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The linear layers of a model's blocks by their names, and others: of a kind of their own, or not for text."""
-    inside: dict[str, nn.Module] = {}
-    outside: dict[str, nn.Module] = {}
+def linear_layers(pretrained: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers of a model's blocks by their names; those of other classes return more, as of experts."""
     passed = {layer for part in text_parts(pretrained) for layer in part.modules()}
-    heads = (pretrained.get_output_embeddings(), *pretrained.get_submodule(HEAD).modules())
-    for name, layer in pretrained.named_modules():
-        if isinstance(layer, nn.Linear | Conv1D) and layer not in heads:
-            plain = type(layer) in (nn.Linear, Conv1D)  # others return more, as what chooses experts
-            (inside if layer in passed and plain else outside)[name] = layer
-    return inside, outside
+    inside = passed - {pretrained.get_output_embeddings()}
+    return {
+        name: layer
+        for name, layer in pretrained.named_modules()
+        if type(layer) in (nn.Linear, Conv1D) and layer in inside
+    }
+
+
+def token_tables(pretrained: PreTrainedModel) -> list[Any]:
+    """The layers that have a row for each token: the embeddings, input and output, and Gemma 4's for all its layers."""
+    of_layers = getattr(pretrained.get_decoder(), "embed_tokens_per_layer", None)
+    tables = [pretrained.get_input_embeddings(), pretrained.get_output_embeddings(), of_layers]
+    return [table for table in tables if table is not None]
 
 
 def embedding_names(pretrained: PreTrainedModel) -> list[str]:
-    """The names of a model's embeddings, input and output; of tied ones both."""
-    embeddings = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
-    return [name for name, module in pretrained.named_modules() if module in embeddings]
+    """The names of a model's token tables; of tied ones both."""
+    tables = token_tables(pretrained)
+    return [name for name, module in pretrained.named_modules() if module in tables]
 
 
 def biased_output(pretrained: PreTrainedModel) -> list[str]:
