@@ -245,14 +245,18 @@ def read_around_blocks(
         ValueError: the weights are not those of the configuration's model.
     """
     check_depth(config, checkpoint)
+    without = copy.deepcopy(config)
+    without.get_text_config().num_hidden_layers = 0
     with parameters_on_meta():
-        hollow = family(config)
+        hollow, around = family(config), family(without)
     blocks = blocks_of(hollow)
     prefix = hollow.base_model_prefix
     (path,) = (name for name, module in hollow.named_modules() if module is blocks)
     inside = {name: value for name, value in hollow.state_dict(keep_vars=True).items() if name.startswith(f"{path}.")}
     parameters: dict[str, Any] = {name: value for name, value in inside.items() if isinstance(value, nn.Parameter)}
     try:
+        if any(value.shape != hollow.get_parameter(name).shape for name, value in around.named_parameters()):
+            raise NotStoredSo("there are tables with a part for each block")  # Gemma 4's
         places = places_of(inside, prefix, weight_places(checkpoint))
     except NotStoredSo as reason:
         logger.info("Each process reads the whole model before it leaves all but its share: %s", reason)
@@ -260,8 +264,6 @@ def read_around_blocks(
     for name in inside.keys() - parameters.keys():  # buffers, as the biases by which DeepSeek-V3 chooses experts
         with safe_open(places[name].file, "pt") as file:
             inside[name].copy_(file.get_tensor(places[name].key))
-    without = copy.deepcopy(config)
-    without.get_text_config().num_hidden_layers = 0
     elsewhere = {key for name in inside for key in (name, name.removeprefix(f"{prefix}."))}
     pretrained, new_head = read_weights(family, checkpoint, without, elsewhere)
     parent, _, attribute = path.rpartition(".")
@@ -494,7 +496,10 @@ def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = Fa
     if folder is None:
         return
     try:
-        check_finite(model.network.named_parameters() if gathered is None else gathered.items())
+        values: dict[str, torch.Tensor] = dict(model.network.named_parameters())
+        if gathered is not None:  # buffers may be infinite, as the bounds in Gemma 4's towers
+            values = {name: gathered[name] for name in values.keys() & gathered.keys()}
+        check_finite(values.items())
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
             if generation := getattr(model.pretrained, "generation_config", None):
