@@ -365,8 +365,7 @@ def prepare_model(
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:
         merge_adapter_(model)
-    if args.token_types is not None:
-        model.token_types = args.token_types == "on"
+    model.token_types = model.token_types if args.token_types is None else args.token_types == "on"  # is on record then
     if args.history_start is not None:
         model.history_start = args.history_start
     freeze_unread_(model)
