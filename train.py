@@ -164,8 +164,9 @@ from transfertransfo.model.double_heads import (
     halve_frozen_,
     merge_adapter_,
 )
-from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model, use_eager_attention_
+from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model
 from transfertransfo.model.lora import is_adapter, rank_of
+from transfertransfo.model.packing import use_eager_attention_
 from transfertransfo.model.quantization import quantize_
 from transfertransfo.model.sources import files_digest, load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
@@ -378,8 +379,7 @@ def prepare_model(
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:
         merge_adapter_(model)
-    if args.token_types is not None:
-        model.token_types = args.token_types == "on"
+    model.token_types = model.token_types if args.token_types is None else args.token_types == "on"  # is on record then
     if args.history_start is not None:
         model.history_start = args.history_start
     freeze_unread_(model)

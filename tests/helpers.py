@@ -79,6 +79,13 @@ def tiny_config(family: str, vocab_size: int, **more) -> PretrainedConfig:
         text = window | tokens | {"vocab_size": vocab_size}
         image = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
         return transformers.Gemma3Config(text_config=text | more, vision_config=tower, **image)
+    if family == "gemma4":  # reads images and hears too
+        text = tiny_config("gemma4_text", vocab_size, **more)
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+        image = sizes | {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16, "patch_size": 4}
+        kinds = transformers.Gemma4VisionConfig(**image), transformers.Gemma4AudioConfig(**sizes)
+        ids = dict.fromkeys(("image_token_id", "boi_token_id", "eoi_token_id", "audio_token_id", "boa_token_id"), 5)
+        return transformers.Gemma4Config(text_config=text, vision_config=kinds[0], audio_config=kinds[1], **ids)
     kind, shape = {
         "gpt": (transformers.OpenAIGPTConfig, gpt),
         "gpt2": (transformers.GPT2Config, gpt),

@@ -28,7 +28,8 @@ from transfertransfo.model.double_heads import (
     has_bfloat16_units,
     prepare_bfloat16,
 )
-from transfertransfo.model.loading import SHORTEST, load_model, save_model, use_eager_attention_
+from transfertransfo.model.loading import SHORTEST, load_model, save_model
+from transfertransfo.model.packing import use_eager_attention_
 from transfertransfo.model.sources import load_tokenizer
 
 PADDED_CLASSES = {
@@ -193,7 +194,7 @@ def test_a_processor_without_bfloat16_units_is_told_of(line, has, tmp_path, monk
 
 def test_where_eager_attention_is_another_function_the_model_keeps_its_own(checkpoints, tokenizer, monkeypatch):
     model = load_model(checkpoints["llama"])
-    monkeypatch.setattr("transfertransfo.model.loading.check_packing_", raise_user_error)
+    monkeypatch.setattr("transfertransfo.model.packing.check_packing_", raise_user_error)
     use_eager_attention_(model)
     assert model.pretrained.config._attn_implementation == "sdpa" and not model.additive_mask
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from test_other_models import write_gguf
 
+from transfertransfo.errors import UserError
 from transfertransfo.model import gguf
 from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_config, load_tokenizer
@@ -43,6 +44,25 @@ def seeded_state(file) -> dict[str, torch.Tensor]:
 
 def assert_same(one: dict, other: dict) -> None:
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (torch.nn.Identity(), "missing 1, as model.layers.1.mlp.up_proj.weight"),
+        (
+            torch.nn.Linear(16, 8, bias=False),
+            r"another shape 1, as model.layers.1.mlp.up_proj.weight of the shape .8, 16",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(base_checkpoints, cache, tmp_path, layer, message):
+    model = load_model(base_checkpoints["llama"], from_scratch=True).pretrained
+    model.model.layers[1].mlp.up_proj = layer
+    write_gguf(tmp_path / "a.gguf", load_tokenizer(base_checkpoints["llama"]), model)
+    with pytest.raises(UserError, match=f"no usable weights there .not those of the model in config.json: {message}"):
+        load_model(tmp_path / "a.gguf")
+    assert not [*cache.glob("gguf-*")], "nothing to begin with is kept"
 
 
 def test_a_file_is_unpacked_once_and_its_header_read_once(base_checkpoints, cache, unpacked, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from transfertransfo.model.lora import (
     merge,
     rank_of,
     text_parts,
+    token_tables,
 )
 from transfertransfo.model.sharding import Place, blocks_of, on_cpu_without_memory, own_part, whole
 
@@ -180,7 +181,7 @@ class DoubleHeads(nn.Module):
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of each next token: (..., C) -> (..., vocabulary), scaled and capped as the model's own are.
 
-        `loading.check_packing_` compares them with what the model gives.
+        `packing.check_packing_` compares them with what the model gives.
         """
         config = self.pretrained.config.get_text_config()
         logits = self.pretrained.get_output_embeddings()(hidden)
@@ -314,7 +315,7 @@ def base_digest(model: DoubleHeads) -> str:
     if not rank_of(model.network) or model.digest:
         return model.digest
     pretrained = model.pretrained
-    drawn = {*pretrained.get_input_embeddings().parameters(), *pretrained.get_output_embeddings().parameters()}
+    drawn = {parameter for table in token_tables(pretrained) for parameter in table.parameters()}
     key = hashlib.blake2b(digest_size=16)
     for name, parameter in pretrained.get_decoder().named_parameters():
         if not parameter.requires_grad and parameter not in drawn:
@@ -329,8 +330,7 @@ def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -
     So are biases of the words. Of a model with an adapter these are in the copy of its output layer, if it has one.
     """
     pretrained, ids = model.pretrained, special_ids(tokenizer)
-    layers = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
-    for weight in {parameter for layer in layers for parameter in layer.parameters()}:  # one if tied
+    for weight in {parameter for table in token_tables(pretrained) for parameter in table.parameters()}:  # one if tied
         if not weight.requires_grad or len(weight) <= max(ids):  # peft's five rows are the dialog tokens' alone
             continue
         trained = torch.zeros(len(weight), *[1] * (weight.dim() - 1), device=weight.device)
@@ -406,13 +406,12 @@ def add_special_tokens_(model: DoubleHeads | PreTrainedModel, tokenizer: PreTrai
 
 @torch.no_grad()
 def copy_rows_(pretrained: PreTrainedModel, sources: Mapping[int, int]) -> None:
-    """Give tokens, by their ids, the input and output embeddings of others, and their biases.
+    """Give tokens, by their ids, the embeddings of others, input and output, and their biases.
 
     Drawn ones are a sixth as long as SmolLM2's own, and to a model that has learnt its control tokens they say nothing.
     """
-    layers: tuple[Any, ...] = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
-    for layer in layers:
-        for parameter in layer.parameters():
+    for table in token_tables(pretrained):
+        for parameter in table.parameters():
             parameter[list(sources)] = parameter[list(sources.values())]
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transfertransfo.download import cache_folder
 from transfertransfo.errors import UserError, first_line
 from transfertransfo.files import TEMPORARY, move_into_place, own_prefix, remove_abandoned
 
-Check = Callable[[PreTrainedModel, Collection[str], Collection[str]], bool]
+Check = Callable[[PreTrainedModel, Mapping[str, Any]], bool]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def load_gguf(
     """The model of a GGUF file in float32, and what `check` says of it. What the file lacks is random.
 
     Args:
-        check: is given a model, the names that it has and the file lacks, and those of the file alone. It raises an
-            error where the weights are not to be used.
+        check: is given a model and what transformers found amiss in the file (`loading.check_fit`). It raises an error
+            where the weights are not to be used.
     """
     kept = kept_copy(file)
     tensors = load_file(kept) if kept else unpack(family, file, config, check)
@@ -61,10 +61,11 @@ def load_gguf(
         keep(file, tensors)
     # The same way whether a copy was there or not: a random head then is the same too
     loaded: Any = family.from_pretrained(
-        None, config=copy.deepcopy(config), state_dict=tensors, dtype=torch.float32, output_loading_info=True
-    )
+        None, config=copy.deepcopy(config), state_dict=tensors, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
     pretrained, found = loaded
-    return pretrained, check(pretrained, found["missing_keys"], found["unexpected_keys"])
+    return pretrained, check(pretrained, found)
 
 
 def unpack(family: type[PreTrainedModel], file: str, config: PretrainedConfig, check: Check) -> dict[str, torch.Tensor]:
@@ -80,9 +81,10 @@ def unpack(family: type[PreTrainedModel], file: str, config: PretrainedConfig, c
             config=copy.deepcopy(config),
             quantization_config=transformers.GgufConfig(dequantize=True),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     quantized, found = loaded
-    check(quantized, found["missing_keys"], found["unexpected_keys"])
+    check(quantized, found)
     tensors, places = {}, set()
     for key, tensor in quantized.state_dict().items():
         if key not in found["missing_keys"] and tensor.data_ptr() not in places:  # a tied layer stands there once

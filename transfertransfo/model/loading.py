@@ -1,13 +1,12 @@
 """Double-head models loaded, checked and saved."""
 
-import contextlib
 import copy
 import json
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    Cache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from transfertransfo.data.tokenization import knows_dialog_tokens
@@ -46,6 +42,7 @@ from transfertransfo.model.lora import (
     read_adapter,
     save_network,
 )
+from transfertransfo.model.packing import check_packing_
 from transfertransfo.model.quantization import can_quantize, quantize_
 from transfertransfo.model.sharding import (
     INDEX,
@@ -249,14 +246,18 @@ def read_around_blocks(
         ValueError: the weights are not those of the configuration's model.
     """
     check_depth(config, checkpoint)
+    without = copy.deepcopy(config)
+    without.get_text_config().num_hidden_layers = 0
     with parameters_on_meta():
-        hollow = family(config)
+        hollow, around = family(config), family(without)
     blocks = blocks_of(hollow)
     prefix = hollow.base_model_prefix
     (path,) = (name for name, module in hollow.named_modules() if module is blocks)
     inside = {name: value for name, value in hollow.state_dict(keep_vars=True).items() if name.startswith(f"{path}.")}
     parameters: dict[str, Any] = {name: value for name, value in inside.items() if isinstance(value, nn.Parameter)}
     try:
+        if any(value.shape != hollow.get_parameter(name).shape for name, value in around.named_parameters()):
+            raise NotStoredSo("there are tables with a part for each block")  # Gemma 4's
         places = places_of(inside, prefix, weight_places(checkpoint))
     except NotStoredSo as reason:
         logger.info("Each process reads the whole model before it leaves all but its share: %s", reason)
@@ -264,8 +265,6 @@ def read_around_blocks(
     for name in inside.keys() - parameters.keys():  # buffers, as the biases by which DeepSeek-V3 chooses experts
         with safe_open(places[name].file, "pt") as file:
             inside[name].copy_(file.get_tensor(places[name].key))
-    without = copy.deepcopy(config)
-    without.get_text_config().num_hidden_layers = 0
     elsewhere = {key for name in inside for key in (name, name.removeprefix(f"{prefix}."))}
     pretrained, new_head = read_weights(family, checkpoint, without, elsewhere)
     parent, _, attribute = path.rpartition(".")
@@ -285,14 +284,17 @@ def read_weights(
     Raises:
         ValueError: the weights are not those of the configuration's model.
     """
-    arguments = pretrained_arguments(checkpoint) | {"dtype": torch.float32, "output_loading_info": True}
+    arguments = pretrained_arguments(checkpoint)
     loaded: Any  # a pair, since it is asked for
     if "gguf_file" in arguments:
         return load_gguf(family, checkpoint, config, check_fit)
     check_depth(config, checkpoint)
-    loaded = family.from_pretrained(**arguments, config=config, weights_only=True)
+    loaded = family.from_pretrained(
+        **arguments, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_fit` names them
+    )  # fmt: skip
     pretrained, found = loaded
-    new_head = check_fit(pretrained, found["missing_keys"], set(found["unexpected_keys"]) - set(elsewhere))
+    new_head = check_fit(pretrained, found, elsewhere)
     separate_(pretrained)
     return pretrained, new_head
 
@@ -325,24 +327,27 @@ def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
             raise ValueError(f"not finite: {name}")
 
 
-def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> bool:
+def check_fit(pretrained: PreTrainedModel, found: Mapping[str, Any], elsewhere: Collection[str] = ()) -> bool:
     """Check that a checkpoint's weights are the model's; transformers gives those that are missing random values.
 
     A choice head may be missing as a whole. Weights of another part, as of another head, are left unread.
 
     Args:
-        missing, unexpected: the names that transformers found to be so, but for those that it passes over.
+        found: names that transformers found to be missing, unexpected, or of another shape, but for those that it
+            passes over.
+        elsewhere: unexpected names that are expected to be so.
 
     Returns:
         Whether the choice head is missing.
 
     Raises:
-        ValueError: weights are missing, or there are more than the model has in one of its parts.
+        ValueError: weights are missing, are of another shape, or are more than the model has in one of its parts.
     """
     names = pretrained.state_dict().keys()
     head = {name for name in names if name.startswith(f"{HEAD}.")}
-    new_head = head <= set(missing)
-    missing = [name for name in missing if not (new_head and name in head)]
+    new_head = head <= set(found["missing_keys"])
+    missing = [name for name in found["missing_keys"] if not (new_head and name in head)]
+    unexpected = set(found["unexpected_keys"]) - set(elsewhere)
     parts = {name.removeprefix(f"{pretrained.base_model_prefix}.").partition(".")[0] for name in names}
     parts |= {name.partition(".")[0] for name in names}
     others = [name for name in unexpected if name.partition(".")[0] not in parts and not missing]
@@ -352,6 +357,10 @@ def check_fit(pretrained: PreTrainedModel, missing: Collection[str], unexpected:
         faults.append(f"missing {len(missing)}, as {min(missing)}")
     if surplus:
         faults.append(f"too many {len(surplus)}, as {min(surplus)}")
+    if misshapen := found["mismatched_keys"]:
+        name, there, here = min(misshapen)
+        shapes = f"of the shape {tuple(there)}, in place of {tuple(here)}"
+        faults.append(f"another shape {len(misshapen)}, as {name} {shapes}")
     if faults:
         raise ValueError(f"not those of the model in config.json: {'; '.join(faults)}")
     if others:
@@ -406,125 +415,6 @@ def load_adapted(
         raise cannot_load(checkpoint, "adapter", error) from error
     model.new_head = False
     return model
-
-
-def check_packing_(model: DoubleHeads, checkpoint: str | Path) -> None:
-    """Check that packed rows and cached steps give what a model gives a sequence alone, and find how it takes masks.
-
-    There are models that ignore position ids or masks, that go through a row in order, or that scale their logits.
-
-    Raises:
-        UserError: the model is of such a kind.
-    """
-    error = None
-    before = model.additive_mask, model.window_by
-    for window_by in ("layer type", "model", "") if model.window else ("",):
-        for additive_mask in (False, True):
-            model.additive_mask, model.window_by = additive_mask, window_by
-            try:
-                if computes_the_same(model):
-                    return
-            except Exception as raised:  # whatever a model's code does with arguments that it does not expect
-                error = raised
-    model.additive_mask, model.window_by = before
-    reason = f" ({first_line(error)})" if error else ""
-    raise unusable(
-        checkpoint,
-        f"a {model.pretrained.config.model_type} model, whose attention, positions or"
-        f" logits are of a kind that is not known here{reason}",
-    ) from error
-
-
-@torch.no_grad()
-def computes_the_same(model: DoubleHeads) -> bool:
-    """Whether packed rows and cached steps give what the model gives a sequence alone; it is left as it was.
-
-    All matrix products count as scaled to one size, so that the answer is the configuration's, not the weights'. A
-    sliding window that a mask is to have counts as one of three tokens.
-    """
-    n = min(300, model.n_positions - 3)  # longer than the 256 tokens that some layers look back, whatever the mask
-    ids = torch.tensor([[1, 2, 3] + [4] * n + [5, 6]], device=model.device)  # a context and two replies
-    positions = torch.tensor([[*range(3 + n), 3, 4]], device=model.device)
-    segments = torch.tensor([0] * 3 + [1] * n + [2] * 2, device=model.device)
-    alone = [0, 1, 2, n + 3, n + 4]
-    causal = torch.ones(n + 5, n + 5, dtype=torch.bool, device=model.device).tril()
-    mask = causal & ((segments == 0) | (segments == segments[:, None]))
-    token_types, config = model.token_types, model.pretrained.config.get_text_config()
-    window = model.window
-    model.token_types = False
-    if model.window_by:
-        config.sliding_window = 3
-    try:
-        with at_one_size(model), inputs_of(model.pretrained.get_output_embeddings()) as hidden_alone:
-            want = model.pretrained(input_ids=ids[:, alone], use_cache=False).logits[0, -2:]
-            packed = model.hidden_states(ids, ids, positions, mask[None, None])[0, -2:]
-            cache = Cache(layer_class_to_replicate=DynamicLayer)
-            for part in (alone[:3], alone[3:4], alone[4:]):
-                cached = model.hidden_states(ids[:, part], ids[:, part], positions[:, part], None, cache)[0, -1:]
-            hidden = torch.cat([packed, cached])
-            got = model.lm_logits(hidden)
-    finally:
-        model.token_types = token_types
-        if window:
-            config.sliding_window = window
-    if not want.isfinite().all():
-        raise ValueError("its logits are not finite")
-    # the logits alone would say little where they are capped
-    pairs = [(got, want), (hidden, hidden_alone[0][0, -2:])]
-    return all((here - there[[0, 1, 1]]).norm() < 1e-3 * there.norm() for here, there in pairs)
-
-
-@contextlib.contextmanager
-def inputs_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list to which each input of a layer is added."""
-    inputs: list[torch.Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        yield inputs
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def at_one_size(model: DoubleHeads) -> Iterator[None]:
-    """Give what each linear layer returns a root mean square of 1, and the logits one of 10,000.
-
-    Small weights hide what a model does: attention is the same everywhere, and no logit reaches the cap on it.
-    """
-
-    def scale_to(size: float) -> Callable:
-        def scaled(module: nn.Module, inputs: tuple, output: Any) -> Any:
-            if not isinstance(output, torch.Tensor):  # of a layer that chooses experts
-                return output
-            return output * (size * (output.square().mean(-1, keepdim=True) + 1e-30).rsqrt())
-
-        return scaled
-
-    output = model.pretrained.get_output_embeddings()
-    layers = [layer for layer in model.pretrained.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
-    hooks = [layer.register_forward_hook(scale_to(1.0)) for layer in layers if layer is not output]
-    hooks.append(output.register_forward_hook(scale_to(1e4)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def use_eager_attention_(model: DoubleHeads) -> None:
-    """Make a decoder of transformers attend by plain matrix products, where it computes the same by them.
-
-    On a CPU in bfloat16 they take half the time of torch's fused kernel, forward and backward.
-    """
-    pretrained = model.pretrained
-    if pretrained.config.model_type in FAMILIES:
-        return
-    before = pretrained.config._attn_implementation
-    pretrained.set_attn_implementation("eager")
-    try:
-        check_packing_(model, "")
-    except UserError:
-        pretrained.set_attn_implementation(before)
 
 
 def load_finetuned(
@@ -608,7 +498,10 @@ def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = Fa
     if folder is None:
         return
     try:
-        check_finite(model.network.named_parameters() if gathered is None else gathered.items())
+        values: dict[str, torch.Tensor] = dict(model.network.named_parameters())
+        if gathered is not None:  # buffers may be infinite, as the bounds in Gemma 4's towers
+            values = {name: gathered[name] for name in values.keys() & gathered.keys()}
+        check_finite(values.items())
         with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
             if generation := getattr(model.pretrained, "generation_config", None):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -114,13 +115,15 @@ def add_adapter(pretrained: PreTrainedModel, rank: int, tokens: Sequence[int], b
     if copied and pretrained.config.get_text_config().tie_word_embeddings:
         message = f"lora_rank {rank}: {kind}, whose output layer has a bias and the input's embeddings"
         raise SettingError(message, "lora_rank")
-    adapted, others = linear_layers(pretrained)
+    adapted = linear_layers(pretrained)
     names = {last_part(name) for name in adapted}
+    # of a kind of their own, or not for text, of whatever class: peft goes by the names
+    others = [name for name, _ in pretrained.named_modules() if last_part(name) in names and name not in adapted]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=sorted(names),
-        exclude_modules=[name for name in others if last_part(name) in names] or None,
+        exclude_modules=others or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted.values()),
         modules_to_save=[HEAD, *copied],
         trainable_token_indices={name: list(tokens) for name in embedding_names(pretrained) if name not in copied},
@@ -140,23 +143,28 @@ def text_parts(pretrained: PreTrainedModel) -> tuple[nn.Module, ...]:
     return pretrained.get_decoder(), pretrained.get_input_embeddings(), pretrained.get_output_embeddings()
 
 
-def linear_layers(pretrained: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The linear layers of a model's blocks by their names, and others: of a kind of their own, or not for text."""
-    inside: dict[str, nn.Module] = {}
-    outside: dict[str, nn.Module] = {}
+def linear_layers(pretrained: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers of a model's blocks by their names; those of other classes return more, as of experts."""
     passed = {layer for part in text_parts(pretrained) for layer in part.modules()}
-    heads = (pretrained.get_output_embeddings(), *pretrained.get_submodule(HEAD).modules())
-    for name, layer in pretrained.named_modules():
-        if isinstance(layer, nn.Linear | Conv1D) and layer not in heads:
-            plain = type(layer) in (nn.Linear, Conv1D)  # others return more, as what chooses experts
-            (inside if layer in passed and plain else outside)[name] = layer
-    return inside, outside
+    inside = passed - {pretrained.get_output_embeddings()}
+    return {
+        name: layer
+        for name, layer in pretrained.named_modules()
+        if type(layer) in (nn.Linear, Conv1D) and layer in inside
+    }
+
+
+def token_tables(pretrained: PreTrainedModel) -> list[Any]:
+    """The layers that have a row for each token: the embeddings, input and output, and Gemma 4's for all its layers."""
+    of_layers = getattr(pretrained.get_decoder(), "embed_tokens_per_layer", None)
+    tables = [pretrained.get_input_embeddings(), pretrained.get_output_embeddings(), of_layers]
+    return [table for table in tables if table is not None]
 
 
 def embedding_names(pretrained: PreTrainedModel) -> list[str]:
-    """The names of a model's embeddings, input and output; of tied ones both."""
-    embeddings = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
-    return [name for name, module in pretrained.named_modules() if module in embeddings]
+    """The names of a model's token tables; of tied ones both."""
+    tables = token_tables(pretrained)
+    return [name for name, module in pretrained.named_modules() if module in tables]
 
 
 def biased_output(pretrained: PreTrainedModel) -> list[str]:
@@ -217,7 +225,7 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
         Exception: whatever peft raises of a damaged adapter; ValueError of weights that are not the adapter's.
     """
     require(f"model_checkpoint {folder}", "peft", setting="model_checkpoint")
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     layer: Any = pretrained.get_input_embeddings()
     rows, embeddings = len(layer.weight), embedding_names(pretrained)
@@ -228,16 +236,20 @@ def load_adapter(pretrained: PreTrainedModel, folder: str, fields: dict[str, Any
     if strange := {*fields.get("modules_to_save", ())} - {HEAD, *biased_output(pretrained)}:
         raise ValueError(f"modules_to_save: {shortened(min(strange))}: no output layer of this model with a bias")
     with safe_open(os.path.join(folder, WEIGHTS), "pt") as file:
-        there = set(file.keys())
-        largest = max((file.get_slice(name).get_shape()[0] for name in there if ".lora_A." in name), default=0)
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+    largest = max((shape[0] for name, shape in there.items() if ".lora_A." in name), default=0)
     config = LoraConfig(**fields)
     if (rank := max(config.r, *(config.rank_pattern or {}).values(), 0)) > largest:  # before memory is taken for it
         raise ValueError(f"r or rank_pattern is {rank}, that of its weights {largest}")
     with warnings.catch_warnings(action="ignore"):
-        network = PeftModel.from_pretrained(pretrained, folder, is_trainable=True, config=config)
-        wanted = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
-    if strange := wanted ^ there:  # peft begins what is missing anew, and passes over the rest
-        raise ValueError(f"its weights are not those of the adapter: {len(strange)} differ, as {min(strange)}")
+        network = PeftModel(pretrained, config)
+        state = get_peft_model_state_dict(network, save_embedding_layers=False)
+        wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        # peft would begin what is missing anew, and pass over the rest
+        if strange := {name for name, _ in wanted.items() ^ there.items()}:
+            message = f"{len(strange)} differ by name or shape, as {min(strange)}"
+            raise ValueError(f"its weights are not those of the adapter: {message}")
+        set_peft_model_state_dict(network, load_file(os.path.join(folder, WEIGHTS)))
     return network
 
 

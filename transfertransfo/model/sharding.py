@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -88,15 +87,25 @@ def on_cpu_without_memory(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def with_drawn_values(module: nn.Module, device: torch.device | str) -> AbstractContextManager[None]:
-    """Have parameters on meta look like drawn ones, the same for all blocks, so that they take one block's memory."""
-    drawn: dict[str, torch.Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
+    """Have parameters on meta look like drawn ones, matrices so that what they give has the scale of what they take.
 
-    def draw(name: str, parameter: nn.Parameter) -> torch.Tensor:
-        kind = re.sub(r"\d+", "", name) + str(tuple(parameter.shape))
-        if kind not in drawn:
-            drawn[kind] = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device)
-        return drawn[kind]
+    They are the same each time, and a matrix takes no memory: each row is the one above it, moved on by a number.
+    Experts, whose matrices a kernel wants in one piece, are the same in all blocks.
+    """
+    longest = max((sum(parameter.shape) for parameter in module.parameters()), default=0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2 * longest + 1, generator=generator).to(device)
+    experts: dict[torch.Size, torch.Tensor] = {}
+
+    def draw(_: str, parameter: nn.Parameter) -> torch.Tensor:
+        shape, start = parameter.shape, int(torch.randint(longest + 1, (), generator=generator))
+        if shape in experts:
+            return experts[shape]
+        scaled = noise * (max(1, shape[-1]) ** -0.5 if len(shape) > 1 else 1.0)
+        drawn = scaled.as_strided(shape, (1,) * len(shape), start)
+        if len(shape) > 2:
+            drawn = experts[shape] = drawn.contiguous()
+        return drawn
 
     return standing_in(module, draw)
 

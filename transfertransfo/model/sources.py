@@ -36,6 +36,7 @@ POSITIONS, MAX_POSITIONS = re.compile(r"positions?(_embeddings)?$|^n_ctx$|max_se
 HUB_NAMES = {"openai-gpt": "openai-community/openai-gpt"} | {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
+VOCABULARY = re.compile(r"^tokenizer\.json$|^vocab|^merges|\.(model|tiktoken)$|^tekken")
 WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -186,14 +187,14 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
     if not os.path.exists(folder) and not _can_be_had(folder):
         raise cannot_load(checkpoint, "tokenizer", OSError())
     config = load_config(checkpoint)
+    none_there = unusable(checkpoint, "no tokenizer there (tokenizer.json, or vocab.json and merges.txt)")
     try:
         arguments = pretrained_arguments(folder)
         tokenizer = AutoTokenizer.from_pretrained(**arguments, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers met: OSError, ValueError, TypeError, KeyError
-        raise cannot_load(checkpoint, "tokenizer", error) from error
+        raise (cannot_load(checkpoint, "tokenizer", error) if has_vocabulary(folder) else none_there) from error
     if not tokenizer.is_fast or vocabulary_size(tokenizer) <= size_without_files(type(tokenizer)):
-        files = "tokenizer.json, or vocab.json and merges.txt"
-        raise unusable(checkpoint, f"no tokenizer there ({files})")
+        raise none_there
     fine_tuned = knows_dialog_tokens(tokenizer)
     if fine_tuned:  # from files of 2019 the speakers come as words, which a text could contain
         tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
@@ -204,6 +205,11 @@ def load_tokenizer(checkpoint: str | Path, gpt_tokenization: str | None = None) 
         message = f"gpt_tokenization {gpt_tokenization}: this is for GPT's text, and {checkpoint} is no GPT"
         raise SettingError(message, "gpt_tokenization")
     return tokenizer
+
+
+def has_vocabulary(checkpoint: str) -> bool:
+    """Whether a resolved checkpoint has a file that tokenizers are read from; those of the hub all have."""
+    return not os.path.isdir(checkpoint) or any(map(VOCABULARY.search, os.listdir(checkpoint)))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
