@@ -7,7 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from urllib.parse import urlsplit
 
 import pytest
@@ -245,6 +245,19 @@ def test_greedy_and_ranked_replies(client, shared):
     plain, ranked = (contents(ask(client, n=5, seed=3, rank=rank)) for rank in (False, True))
     assert sorted(plain) == sorted(ranked) != ranked
     assert len(contents(ask(client, n=1, rank=True))) == 1
+
+
+@pytest.mark.parametrize(("flags", "fields", "expected"), [
+    ({"num_samples": 8, "consensus": True}, {}, {"num_samples": 8, "consensus": True}),
+    ({"num_samples": 8, "consensus": True}, {"n": 9}, {"num_samples": 9, "consensus": True}),
+    ({"num_samples": 8, "consensus": True}, {"rank": True}, {"num_samples": 8, "consensus": False, "rank": True}),
+    ({"num_samples": 8, "consensus": True}, {"rank": False, "n": 2}, {"num_samples": 2, "consensus": False}),
+    ({"num_beams": 3, "consensus": True}, {"n": 2}, {"num_samples": 2, "num_beams": 0, "consensus": False}),
+])  # fmt: skip
+def test_how_the_first_of_several_replies_is_chosen(flags, fields, expected):
+    question = server_module.Question(messages=[{"role": "user", "content": "hello"}], **fields)
+    decoding = asdict(question.decoding(Decoding(**flags)))
+    assert {name: decoding[name] for name in expected} == expected
 
 
 def events(response) -> list[dict]:
