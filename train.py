@@ -314,9 +314,7 @@ def load_batches(
         content = load_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.skip_bad_dialogs)
     name, digest = args.dataset_path or "PersonaChat", content.digest
     if saved_digest not in (None, digest):
-        told = (
-            f"--resume: {name} is not what it was when the run began, as text or as token ids"  # of another tokenizer
-        )
+        told = f"--resume: {name} is not what it was when the run began, as text or as token ids"
         raise UserError(f"{told}; start a new run")
     if "train" not in content.splits:
         raise UserError(f"{name}: no train split to train on")
