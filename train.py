@@ -138,7 +138,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from transfertransfo.data.dataset import TokenizedDataset, load_dataset
+from transfertransfo.data.dataset import TokenizedDataset, load_dataset, paused_collector
 from transfertransfo.data.inputs import (
     MODEL_INPUTS,
     PADDED_INPUTS,
@@ -302,6 +302,7 @@ def get_data_loaders(
     return load_batches(args, tokenizer, n_positions, history_start)[0]
 
 
+@paused_collector()  # each end of a pause would look at all again
 def load_batches(
     args: Namespace,
     tokenizer: PreTrainedTokenizerBase,
