@@ -584,6 +584,7 @@ def test_public_names():
         module.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_text_through_a_real_pipe(checkpoints, tmp_path):
     reader, writer = os.pipe()
     os.write(writer, "hé\n".encode() + b"\xff\n")
