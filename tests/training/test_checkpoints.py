@@ -210,10 +210,9 @@ def test_kills_at_any_instant():
     [
         "--lora_rank 2",
         "--lora_rank 2 --merge_lora",
-        "--export best",
+        "--export best --token_mean",
         "--fp16 bf16",
         "--freeze_embeddings",
-        "--token_mean",
     ],
 )
 def test_kills_of_runs_with_other_flags(flags):
