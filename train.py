@@ -378,7 +378,8 @@ def prepare_model(
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:
         merge_adapter_(model)
-    model.token_types = model.token_types if args.token_types is None else args.token_types == "on"  # is on record then
+    # set where it stays as it is too: what is set is what the run folder records
+    model.token_types = model.token_types if args.token_types is None else args.token_types == "on"
     if args.history_start is not None:
         model.history_start = args.history_start
     freeze_unread_(model)
