@@ -21,6 +21,7 @@ from transfertransfo.data.inputs import (
 )
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
 from transfertransfo.decoding import Decoding
+from transfertransfo.errors import UserError
 from transfertransfo.evaluation.evaluator import Evaluator, LabelScorer, Turn, by_length, make_turns, rank_candidates
 from transfertransfo.evaluation.metrics import SMOOTHING, count_words, split_words
 
@@ -258,6 +259,17 @@ def test_words_that_the_tokenizer_cannot_spell(model, tokenizer):
     (found,) = LabelScorer(tokenizer, {"\u200b": 1, "\u0416": 2, "no": 3}).score(model, [turn])
     word, p = found["words"][-1]
     assert word == "no" and 0 < p < 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_probabilities(model, tokenizer, monkeypatch, bad):
+    lm_logits = type(model).lm_logits
+    spoiled = lambda self, hidden: lm_logits(self, hidden).index_fill(-1, torch.tensor([7]), bad)  # noqa: E731
+    monkeypatch.setattr(type(model), "lm_logits", spoiled)
+    scorer, turn = LabelScorer(tokenizer, {"no": 1}), make_turn(tokenizer, "no .")
+    for figures in (lambda: scorer.score(model, [turn]), lambda: scorer.distribution(model, turn, ["no"])):
+        with pytest.raises(UserError, match=r"^the model gives scores that are not finite"):
+            figures()
 
 
 def test_nothing_to_measure_asks_for_a_reply(model, tokenizer):

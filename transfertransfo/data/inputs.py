@@ -235,7 +235,8 @@ def make_fork(
     persona, history, candidates, right = example
     context = build_input_from_segments(persona, history, [], tokenizer, with_eos=False)
     positions = context_positions(persona, history, history_start)
-    replies = [reply + [tokenizer.eos_token_id] * with_eos for reply in candidates]
+    eos = [tokenizer.eos_token_id] * with_eos
+    replies = [reply + eos for reply in candidates]
     return Fork(context["input_ids"], context["token_type_ids"], positions, replies, len(replies) - 1, right)
 
 

@@ -67,8 +67,9 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
 @torch.inference_mode()
 def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[int]]:
     """The indices of each turn's candidates, the best choice score first."""
-    examples = [fit(turn.example, model.n_positions, model.history_start) for turn in turns]
-    forks = [make_fork(example, tokenizer, model.history_start) for example in examples]
+    n_positions, history_start = model.n_positions, model.history_start  # each searches the configuration
+    examples = [fit(turn.example, n_positions, history_start) for turn in turns]
+    forks = [make_fork(example, tokenizer, history_start) for example in examples]
     batch = pack(forks, tokenizer.pad_token_id, sizes=list(map(len, make_trees(examples))))
     scores = model.score_candidates(batch).tolist()
     return [rank(row[: len(example.candidates)]) for example, row in zip(examples, scores)]
@@ -116,17 +117,19 @@ class LabelScorer:
         "token_nll": the sum of -ln p over its tokens with `<eos>`, which training minimises, and their number. It
             depends on the tokenizer: it compares within a family only.
         """
+        n_positions, history_start = model.n_positions, model.history_start  # each searches the configuration
         # far more than the model can see: to lay out each beginning of a label without end would fill memory
-        words = [split_words(turn.label or "")[: 4 * model.n_positions] for turn in turns]
+        words = [split_words(turn.label or "")[: 4 * n_positions] for turn in turns]
         beginnings = []
         for row in words:
             beginnings += [" ".join(row[:i]) for i in range(len(row) + 1)]
         contexts = iter(tokenize(self.tokenizer, beginnings))
+        eos = self.tokenizer.eos_token_id
         examples, forks = [], []
         for turn, row in zip(turns, words):
             *befores, whole = itertools.islice(contexts, len(row) + 1)
-            replies = [[*turn.label_ids, self.tokenizer.eos_token_id], *befores]
-            example, fork = self._fork(model, turn, whole, replies)
+            replies = [[*turn.label_ids, eos], *befores]
+            example, fork = self._fork(turn, whole, replies, n_positions, history_start)
             examples.append(example)
             forks.append(fork)
         batch = pack(forks, self.tokenizer.pad_token_id, sizes=list(map(len, make_trees(examples))))
@@ -154,7 +157,8 @@ class LabelScorer:
         of_words, of_tokens, of_labels = (list(itertools.chain(*parts)) for parts in (at_words, at_tokens, labels))
         positions = of_words + sorted(set(of_tokens) - set(of_words))
         place = {position: i for i, position in enumerate(positions)}
-        log_p = finite(model.lm_logits(hidden[positions]).float()).log_softmax(-1)
+        log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)
+        finite(log_p[:, self.tokenizer.eos_token_id])  # a logit that is none has made its whole row NaN
         losses = -log_p[[place[position] for position in of_tokens], of_labels].double().cpu()
         found = iter(self._look_up(words, log_p[: len(of_words)].exp_()))
         results = []
@@ -168,17 +172,19 @@ class LabelScorer:
         """Probability of every word of the dictionary as the next one after `words` of the turn's label."""
         text = " ".join(words if turn.label is None else split_words(turn.label))
         before, whole = tokenize(self.tokenizer, [" ".join(words), text])
-        _, fork = self._fork(model, turn, whole, [before])
+        _, fork = self._fork(turn, whole, [before], model.n_positions, model.history_start)
         batch = pack([fork], self.tokenizer.pad_token_id).to(model.device)
-        next_piece = model.lm_logits(model.packed_hidden_states(batch)[-1]).float().softmax(-1)
+        next_piece = finite(model.lm_logits(model.packed_hidden_states(batch)[-1]).float()).softmax(-1)
         return (self.later if words else self.first).distribution(next_piece)
 
-    def _fork(self, model: DoubleHeads, turn: Turn, whole: list[int], replies: list[list[int]]) -> tuple[Example, Fork]:
+    def _fork(
+        self, turn: Turn, whole: list[int], replies: list[list[int]], n_positions: int, history_start: int
+    ) -> tuple[Example, Fork]:
         """Replies after the turn's context, which is shortened as far as the whole label needs the room."""
         example = turn.example._replace(candidates=[whole, turn.label_ids])
-        example = fit(example, model.n_positions, model.history_start)
-        fork = make_fork(example._replace(candidates=replies), self.tokenizer, model.history_start, with_eos=False)
-        room = model.n_positions - fork.positions[-1] - 1
+        example = fit(example, n_positions, history_start)
+        fork = make_fork(example._replace(candidates=replies), self.tokenizer, history_start, with_eos=False)
+        room = n_positions - fork.positions[-1] - 1
         return example, fork._replace(replies=[reply[:room] for reply in replies], lm_reply=0)
 
     def _look_up(self, words: list[list[str]], next_piece: torch.Tensor) -> list[float | None]:
