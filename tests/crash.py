@@ -173,13 +173,13 @@ def prepare(top: Path, short: bool) -> list[str]:
             "--gradient_accumulation_steps", "3", "--save_every", "1"]  # fmt: skip
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--short", action="store_true", help="shorter runs, in forks of one process")
     parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)  # a fork cannot go on with the threads of its parent
     generator = random.Random(args.seed)
     context = multiprocessing.get_context("fork" if args.short else "spawn")

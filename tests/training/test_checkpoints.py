@@ -9,15 +9,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import crash
 import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
-from helpers import DATASET, ROOT, Run, make_base, process_as_it_was, run_training
+from helpers import DATASET, Run, make_base, process_as_it_was, run_training
 from ignite.engine import Engine
 from safetensors.torch import load_file, save_file
 from tensorboardX import record_writer
@@ -197,29 +196,20 @@ def test_a_checkpoint_of_before_buffers_were_held(learning_buffers, tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_at_any_instant():
-    """Real ones: see crash.py."""
-    command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "3", "--short"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "3 of 3 runs that were killed ended like the one that was not" in done.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
+    "kills, flags",
     [
-        "--lora_rank 2",
-        "--lora_rank 2 --merge_lora",
-        "--export best --token_mean",
-        "--fp16 bf16",
-        "--freeze_embeddings",
+        (3, ""),
+        (1, "--lora_rank 2 --fp16 bf16"),
+        (1, "--lora_rank 2 --merge_lora --token_mean"),
+        (1, "--export best --freeze_embeddings"),
     ],
 )
-def test_kills_of_runs_with_other_flags(flags):
-    """One each, while it saves, which is where they differ."""
-    command = [sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "1", "--short", "--", *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 of 1 runs that were killed ended like" in done.stdout, done.stdout
+def test_kills_at_any_instant(kills, flags, capsys):
+    """Real ones: see crash.py. One each with other flags, while it saves, which is where they differ."""
+    failed = crash.main(["--kills", str(kills), "--short", "--", *flags.split()])
+    said = capsys.readouterr().out
+    assert not failed and f"{kills} of {kills} runs that were killed ended like the one that was not" in said, said
 
 
 def test_tensorboard_shows_the_lines_of_the_run(alone):
