@@ -390,7 +390,7 @@ def evaluate(folder: Path, *flags) -> dict:
         return convai_evaluation.run([str(flag) for flag in argv]) | {"log": log}
 
 
-@pytest.mark.parametrize("distractors", [True, False])
+@pytest.mark.parametrize("distractors", slow_but([False], [False, True]))
 def test_the_evaluation_is_on_the_dialogs_that_training_held_out(base_checkpoints, tmp_path, distractors):
     """Without a flag: neither which dataset, nor which share. A dataset without `valid` could not be evaluated on."""
     dialogs = [dict(dialog) for dialog in DATASET["train"]]

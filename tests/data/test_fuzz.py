@@ -10,7 +10,7 @@ from fuzz_dataset import MAX_BYTES, MAX_SECONDS, check, main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-MUTANTS, EXAMPLES = (int(os.environ.get("FUZZ", count)) for count in (40, 60))
+MUTANTS, EXAMPLES = (int(os.environ.get("FUZZ", count)) for count in (25, 40))
 STARTS = ["", '{"utterances": [{"reply": "a"}]}\n', "1 hello\thi\n", '{"messages": []}\n', "conv_id,history,reply,x\n"]
 FIELDS = ["personality", "utterances", "candidates", "history", "reply", "train", "valid"]
 

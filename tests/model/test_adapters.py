@@ -183,7 +183,7 @@ def test_transformers_and_peft_load_the_same(base, tmp_path):
     torch.testing.assert_close(losses_of(adapted, tokenizer)[0], want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", BIASED)
+@pytest.mark.parametrize("family", slow_but(["phi"], BIASED))
 def test_of_an_output_layer_with_a_bias_the_dialog_tokens_are_trained(base, tmp_path):
     flags = ["--n_epochs", 1, "--train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lr", 0.01]
     run = run_training(tmp_path, base, *flags, "--lora_rank", 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import AS_IN_5_3, tiny_config
+from helpers import AS_IN_5_3, slow_but, tiny_config
 from safetensors.torch import load_file, save_file
 
 from transfertransfo.cli import run_script
@@ -51,7 +51,7 @@ def with_weights(folder: Path, checkpoint: Path, change) -> Path:
         (lambda name: name if not name.endswith("summary.bias") else None, "missing 1, as multiple_choice_head.summa"),
     ],
 )
-@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", slow_but(["gpt2", "llama"], ["gpt", "gpt2", "llama", "gpt_neox"]))
 def test_weights_that_do_not_fit_are_refused(family, checkpoints, tmp_path, change, message):
     """transformers drew the missing ones, and the model answered as if nothing were amiss."""
     folder = with_weights(tmp_path / "model", checkpoints[family], change)
@@ -299,7 +299,7 @@ UNKNOWN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("std", [0.0, 1e-3, 0.5])
+@pytest.mark.parametrize("std", slow_but([0.0, 0.5], [0.0, 1e-3, 0.5]))
 @pytest.mark.parametrize("config", [*KNOWN, *UNKNOWN], ids=lambda config: config.model_type)
 def test_the_configuration_decides_whether_a_model_can_be_used_not_the_size_of_its_weights(config, std):
     """With small weights no logit came near Gemma 2's cap; what was trained from them was refused. With zeros every

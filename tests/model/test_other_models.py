@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families import check_loss
-from helpers import AS_IN_5_3, DATASET, EVERY_FAMILY, OTHERS, process_as_it_was, run_training, slow_but, tiny_config
+from helpers import AS_IN_5_3, DATASET, FAMILIES, OTHERS, process_as_it_was, run_training, slow_but, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -117,7 +117,7 @@ def test_control_tokens_are_found(base_checkpoints, added, bos, eos):
 # Runs
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", slow_but(["qwen2"], [*FAMILIES, *OTHERS]))
 def test_a_resumed_run_is_an_uninterrupted_one(family, base_checkpoints, tmp_path):
     run = run_training(tmp_path, base_checkpoints[family], *FLAGS)
     weights, lines = weights_of(run), run.steps

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Run, adapt, make_base, run_processes, run_training
+from helpers import Run, adapt, make_base, run_processes, run_training, slow_but
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -73,7 +73,12 @@ def step(model: DoubleHeads, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @quantizing
-@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "mixtral", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but(
+        ["gpt", "llama", "mixtral"], ["gpt", "gpt2", "llama", "qwen2", "gpt_neox", "opt", "mixtral", "gemma3_text"]
+    ),
+)
 def test_it_computes_as_with_the_unpacked_weights(family, base_checkpoints, tmp_path):
     """Losses, and gradients of adapters, embeddings and the choice head; Conv1D has its weights the other way round."""
     model, tokenizer = adapt(make_base(tmp_path, base_checkpoints, family))
@@ -198,6 +203,7 @@ def test_a_resumed_run_equals_one_left_alone(run, tmp_path, base):
 
 
 @quantizing
+@pytest.mark.slow
 def test_several_processes_train_it(base, run, tmp_path):
     """The first loss is that of one process; the choice head's dropout then differs."""
     flags = ["--dataset_path", run.folder.parents[1] / "dataset.json", "--device", "cpu", *FLAGS,
@@ -208,7 +214,10 @@ def test_several_processes_train_it(base, run, tmp_path):
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5) and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-@pytest.mark.parametrize("more", [["--fp16", "bf16", "--gradient_checkpointing"], ["--max_history", 1]])
+@pytest.mark.parametrize(
+    "more",
+    [["--max_history", 1], pytest.param(["--fp16", "bf16", "--gradient_checkpointing"], marks=pytest.mark.slow)],
+)
 def test_the_script_evaluates_it(run, more, base, tmp_path, monkeypatch):
     """hits@1, perplexity and F1 are those of a model with the unpacked weights."""
     folder = run.folder if more[0] == "--max_history" else run_training(tmp_path, base, *FLAGS, *more).folder

@@ -33,7 +33,7 @@ OPTIMISATION = Optimisation(lr=1e-3, head_lr=None, warmup_steps=0, gradient_accu
         pytest.param("gpt", "", 1, False, marks=pytest.mark.slow),
         ("gpt", "bf16", 1, False),
         ("gpt2", "", 1, True),
-        ("llama", "", 2, False),
+        pytest.param("llama", "", 2, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_needs_what_is_estimated(family, level, micro_steps, checkpointing):
