@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.initialization import no_init_weights
 
 from transfertransfo.errors import UserError, first_line
 from transfertransfo.model.double_heads import DoubleHeads
@@ -94,7 +95,7 @@ def without_weights(model: DoubleHeads, window_by: str) -> DoubleHeads:
     for name, value in text.to_dict().items():
         if SPANS.search(name) and type(value) is int and (window_by or name != "sliding_window"):
             setattr(text, name, SHORT)
-    with parameters_on_meta():
+    with parameters_on_meta(), no_init_weights():  # to draw what is thrown away takes most of the time
         probe = DoubleHeads(type(model.pretrained)(config)).eval()
     probe.token_types = False
     return probe
