@@ -40,8 +40,8 @@ FAMILIES = (
 )  # fmt: skip
 
 
-# GPT has embeddings tied the other way round, GPT-NeoX none tied, Gemma 3 windows and a tower, Gemma 4 a third table.
-KINDS = ("gpt", "llama", "gpt_neox", "gemma3", "gemma4_text")
+# GPT has embeddings tied the other way round, Gemma 4 windows and a third table.
+KINDS = ("gpt", "llama", "gemma4_text")
 WITH_TOWERS = ("gemma3", "gemma4")
 TOWER = re.compile("vision|audio|multi_modal")
 
