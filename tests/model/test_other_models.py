@@ -250,8 +250,10 @@ def test_what_an_adapter_needs(bases, base_checkpoints, tmp_path, monkeypatch):
         load_finetuned(run.folder)
 
 
-def test_an_adapter_goes_on_beside_its_base_wherever_that_is_now(adapter, bases, tmp_path):
-    """The base's path was compared: one that had been moved ended the run for good."""
+def test_an_adapter_goes_on_beside_its_base_wherever_that_is_now(adapter, bases, tmp_path, caplog):
+    """The base's path was compared: one that had been moved ended the run for good. Beside other weights it chatted
+    without a word.
+    """
     top = shutil.copytree(adapter.folder.parent.parent, tmp_path / "top")
     moved = shutil.copytree(bases["llama"], tmp_path / "moved")
     other = shutil.copytree(bases["llama"], tmp_path / "other")
@@ -263,7 +265,15 @@ def test_an_adapter_goes_on_beside_its_base_wherever_that_is_now(adapter, bases,
         with pytest.raises(UserError, match=rf"^--resume: {other} is not the model that the run began with"):
             train([*resume, "--model", str(other)])
         folder = train([*resume, "--model", str(moved)])
-    assert json.loads((top / folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
+    record = top / folder / "adapter_config.json"
+    assert json.loads(record.read_text())["base_model_name_or_path"] == str(moved)
+    caplog.clear()
+    load_finetuned(top / folder)
+    assert not caplog.messages
+    record.write_text(record.read_text().replace(str(moved), str(other)))
+    load_finetuned(top / folder)
+    told = f"{top / folder} was trained beside other weights than {other} has now: expect other replies"
+    assert caplog.messages == [told]
 
 
 @pytest.mark.parametrize(("name", "changed"), [

@@ -20,12 +20,14 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
+from transfertransfo.data.sources import recorded
 from transfertransfo.data.tokenization import knows_dialog_tokens
 from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.files import TEMPORARY, move_into_place
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_special_tokens_,
+    base_digest,
     default_device,
     halve_,
     merge_adapter_,
@@ -414,6 +416,8 @@ def load_adapted(
     except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
         raise cannot_load(checkpoint, "adapter", error) from error
     model.new_head = False
+    if not in_shards and recorded(folder).get("base_digest") not in (None, "", base_digest(model)):
+        logger.warning("%s was trained beside other weights than %s has now: expect other replies", checkpoint, base)
     return model
 
 
