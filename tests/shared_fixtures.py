@@ -1,5 +1,6 @@
 """Fixtures of all tests: tiny models and tokenizers of several families, made here, on one thread."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from transformers import GPT2Config, OpenAIGPTConfig
 
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_model
+from transfertransfo.model.lora import without_bitsandbytes
 from transfertransfo.model.sources import load_tokenizer
+
+if importlib.util.find_spec("peft"):
+    with without_bitsandbytes():  # a second less
+        import peft  # noqa: F401
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and runs beside one another lose
 

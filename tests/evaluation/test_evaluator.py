@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
-from helpers import dialogs_of_text
+from helpers import FAMILIES, dialogs_of_text, slow_but
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import OpenAIGPTTokenizer
 
@@ -27,6 +27,11 @@ from transfertransfo.evaluation.metrics import SMOOTHING, count_words, split_wor
 
 GREEDY = Decoding(no_sample=True, max_length=8)
 CLASSES = {"gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}
+
+
+@pytest.fixture(params=slow_but(["gpt2"], FAMILIES))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from crash import leftovers, read_events, result
-from helpers import DATASET, Run, make_base, process_as_it_was, run_training
+from helpers import DATASET, Run, make_base, process_as_it_was, run_training, slow_but
 from ignite.engine import Engine
 from safetensors.torch import load_file, save_file
 from tensorboardX import record_writer
@@ -86,8 +86,7 @@ def ended(gpt2, tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize(("owner", "name", "calls"), [
     (engines, "distributed_losses", 7),  # within an optimizer step
-    pytest.param(train, "save_checkpoint", 1, marks=pytest.mark.slow),
-    (train, "save_checkpoint", 3),
+    *(pytest.param(train, "save_checkpoint", calls, marks=pytest.mark.slow) for calls in (1, 3)),
     (Best, "update", 1),  # an epoch's validation is written, and the newest checkpoint of the same step is older
     pytest.param(Best, "update", 2, marks=pytest.mark.slow),
     (train, "save_model", 2),
@@ -549,7 +548,7 @@ def test_a_good_export_stays_where_the_next_would_not_be_finite(gpt2, tmp_path, 
 # An orderly stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkeypatch, number):
     flags = [*FLAGS, "--save_every", 0]
     losses, calls, said = engines.distributed_losses, [], []
