@@ -15,7 +15,6 @@ import crash
 import numpy as np
 import pytest
 import torch
-from crash import leftovers, read_events, result
 from helpers import DATASET, Run, make_base, process_as_it_was, run_training, slow_but
 from ignite.engine import Engine
 from safetensors.torch import load_file, save_file
@@ -98,8 +97,8 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, mon
     for name in ("checkpoint_9.ptx.tmp", "modelx.tmp"):  # what a kill while saving leaves
         (run / name).mkdir() if name.startswith("model") else (run / name).touch()
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
-    assert result(tmp_path) == result(alone)
-    assert not leftovers(tmp_path)
+    assert crash.result(tmp_path) == crash.result(alone)
+    assert not crash.leftovers(tmp_path)
 
 
 def test_a_checkpoint_without_first_learning_rates(gpt2, alone, tmp_path, monkeypatch):
@@ -113,7 +112,7 @@ def test_a_checkpoint_without_first_learning_rates(gpt2, alone, tmp_path, monkey
         assert group.pop("initial_lr") == 0.03
     torch.save(state, newest)
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
-    assert result(tmp_path) == result(alone)
+    assert crash.result(tmp_path) == crash.result(alone)
 
 
 def test_the_random_state_is_that_of_every_generator():
@@ -168,7 +167,7 @@ def test_a_run_without_weights_resumes_with_its_buffers(
         run = start_and_kill(tmp_path / "killed", learning_buffers, *flags)
     assert not [*run.glob("*model.safetensors")]
     run_training(tmp_path / "killed", learning_buffers, *flags, "--resume", run)
-    assert result(tmp_path / "killed") == result(tmp_path / "alone")
+    assert crash.result(tmp_path / "killed") == crash.result(tmp_path / "alone")
     newest = [torch.load(list_checkpoints(folder)[-1], weights_only=True)["model"]
               for folder in (run, *(tmp_path / "alone" / "runs").iterdir())]  # fmt: skip
     biases = [next(value for name, value in state.items() if name.endswith("bias") and "gate" in name)
@@ -196,7 +195,7 @@ def test_a_checkpoint_of_before_buffers_were_held(learning_buffers, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kills, flags",
+    ("kills", "flags"),
     [
         (3, ""),
         (1, "--lora_rank 2 --fp16 bf16"),
@@ -218,8 +217,8 @@ def test_tensorboard_shows_the_lines_of_the_run(alone):
         (line["step"], f"{'validation' if 'split' in line else 'training'}/{name}", pytest.approx(value))
         for line in lines for name, value in line.items() if name not in ("step", "epoch", "split", "replies")
     ]  # fmt: skip
-    assert [event for event in read_events(run) if "text_summary" not in event[1]] == want and len(want) > 20
-    shown = [event for event in read_events(run) if "text_summary" in event[1]]
+    assert [event for event in crash.read_events(run) if "text_summary" not in event[1]] == want and len(want) > 20
+    shown = [event for event in crash.read_events(run) if "text_summary" in event[1]]
     assert [event[:2] for event in shown] == [
         (line["step"], "validation/replies/text_summary") for line in lines if "split" in line
     ]
@@ -375,11 +374,11 @@ def test_nothing_to_resume(tmp_path, monkeypatch, resume, message):
 
 def test_a_run_that_is_done(gpt2, ended):
     """A launcher that restarts a job in its last instant is content; who asks for more than there is, is told."""
-    top, before = ended.folder.parent.parent, result(ended.folder.parent.parent)
+    top, before = ended.folder.parent.parent, crash.result(ended.folder.parent.parent)
     with pytest.raises(UserError, match="it is done; a greater --n_epochs adds more"):
         run_training(top, gpt2, "--resume", ended.folder)
     again = run_training(top, gpt2, *FLAGS, "--n_epochs", 1, "--resume", "auto")
-    assert again.folder == ended.folder and result(top) == before
+    assert again.folder == ended.folder and crash.result(top) == before
 
 
 def test_auto_takes_a_run_whose_unset_flags_were_unset_too(ended, tmp_path, monkeypatch, caplog):
@@ -495,7 +494,7 @@ def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owne
         with pytest.raises(UserError, match=rf"^runs/.*/{what}: not written \(.*No space left on device\); {GO_ON}$"):
             run_training(tmp_path, gpt2, *FLAGS)
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
-    assert result(tmp_path) == result(alone)
+    assert crash.result(tmp_path) == crash.result(alone)
 
 
 # Steps without a finite gradient
@@ -571,7 +570,7 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
     assert said.count("Asked to stop: after this step or validation, with a checkpoint; once more stops at once") == 1
     assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
     run_training(tmp_path, gpt2, "--resume", run)
-    assert result(tmp_path) == result(alone)
+    assert crash.result(tmp_path) == crash.result(alone)
 
 
 def ask_twice(number: int) -> None:

@@ -416,7 +416,8 @@ def load_adapted(
     except Exception as error:  # of a damaged file: OSError, SafetensorError, TypeError, RuntimeError, ...
         raise cannot_load(checkpoint, "adapter", error) from error
     model.new_head = False
-    if not in_shards and recorded(folder).get("base_digest") not in (None, "", base_digest(model)):
+    begun_beside = recorded(folder).get("base_digest")
+    if begun_beside and not in_shards and begun_beside != base_digest(model):
         logger.warning("%s was trained beside other weights than %s has now: expect other replies", checkpoint, base)
     return model
 
