@@ -44,6 +44,8 @@ CONTEXTS = [
     ([[40, 41]] * 4, [[50, 51, 52], [53, 54, 55, 56], [57]]),
     ([[60]], [[61, 62], [63], [64, 65, 66], [67, 68], [69]]),
 ]
+# Two turns of a dialog, one of another with the same persona, and one without any.
+DIALOG = [*(([[60]], [[61, 62], [63], [64, 65]][:n]) for n in (1, 3)), ([[60]], [[61, 66]]), ([], [[30]])]
 
 
 def options(**changed) -> Decoding:
@@ -109,7 +111,7 @@ def test_the_nucleus_is_that_of_the_whole_vocabulary_sorted(top_p, spread):
 
 
 @of_every_family
-@pytest.mark.parametrize("contexts", [CONTEXTS[:1], CONTEXTS])
+@pytest.mark.parametrize("contexts", [CONTEXTS[:1], CONTEXTS, DIALOG])
 def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, contexts):
     sequences = [
         build_input_from_segments(*context, [], tokenizer, with_eos=False)
@@ -131,9 +133,27 @@ def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, conte
                 rows.append_(tokens[step])
 
 
+def test_contexts_that_begin_alike_are_encoded_together(model, tokenizer, monkeypatch):
+    """Each token once: <bos> 60 <speaker2> 61 62 <speaker1>, then 63 <speaker2> 64 65 <speaker1>, or 66 <speaker1>."""
+    encoded, hidden_states = [], type(model).hidden_states
+
+    def counted(self, ids, *rest):
+        encoded.append(ids)
+        return hidden_states(self, ids, *rest)
+
+    monkeypatch.setattr(type(model), "hidden_states", counted)
+    replies = generate(model, DIALOG, tokenizer, options(max_length=2))
+    trees = [(row != 0).sum().item() for row in encoded[0]]
+    assert trees == [6 + 5 + 2, 4]
+    assert replies == [generate(model, [context], tokenizer, options(max_length=2))[0] for context in DIALOG]
+    monkeypatch.setattr("transfertransfo.decoding.LONGEST_TREE", 12)
+    encoded.clear()
+    assert generate(model, DIALOG, tokenizer, options(max_length=2)) == replies
+    assert [(row != 0).sum().item() for row in encoded[0]] == [6 + 5, 6, 4]
+
+
 @pytest.mark.parametrize("contexts", [CONTEXTS[:1], CONTEXTS])
-def test_every_column_attends_to_its_own_row_and_padding_to_itself(model, tokenizer, monkeypatch, contexts):
-    """Without a mask of its own, padding has an empty softmax: 0 in some of torch's kernels, NaN in others."""
+def test_a_step_attends_to_its_own_row_and_no_padding(model, tokenizer, monkeypatch, contexts):
     sequences = [
         build_input_from_segments(*context, [], tokenizer, with_eos=False)
         | {"position_ids": context_positions(*context)}
@@ -148,15 +168,12 @@ def test_every_column_attends_to_its_own_row_and_padding_to_itself(model, tokeni
     monkeypatch.setattr(model, "hidden_states", listening)
     CachedRows(model, sequences, 1).append_(torch.full((len(contexts),), 7))
     first, second = masks
-    if len(contexts) == 1:  # no padding
+    if len(contexts) == 1:
         assert first is second is None
         return
-    columns = first.size(-1)
+    columns = max(len(sequence["input_ids"]) for sequence in sequences)
     for row, sequence in enumerate(sequences):
         padding = columns - len(sequence["input_ids"])
-        for query in range(columns):
-            attended = first[row, 0, query].nonzero().flatten().tolist()
-            assert attended == ([query] if query < padding else [*range(padding, query + 1)])
         assert second[row, 0, 0].nonzero().flatten().tolist() == [*range(padding, columns + 1)]
 
 
@@ -577,3 +594,41 @@ def test_rows_leave_a_batch_of_greedy_replies_when_they_have_ended(model, tokeni
     assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True)
     if sum(length < 8 for length in lengths[end]) > 3:
         assert sizes[-1] < 12
+
+
+@pytest.mark.parametrize("seeds", [None, range(len(CONTEXTS))])
+def test_samples_do_not_depend_on_which_rows_leave(model, tokenizer, monkeypatch, seeds):
+    """Each row draws what it draws beside those that have ended."""
+    decoding = options(no_sample=False, num_samples=3, block_history_ngram=1, min_length=0, max_length=12)
+    ending = LogitsModel(model, {special_ids(tokenizer)[1]: -0.5, **dict.fromkeys(range(20, 40), -2.0)})
+    sizes, hidden_states = [], type(model).hidden_states
+
+    def counted(self, ids, *rest):
+        sizes.append(len(ids))
+        return hidden_states(self, ids, *rest)
+
+    monkeypatch.setattr(type(model), "hidden_states", counted)
+    found = []
+    for leave in (0, 2, 100):  # none leaves, a half at a time, each at once
+        torch.manual_seed(5)
+        generators = seeds and [torch.Generator().manual_seed(seed) for seed in seeds]
+        monkeypatch.setattr("transfertransfo.decoding.LEAVE", leave)
+        steps = list(decode(ending, CONTEXTS, tokenizer, decoding, generators=generators))
+        found.append([list(itertools.chain(*gained)) for gained in zip(*steps)])
+        assert (min(sizes[1:]) < 12) == bool(leave)
+        sizes.clear()
+    assert found[0] == found[1] == found[2] and len(set(map(len, found[0]))) > 3
+
+
+def test_samples_are_drawn_as_torch_draws_them(model, tokenizer):
+    """So that a seed gives the replies that it gave the original."""
+    decoding = options(no_sample=False, num_samples=3, max_length=1)
+    torch.manual_seed(7)
+    found = candidate_replies(model, CONTEXTS[:2], tokenizer, decoding)
+    logits = torch.stack([next_logits(model, context, [], tokenizer) for context in CONTEXTS[:2]])
+    probabilities = top_filtering(logits / decoding.temperature, top_p=decoding.top_p).softmax(-1)
+    probabilities[:, special_ids(tokenizer)] = 0.0
+    torch.manual_seed(7)
+    assert torch.multinomial(probabilities.repeat_interleave(3, 0), 1).flatten().tolist() == [
+        token for replies in found for (token,) in replies
+    ]

@@ -1,5 +1,6 @@
 """Replies over a key-value cache, many contexts at a time: greedy, sampled, beam search, the best of several."""
 
+import itertools
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -18,14 +19,22 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
-from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_fork, window
+from transfertransfo.data.inputs import (
+    LONGEST_TREE,
+    Example,
+    build_input_from_segments,
+    context_positions,
+    fit,
+    make_fork,
+    window,
+)
 from transfertransfo.data.tokenization import special_ids
-from transfertransfo.data.trees import pack
+from transfertransfo.data.trees import IGNORED, Fork, pack
 from transfertransfo.errors import SettingError
 from transfertransfo.model.double_heads import DoubleHeads, finite
 
 LEAST = {"rank": 2, "consensus": 3}  # replies that there must be; of two, each is as much like the other
-LEAVE = 4  # a batch of greedy replies is made smaller when one row in so many has ended
+LEAVE = 4  # a batch is made smaller when one row in so many has ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +306,11 @@ class RoomyLayer(DynamicLayer):
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
 
+    def unfold_(self, trees: Tensor, columns: Tensor) -> None:
+        """Put a row in place for each of R sequences, from its tree, (R, 1), and its tokens' columns there, (R, T)."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (held[trees, :, columns].transpose(1, 2) for held in (self.keys, self.values))
+
     def _extended(self, name: str, new: Tensor) -> Tensor:
         kept, room = getattr(self, name), self.rooms.get(name)
         start = kept.size(-2) if kept.numel() else 0
@@ -321,44 +335,61 @@ class CachedRows:
     def __init__(self, model: DoubleHeads, sequences: list[dict], new_tokens: int, earlier: "CachedRows | None" = None):
         """Encode sequences of `input_ids`, `token_type_ids` and `position_ids`, for `new_tokens` more at most.
 
-        `earlier` rows serve a sequence as far as it begins as their first one does. They are of no use from then on.
+        Neighbours compute what they begin with together. `earlier` rows serve a single sequence as far as it begins
+        as their first one does. They are of no use from then on.
         """
         self.model = model
-        # aligned on the right, so that every row goes on in the same column
-        lengths = torch.tensor([len(row["input_ids"]) for row in sequences], device=model.device)[:, None]  # (R, 1)
-        columns = int(lengths.max())
-
-        def aligned(name: str) -> Tensor:
-            rows = [[0] * (columns - len(row[name])) + row[name] for row in sequences]
-            return torch.tensor(rows, device=model.device)
-
-        ids, types, positions = map(aligned, ("input_ids", "token_type_ids", "position_ids"))
-        self.held: list[tuple[int, int, int]] = []
-        if len(sequences) == 1:
-            self.held = list(zip(*(sequences[0][name] for name in ("input_ids", "token_type_ids", "position_ids"))))
-        column = torch.arange(columns + new_tokens, device=model.device)
-        self.attended = column >= columns - lengths  # (R, all columns)
-        self.ragged = bool((lengths < columns).any())
-        served = earlier.serve_(self.held) if earlier else 0
-        self.cache: Cache = earlier.cache if earlier and served else Cache(layer_class_to_replicate=RoomyLayer)
-        mask = None
-        if self.ragged or served:
-            causal = column[served:columns, None] >= column[:columns]
-            # a padding column attends to itself alone, so that no softmax is empty
-            itself = column[served:columns, None] == column[:columns]
-            mask = (causal & self.attended[:, None, None, :columns]) | itself
-        new = slice(served, columns)
-        hidden = model.hidden_states(ids[:, new], types[:, new], positions[:, new], mask, self.cache)[:, -1]
+        tokens = [list(zip(row["input_ids"], row["token_type_ids"], row["position_ids"])) for row in sequences]
+        lengths = torch.tensor(list(map(len, tokens)), device=model.device)[:, None]  # (R, 1)
+        self.columns = self.certain = int(lengths.max())  # `certain` are those that all copies of a row have in common
+        self.held = tokens[0] if len(tokens) == 1 else []
+        # rows are aligned on the right, so that all of them go on in the same column
+        column = torch.arange(self.columns + new_tokens, device=model.device)
+        self.attended = column >= self.columns - lengths  # (R, all columns)
+        self.ragged = bool((lengths < self.columns).any())
+        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
+        hidden = self._encode_one(earlier) if self.held else self._encode_trees(tokens)
         self.logits = finite(model.lm_logits(hidden).float())
-        self.types, self.positions, self.columns = types[:, -1:], positions[:, -1:] + 1, columns  # of the next token
-        self.certain = columns  # that all copies of a row have in common
+        last = torch.tensor([row[-1] for row in tokens], device=model.device)
+        self.types, self.positions = last[:, 1:2], last[:, 2:] + 1  # of the next token
+
+    def _encode_one(self, earlier: "CachedRows | None") -> Tensor:
+        """The last hidden state, (1, C), of the sequence that is held."""
+        served = earlier.serve_(self.held) if earlier else 0
+        if earlier and served:
+            self.cache = earlier.cache
+        ids, types, positions = torch.tensor(self.held[served:], device=self.model.device).T[:, None]  # (1, T) each
+        mask = None
+        if served:
+            column = torch.arange(self.columns, device=self.model.device)
+            mask = (column <= column[served:, None])[None, None]
+        return self.model.hidden_states(ids, types, positions, mask, self.cache)[:, -1]
+
+    def _encode_trees(self, tokens: list[list[tuple[int, int, int]]]) -> Tensor:
+        """The last hidden states, (R, C), of sequences of tokens, types and positions."""
+        # 1) encode
+        columns_of = (map(list, zip(*row)) for row in tokens)
+        forks = [Fork(ids, types, positions, [[]], IGNORED) for ids, types, positions in columns_of]
+        sizes = _tree_sizes(tokens)
+        batch = pack(forks, 0, sizes=sizes).to(self.model.device)
+        mask = batch.attention_mask()
+        hidden = self.model.hidden_states(
+            batch.input_ids, batch.token_type_ids, batch.position_ids, mask, self.cache
+        ).flatten(0, 1)
+        # 2) a row for each sequence: its last token attends to all of its tokens, and to these alone
+        last = batch.last_positions.flatten()
+        trees = torch.repeat_interleave(torch.tensor(sizes, device=last.device))
+        path = mask[trees, 0, last - trees * mask.size(-1)]  # (R, a tree's columns)
+        columns = torch.zeros_like(self.attended[:, : self.columns], dtype=torch.long)
+        columns[self.attended[:, : self.columns]] = path.nonzero()[:, 1]
+        for layer in self.cache.layers:
+            assert isinstance(layer, RoomyLayer)
+            layer.unfold_(trees[:, None], columns)
+        return hidden[last]
 
     def serve_(self, wanted: list[tuple[int, int, int]]) -> int:
         """Cut the cache down to what a sequence begins with; returns the number of tokens, less than its length."""
-        pairs = zip(self.held, wanted[:-1])  # the last one's hidden state is needed
-        length = next(
-            (i for i, (held, other) in enumerate(pairs) if held != other), min(len(self.held), len(wanted) - 1)
-        )
+        length = _shared_length(self.held, wanted[:-1])  # the last one's hidden state is needed
         if length:
             if len(self.logits) > 1:
                 self.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=self.logits.device))
@@ -394,6 +425,25 @@ class CachedRows:
             self.held.append(token)
 
 
+def _shared_length(one: list, other: list) -> int:
+    """How many elements two lists begin with alike."""
+    return next((i for i, (here, there) in enumerate(zip(one, other)) if here != there), min(len(one), len(other)))
+
+
+def _tree_sizes(sequences: list[list[tuple[int, int, int]]]) -> list[int]:
+    """How many sequences, one after another, each tree holds: those that share words, as `inputs.make_trees` does."""
+    sizes, length = [1], len(sequences[0])
+    for one, other in itertools.pairwise(sequences):
+        shared = _shared_length(one, other)
+        length += len(other) - shared
+        if shared > 2 and length <= LONGEST_TREE:  # more than <bos> and a speaker
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            length = len(other)
+    return sizes
+
+
 class Memory:
     """What the last reply of a chat was made with: the next context mostly begins with the same tokens."""
 
@@ -414,22 +464,22 @@ class AgainstRepetition:
     well take up words of the persona and of the partner. `block_history_ngram` looks at the model's own earlier turns.
     """
 
-    def __init__(self, contexts: Sequence[Context], decoding: Decoding):
+    def __init__(self, contexts: Sequence[Context], decoding: Decoding, copies: int):
         self.reply = LogitsProcessorList()
         if decoding.repetition_penalty != 1:
             self.reply.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
         if decoding.no_repeat_ngram_size:
             self.reply.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
-        self.history = []  # a list of processors for each context
+        self.history = []  # a list of processors for each reply, of which a context has `copies`
         if size := decoding.block_history_ngram:
             for _, history, earlier in (Context(*context) for context in contexts):
                 turns = [turn for turn in [*earlier, *history[-2::-2]] if len(turn) >= size]
                 # one for each turn, so that no n-gram reaches over from one to the next
                 processors = (EncoderNoRepeatNGramLogitsProcessor(size, torch.LongTensor(turn)) for turn in turns)
-                self.history.append(LogitsProcessorList(processors))
+                self.history += [LogitsProcessorList(processors)] * copies
 
     def select_(self, rows: Tensor) -> None:
-        """Keep the rows of these indices, of replies of which there is one to a context."""
+        """Keep the rows of these indices."""
         if self.history:
             self.history = [self.history[i] for i in rows.tolist()]
 
@@ -437,9 +487,8 @@ class AgainstRepetition:
         """Logits of the next tokens, (R, vocabulary), after `tokens` of the replies, (R, T)."""
         logits = self.reply(tokens, logits)  # type: ignore[arg-type]  # takes any tensor of whole numbers
         if any(self.history):
-            copies = len(logits) // len(self.history)
-            groups = zip(self.history, tokens.split(copies), logits.split(copies))
-            logits = torch.cat([processors(*group) for processors, *group in groups])
+            rows = zip(self.history, tokens.split(1), logits.split(1))
+            logits = torch.cat([processors(*row) for processors, *row in rows])
         return logits
 
 
@@ -470,7 +519,7 @@ def _begin(
     rows = (memory or Memory()).encode(model, sequences, decoding.max_length)
     rows.repeat_(copies)
     tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
-    return rows, tokens, AgainstRepetition(contexts, decoding)
+    return rows, tokens, AgainstRepetition(contexts, decoding, copies)
 
 
 @torch.inference_mode()
@@ -505,7 +554,8 @@ def decode(
     n_replies = len(replies)
     # 4) a token a step
     for step in range(decoding.max_length):
-        chosen = _choose(penalize(tokens, rows.logits), decoding, special, generators, go_on=step < decoding.min_length)
+        noise = None if decoding.no_sample else _noise(rows.logits, n_replies, generators)[replies]
+        chosen = _choose(penalize(tokens, rows.logits), decoding, special, noise, go_on=step < decoding.min_length)
         ended |= torch.isin(chosen, special)
         if ended.all():
             return
@@ -516,9 +566,8 @@ def decode(
         yield gained
         if step + 1 == decoding.max_length:
             return
-        # 5) rows that have ended leave, some at a time since the cache of the others is copied. Not where tokens are
-        # drawn: the others would get other ones
-        if decoding.no_sample and len(ended) <= LEAVE * ended.sum():
+        # 5) rows that have ended leave, some at a time since the cache of the others is copied
+        if len(ended) <= LEAVE * ended.sum():
             stay = (~ended).nonzero().flatten()
             rows.select_(stay)
             penalize.select_(stay)
@@ -528,34 +577,39 @@ def decode(
         rows.append_(chosen)
 
 
-def _choose(
-    logits: Tensor,
-    decoding: Decoding,
-    special: Tensor,
-    generators: Sequence[torch.Generator] | None = None,
-    *,
-    go_on: bool,
-) -> Tensor:
+def _noise(logits: Tensor, n_replies: int, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """What the replies' next tokens are drawn by, (all replies, vocabulary): for those too that have ended.
+
+    So the others draw what they would beside them.
+
+    Args:
+        generators: as in `decode`.
+    """
+    noise = logits.new_empty(n_replies, logits.size(-1))
+    if generators is None:
+        return noise.exponential_()
+    for rows, generator in zip(noise.split(n_replies // len(generators)), generators):
+        rows.exponential_(generator=generator)
+    return noise
+
+
+def _choose(logits: Tensor, decoding: Decoding, special: Tensor, noise: Tensor | None, *, go_on: bool) -> Tensor:
     """The next token of each row: (R, vocabulary) -> (R,).
 
     Args:
         special: ids of the tokens that end a reply.
-        generators: as in `decode`.
+        noise: exponential, (R, vocabulary); the token is drawn that has the greatest probability over its noise, as
+            `torch.multinomial` draws it (an exponential race). None = the likeliest token.
         go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves no word.
     """
-    if decoding.no_sample and not go_on:
+    if noise is None and not go_on:
         return logits.argmax(-1)  # which every filter keeps
     probabilities = _probabilities(logits, decoding)
     if go_on:
         words = probabilities.index_fill(-1, special, 0.0)
         # original: draws again until it is a word, for ever where no word is left
         probabilities = torch.where(words.any(-1, keepdim=True), words, probabilities)
-    if decoding.no_sample:
-        return probabilities.argmax(-1)
-    if generators is None:
-        return torch.multinomial(probabilities, 1).squeeze(-1)
-    groups = zip(probabilities.split(decoding.num_samples), generators)
-    return torch.cat([torch.multinomial(group, 1, generator=generator) for group, generator in groups]).squeeze(-1)
+    return (probabilities if noise is None else probabilities / noise).argmax(-1)
 
 
 def _probabilities(logits: Tensor, decoding: Decoding) -> Tensor:

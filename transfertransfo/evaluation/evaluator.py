@@ -13,7 +13,6 @@ from transformers import OpenAIGPTTokenizer, PreTrainedTokenizerBase
 from transfertransfo.data.inputs import (
     BucketSampler,
     Example,
-    context_length,
     fit,
     make_fork,
     make_trees,
@@ -204,20 +203,15 @@ def by_length(turns: Sequence[Turn], size: int, measured: str = "all") -> Iterat
     Memory that is too small then shows at once, and a batch has rows of like length.
 
     Args:
-        measured: as in `Evaluator`. It decides which tokens of a turn the model reads. Replies share none.
+        measured: as in `Evaluator`. It decides which tokens of a turn the model reads.
     """
     examples = [turn.example for turn in turns]
     if measured in ("ppl", "f1"):
         examples = [turn.example._replace(candidates=[turn.label_ids]) for turn in turns]
-    if measured == "f1":
-        trees = [[example] for example in examples]
-        lengths = [context_length(example.persona, example.history) for example in examples]
-    else:
-        trees = make_trees(examples)
-        lengths = list(map(tree_length, trees))
+    trees = make_trees(examples)
     counts = list(map(len, trees))
     starts = [0, *itertools.accumulate(counts)]
-    for batch in reversed(list(BucketSampler(lengths, size, shuffle=False, counts=counts))):
+    for batch in reversed(list(BucketSampler(list(map(tree_length, trees)), size, shuffle=False, counts=counts))):
         yield [i for tree in reversed(batch) for i in range(starts[tree], starts[tree + 1])]
 
 

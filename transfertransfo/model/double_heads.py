@@ -151,7 +151,7 @@ class DoubleHeads(nn.Module):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if self.window and self.window_by and past + input_ids.size(1) > self.window:
             assert not isinstance(attention_mask, Blocks)
-            masks = self._masks_of_layers(attention_mask, input_ids.size(1), past, is_tree=past_key_values is None)
+            masks = self._masks_of_layers(attention_mask, input_ids.size(1), past)
         if self.additive_mask:
             masks = _additive(masks, embeddings.weight.dtype)
         return self.pretrained.base_model(
@@ -162,19 +162,16 @@ class DoubleHeads(nn.Module):
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
-    def _masks_of_layers(
-        self, mask: Tensor | None, length: int, past: int, *, is_tree: bool
-    ) -> Tensor | dict[str, Tensor]:
+    def _masks_of_layers(self, mask: Tensor | None, length: int, past: int) -> Tensor | dict[str, Tensor]:
         """The mask, (B, 1, T, past + T), as `window_by` says, with the window in it.
 
-        Args:
-            is_tree: whether a token's distance to another is that in a tree. Else it is that of their columns.
+        A token's distance to another is that in a tree. Of tokens that go on from a past it is that of their columns.
         """
         assert self.window
         column = torch.arange(past + length, device=self.device)
         if mask is None:
             mask = (column <= column[past:, None])[None, None]
-        depth = mask.sum(-1) if is_tree else column.expand(*mask.shape[:2], -1)  # (B, 1, past + T)
+        depth = column.expand(*mask.shape[:2], -1) if past else mask.sum(-1)  # (B, 1, past + T)
         windowed = mask & (depth[..., past:, None] - depth[..., None, :] < self.window)
         return {"full_attention": mask, "sliding_attention": windowed} if self.window_by == "layer type" else windowed
 
