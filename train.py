@@ -138,7 +138,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from transfertransfo.data.dataset import TokenizedDataset, load_dataset, paused_collector
+from transfertransfo.data.dataset import load_dataset, paused_collector
 from transfertransfo.data.inputs import (
     MODEL_INPUTS,
     PADDED_INPUTS,
@@ -323,25 +323,21 @@ def load_batches(
         content = content.hold_out(args.valid_share)
     valid, places = None, list[list[int]]()
     if "valid" in content.splits:
-        valid, places = content.dialogs("valid", content.tokens), gold_places(content)
+        valid = content.dialogs("valid", content.tokens)
+        places = right_places(content.candidates("valid"), content.texts)
     else:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
-    train = content.dialogs("train", content.tokens, stop=first_share(content.count("train"), args.train_share))
+    stop = first_share(content.count("train"), args.train_share)
+    train = content.dialogs("train", content.tokens, stop=stop, num_candidates=args.num_candidates)
     on_gpu = (args.device or default_device()) != "cpu"
     loaders = make_loaders(
         train, valid, places, tokenizer, n_positions=n_positions, history_start=history_start,
-        max_history=args.max_history, num_candidates=args.num_candidates,
+        max_history=args.max_history,
         personality_permutations=args.personality_permutations, by_dialog=args.batch_by == "dialog",
         train_batch_size=args.train_batch_size, valid_batch_size=args.valid_batch_size, seed=args.seed,
         multiple=GPU_MULTIPLE if on_gpu else 1,
     )  # fmt: skip
     return loaders, digest
-
-
-def gold_places(content: TokenizedDataset) -> list[list[int]]:
-    """For each validation example the candidates that read like the gold reply."""
-    dialogs = content.dialogs("valid", content.texts)
-    return right_places([utterance["candidates"] for dialog in dialogs for utterance in dialog["utterances"]])
 
 
 def digest_of_base(args: Namespace, model: DoubleHeads, saved: Mapping) -> str:

@@ -1,5 +1,6 @@
 """The ConvAI2 metrics: their definitions on cases small enough to count by hand."""
 
+import itertools
 import math
 import random
 
@@ -195,7 +196,8 @@ def test_distinct_n():
 
 def test_right_places_are_those_whose_choice_is_a_hit():
     rows = [["No!", "the cat", "Cat.", "cat"], ["no"], ["no", "yes"], ["", "the", "..."]]
-    places = right_places(rows)
+    texts = list(dict.fromkeys(itertools.chain(*rows)))
+    places = right_places([list(map(texts.index, row)) for row in rows], texts)
     assert places == [[1, 2, 3], [0], [1], [0, 1, 2]]
     assert places == [[i for i in range(len(row)) if hit([i], row, row[-1])] for row in rows]
 

@@ -21,7 +21,7 @@ from transfertransfo.data.dialogs import read_dialogs
 from transfertransfo.data.distractors import draw_distractors
 from transfertransfo.data.reading import SPLITS
 from transfertransfo.data.sources import HUB, Files, dataset_files, hub_files, split_of_url
-from transfertransfo.data.tokenization import check_unknown, fingerprint, tokenize
+from transfertransfo.data.tokenization import WARNED_OF_UNKNOWN, check_unknown, fingerprint, tokenize, unknown_id
 from transfertransfo.download import fetch, is_url
 from transfertransfo.errors import SettingError, UserError
 from transfertransfo.files import remove_abandoned, write_atomically
@@ -102,37 +102,51 @@ class TokenizedDataset:
         """The number of a split's dialogs."""
         return len(self._arrays[f"{split}.turns"])
 
+    def share_of(self, token: int) -> float:
+        """The share of a token among those of all sentences, where no tokens at all are one such token."""
+        tokens, empty = self._arrays["tokens"], np.diff(self._arrays["tokens.ends"], prepend=0) == 0
+        return (np.count_nonzero(tokens == token) + empty.sum()) / max(1, len(tokens) + empty.sum())
+
     @paused_collector()
-    def dialogs(self, split: str, sentences: list, start: int = 0, stop: int | None = None) -> list[dict]:
+    def dialogs(
+        self, split: str, sentences: list, start: int = 0, stop: int | None = None, num_candidates: int = 0
+    ) -> list[dict]:
         """Dialogs of a split, each sentence taken from `sentences`: `self.texts` or `self.tokens`.
 
-        Distractors are drawn from these dialogs alone, where an utterance has none: none comes from dialogs before
-        `start` or after `stop`.
+        Args:
+            start, stop: the dialogs to give. Distractors are drawn from these alone, where an utterance has none.
+            num_candidates: the last candidates kept, gold included; 0 = all.
         """
         turns = self._arrays[f"{split}.turns"]
-        first, turns = int(turns[:start].sum()), turns[start:stop]
-        last = first + int(turns.sum())
-        ends = self._arrays[f"{split}.candidates.ends"]
-        counts = np.diff(ends, prepend=0)[first:last]
-        golds = self._arrays[f"{split}.candidates"][ends[first:last] - 1].tolist()
-        drawn = draw_distractors(golds, counts.tolist(), turns.tolist())
-
-        candidates = self._lists(f"{split}.candidates", first, last)
-        history = self._lists(f"{split}.history", first, last)
+        first = int(turns[:start].sum())
+        turns = turns[start:stop].tolist()
+        candidates = self.candidates(split, start, stop)
+        history = self._lists(f"{split}.history", first, first + sum(turns))
         utterances = (
             {
-                "candidates": [sentences[i] for i in itertools.chain(drawn.get(place, ()), next(candidates))],
+                "candidates": [sentences[i] for i in row[-num_candidates:]],
                 "history": [sentences[i] for i in next(history)],
             }
-            for place in itertools.count()
+            for row in candidates
         )
         return [
             {
                 "personality": [sentences[i] for i in personality],
                 "utterances": list(itertools.islice(utterances, count)),
             }
-            for personality, count in zip(self._lists(f"{split}.personality", start, stop), turns.tolist())
+            for personality, count in zip(self._lists(f"{split}.personality", start, stop), turns)
         ]
+
+    def candidates(self, split: str, start: int = 0, stop: int | None = None) -> list[list[int]]:
+        """The candidates of each utterance as numbers of sentences, the gold one last; arguments as of `dialogs`."""
+        turns = self._arrays[f"{split}.turns"]
+        first, turns = int(turns[:start].sum()), turns[start:stop]
+        last = first + int(turns.sum())
+        rows = list(self._lists(f"{split}.candidates", first, last))
+        golds = [row[-1] for row in rows]
+        for place, drawn in draw_distractors(golds, list(map(len, rows)), turns.tolist()).items():
+            rows[place] = drawn + rows[place]
+        return rows
 
     def hold_out(self, share: float) -> "TokenizedDataset":
         """The dataset with the last training dialogs, this share of them and one at least, as its validation split.
@@ -208,7 +222,8 @@ def load_dataset(
             arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
             _write_cache(cache, arrays)
         dataset = TokenizedDataset(arrays)
-    check_unknown(tokenizer, dataset.texts, dataset.tokens, str(dataset_path) or "PersonaChat")
+    if dataset.share_of(unknown_id(tokenizer)) > WARNED_OF_UNKNOWN:
+        check_unknown(tokenizer, dataset.texts, dataset.tokens, str(dataset_path) or "PersonaChat")
     return dataset
 
 

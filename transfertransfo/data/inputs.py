@@ -83,7 +83,8 @@ class Example(NamedTuple):
     @property
     def row_length(self) -> int:
         """Tokens of its tree, candidates that begin alike counted apart."""
-        return context_length(self.persona, self.history) + sum(len(reply) + 1 for reply in self.candidates)
+        candidates = self.candidates
+        return context_length(self.persona, self.history) + sum(map(len, candidates)) + len(candidates)
 
 
 @paused_collector()
@@ -132,13 +133,13 @@ def make_trees(examples: Sequence[Example], longest: int = LONGEST_TREE) -> list
     trees: list[list[Example]] = []
     length = 0
     for i, example in enumerate(examples):
-        shared = shared_length(examples[i - 1], example) if i else 0
-        length += example.row_length - shared
+        shared, alone = shared_length(examples[i - 1], example) if i else 0, example.row_length
+        length += alone - shared
         if shared > 2 and length <= longest:  # more than <bos> and a speaker
             trees[-1].append(example)
         else:
             trees.append([example])
-            length = example.row_length
+            length = alone
     return trees
 
 
@@ -176,7 +177,7 @@ def tell_of_cut(count: int, total: int, n_positions: int) -> None:
 
 def context_length(persona: list[list[int]], history: list[list[int]]) -> int:
     """Tokens before the reply: `<bos>`, the persona, each turn with its speaker, the reply's speaker."""
-    return 2 + sum(map(len, persona)) + sum(len(turn) + 1 for turn in history)
+    return 2 + sum(map(len, persona)) + sum(map(len, history)) + len(history)
 
 
 def context_positions(persona: list[list[int]], history: list[list[int]], history_start: int = 0) -> list[int]:

@@ -1,7 +1,7 @@
 """Text -> token ids, many texts at once, and for GPT as in its own pre-training."""
 
 import functools
-import json
+import importlib.metadata
 import logging
 import re
 import threading
@@ -106,12 +106,18 @@ def _chunks(texts: list[str], size: int = 4096) -> Iterator[list[str]]:
 def count_unknown(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Iterable[list[int]]) -> list[int]:
     """For each text, of which `tokenize` has made these tokens, how many of them stand for what cannot be written.
 
-    Text of which nothing is left counts as one. A tokenizer of bytes can write any text.
+    Text of which nothing is left counts as one.
     """
+    unknown = unknown_id(tokenizer)
+    return [ids.count(unknown) if ids else int(bool(text.strip())) for text, ids in zip(texts, tokens, strict=True)]
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token for what cannot be written; -1 where there is none, as a tokenizer of bytes can write any text."""
     backend = tokenizer.backend_tokenizer
     name = getattr(backend.model, "unk_token", tokenizer.unk_token)  # a Unigram model does not say it
-    unknown = backend.token_to_id(name) if name else -1
-    return [ids.count(unknown) if ids else int(bool(text.strip())) for text, ids in zip(texts, tokens, strict=True)]
+    found = backend.token_to_id(name) if name else None
+    return -1 if found is None else found
 
 
 def check_unknown(
@@ -144,15 +150,15 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides how a text is tokenised. Special tokens are no part of it: texts never become them."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = [state["normalizer"], state["pre_tokenizer"], state["model"]]
-    parts += [token for token in state["added_tokens"] if not token["special"]]
+    backend = tokenizer.backend_tokenizer
+    stages = (backend.normalizer, backend.pre_tokenizer, backend.model)
+    parts = [stage.__getstate__().decode() if stage else "" for stage in stages]
+    parts += [f"{i} {token!r}" for i, token in backend.get_added_tokens_decoder().items() if not token.special]
     if tokenizer.init_kwargs.get("gpt_tokenization") == "spacy":
-        import ftfy
-        import spacy
-
-        parts += ["spacy", spacy.__version__, ftfy.__version__, SPACING]
-    return json.dumps(parts)
+        # asked of the packages' records: to import spaCy takes longer than to read a cached dataset
+        parts += [f"{name} {importlib.metadata.version(name)}" for name in ("spacy", "ftfy")]
+        parts.append(str(SPACING))
+    return "\n".join(parts)
 
 
 def knows_dialog_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:

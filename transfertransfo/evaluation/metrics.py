@@ -91,12 +91,22 @@ def hit(ranking: Sequence[int], candidates: Sequence[str], label: str) -> bool:
     return normalize(candidates[ranking[0]]) == normalize(label)
 
 
-def right_places(rows: Sequence[Sequence[str]]) -> list[list[int]]:
-    """For each row of candidates, the gold one last, the places of all that read like it: `hit` counts any of them."""
-    texts = set(itertools.chain(*rows))  # rows share most of their candidates
-    reading = {text: " ".join(normalize(text)) for text in texts}
-    golds = [reading[row[-1]] for row in rows]
-    return [[place for place, text in enumerate(row) if reading[text] == gold] for row, gold in zip(rows, golds)]
+def right_places(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> list[list[int]]:
+    """For each row of candidates, the gold one last, the places of all that read like it: `hit` counts any of them.
+
+    Args:
+        rows: the candidates as indices of `texts`; rows share most of them.
+    """
+    counts = np.array(list(map(len, rows)))
+    used, candidates = np.unique(np.fromiter(itertools.chain(*rows), np.int64), return_inverse=True)
+    number: dict[tuple[str, ...], int] = {}  # of each reading
+    readings = [number.setdefault(tuple(normalize(texts[i])), len(number)) for i in used.tolist()]
+    reading = np.array(readings)[candidates]
+    ends = counts.cumsum()
+    right = np.flatnonzero(reading == reading[ends - 1].repeat(counts))
+    places = (right - (ends - counts).repeat(counts)[right]).tolist()
+    ends_of_right = np.searchsorted(right, ends).tolist()
+    return [places[start:end] for start, end in itertools.pairwise([0, *ends_of_right])]
 
 
 def split_words(text: str) -> list[str]:

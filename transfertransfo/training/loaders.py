@@ -41,7 +41,6 @@ def make_loaders(
     n_positions: int,
     history_start: int,
     max_history: int,
-    num_candidates: int,
     personality_permutations: int,
     by_dialog: bool,
     train_batch_size: int,
@@ -53,13 +52,16 @@ def make_loaders(
 
     Args:
         right_places: of each valid example the candidates that read like the gold one; any of them is a hit.
-        num_candidates: of a training example (0 = all); a valid example has all.
         by_dialog: whether a training batch holds whole dialogs; one of the valid split always does.
         seed: decides the order of the training examples.
         multiple: of which the length of a tree is one, in tokens.
     """
     train = make_examples(
-        train_dialogs, max_history, n_positions, num_candidates, personality_permutations, history_start
+        train_dialogs,
+        max_history,
+        n_positions,
+        personality_permutations=personality_permutations,
+        history_start=history_start,
     )
     # every process takes part in each forward, so where a share is empty one works on what does not count
     collate = partial(
