@@ -15,10 +15,8 @@ from transfertransfo.cli import ArgumentParser, add_decoding_flags
 from transfertransfo.data.inputs import build_input_from_segments, context_positions
 from transfertransfo.data.tokenization import SPECIAL_TOKENS
 from transfertransfo.decoding import (
-    CachedRows,
     Context,
     Decoding,
-    Memory,
     agreement,
     beam_search,
     candidate_replies,
@@ -32,6 +30,7 @@ from transfertransfo.decoding import (
 )
 from transfertransfo.errors import SettingError, UserError, flags_named
 from transfertransfo.evaluation.metrics import f1
+from transfertransfo.model.cache import CachedRows, Memory
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
 
@@ -146,7 +145,7 @@ def test_contexts_that_begin_alike_are_encoded_together(model, tokenizer, monkey
     trees = [(row != 0).sum().item() for row in encoded[0]]
     assert trees == [6 + 5 + 2, 4]
     assert replies == [generate(model, [context], tokenizer, options(max_length=2))[0] for context in DIALOG]
-    monkeypatch.setattr("transfertransfo.decoding.LONGEST_TREE", 12)
+    monkeypatch.setattr("transfertransfo.model.cache.LONGEST_TREE", 12)
     encoded.clear()
     assert generate(model, DIALOG, tokenizer, options(max_length=2)) == replies
     assert [(row != 0).sum().item() for row in encoded[0]] == [6 + 5, 6, 4]

@@ -7,7 +7,8 @@ from helpers import slow_but, tiny_config
 
 from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.trees import pack
-from transfertransfo.decoding import CachedRows, Context, Decoding, Memory, candidate_replies
+from transfertransfo.decoding import Context, Decoding, candidate_replies
+from transfertransfo.model.cache import CachedRows, Memory
 from transfertransfo.model.double_heads import DoubleHeads, add_special_tokens_
 from transfertransfo.model.loading import load_model, save_model
 from transfertransfo.model.sources import load_tokenizer

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TextIO
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.tokenization import count_unknown, text_of, tokenize
-from transfertransfo.decoding import Context, Decoding, Memory, candidate_replies, decode, fit_context
+from transfertransfo.decoding import Context, Decoding, candidate_replies, decode, fit_context
 from transfertransfo.errors import SettingError, printable
+from transfertransfo.model.cache import Memory
 from transfertransfo.model.double_heads import DoubleHeads
 
 
