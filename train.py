@@ -323,8 +323,8 @@ def load_batches(
         content = content.hold_out(args.valid_share)
     valid, places = None, list[list[int]]()
     if "valid" in content.splits:
+        places = right_places(content.candidates("valid"), content.texts)  # first: what it takes is given back
         valid = content.dialogs("valid", content.tokens)
-        places = right_places(content.candidates("valid"), content.texts)
     else:
         logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
     stop = first_share(content.count("train"), args.train_share)

@@ -599,3 +599,21 @@ def test_a_dataset_s_distractors_are_those_that_its_reader_draws(gpt, tmp_path):
     path.write_text(json.dumps({"train": dialogs, "valid": dialogs[:2] + DATASET["valid"]}))
     loaded = load_dataset(gpt, path, "")
     assert loaded.all_dialogs(loaded.texts) == read_dialogs([path])
+
+
+@pytest.mark.parametrize("num_candidates", [0, 1, 2, 3, 20])
+def test_the_last_candidates_alone_are_kept(gpt, tmp_path, num_candidates):
+    """Of rows of all lengths, some of which have their distractors drawn."""
+    rows = [[f"{a} {b} ." for b in "abcdefgh"[:n]] for a, n in zip("stuvwxyz", (1, 4, 2, 1, 8, 3, 1, 5))]
+    dialogs = [
+        {"utterances": [{"history": ["hi"], "candidates": row} for row in rows[i : i + 2]]} for i in range(0, 8, 2)
+    ]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"train": dialogs}))
+    loaded = load_dataset(gpt, path, "")
+    for start, stop in ((0, None), (1, 3)):
+        want = loaded.dialogs("train", loaded.texts, start, stop)
+        assert all(len(u["candidates"]) > 1 for dialog in want for u in dialog["utterances"])
+        for utterance in (u for dialog in want for u in dialog["utterances"]):
+            utterance["candidates"] = utterance["candidates"][-num_candidates:]
+        assert loaded.dialogs("train", loaded.texts, start, stop, num_candidates) == want

@@ -120,11 +120,11 @@ class TokenizedDataset:
         turns = self._arrays[f"{split}.turns"]
         first = int(turns[:start].sum())
         turns = turns[start:stop].tolist()
-        candidates = self.candidates(split, start, stop)
+        candidates = self.candidates(split, start, stop, num_candidates)
         history = self._lists(f"{split}.history", first, first + sum(turns))
         utterances = (
             {
-                "candidates": [sentences[i] for i in row[-num_candidates:]],
+                "candidates": [sentences[i] for i in row],
                 "history": [sentences[i] for i in next(history)],
             }
             for row in candidates
@@ -137,16 +137,19 @@ class TokenizedDataset:
             for personality, count in zip(self._lists(f"{split}.personality", start, stop), turns)
         ]
 
-    def candidates(self, split: str, start: int = 0, stop: int | None = None) -> list[list[int]]:
+    def candidates(
+        self, split: str, start: int = 0, stop: int | None = None, num_candidates: int = 0
+    ) -> list[list[int]]:
         """The candidates of each utterance as numbers of sentences, the gold one last; arguments as of `dialogs`."""
         turns = self._arrays[f"{split}.turns"]
         first, turns = int(turns[:start].sum()), turns[start:stop]
         last = first + int(turns.sum())
-        rows = list(self._lists(f"{split}.candidates", first, last))
+        # of two one shows that there are distractors
+        rows = list(self._lists(f"{split}.candidates", first, last, num_candidates and max(2, num_candidates)))
         golds = [row[-1] for row in rows]
         for place, drawn in draw_distractors(golds, list(map(len, rows)), turns.tolist()).items():
             rows[place] = drawn + rows[place]
-        return rows
+        return [row[-num_candidates:] for row in rows] if num_candidates else rows
 
     def hold_out(self, share: float) -> "TokenizedDataset":
         """The dataset with the last training dialogs, this share of them and one at least, as its validation split.
@@ -175,11 +178,15 @@ class TokenizedDataset:
         """The dialogs of each split, as `dialogs` gives them."""
         return {split: self.dialogs(split, sentences) for split in self.splits}
 
-    def _lists(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[list[int]]:
-        """Rows `start` to `stop` of a ragged array."""
-        ends = [0, *self._arrays[f"{name}.ends"].tolist()][start : None if stop is None else stop + 1]
-        values = self._arrays[name][ends[0] : ends[-1]].tolist()
-        return (values[begin - ends[0] : end - ends[0]] for begin, end in itertools.pairwise(ends))
+    def _lists(self, name: str, start: int = 0, stop: int | None = None, last: int = 0) -> Iterator[list[int]]:
+        """Rows `start` to `stop` of a ragged array, or the last elements of each, so many; 0 = all."""
+        ends = np.append(0, self._arrays[f"{name}.ends"])[start : None if stop is None else stop + 1]
+        values, counts = self._arrays[name][ends[0] : ends[-1]], np.diff(ends)
+        if last:
+            after = np.repeat(ends[1:] - ends[0], counts) - np.arange(len(values))  # 1 for a row's last element
+            values, counts = values[after <= last], counts.clip(max=last)
+        kept = values.tolist()  # a slice of a list is made faster than a list of a slice
+        return (kept[begin:end] for begin, end in itertools.pairwise([0, *counts.cumsum().tolist()]))
 
 
 def locate_dataset(dataset_path: str) -> Files:

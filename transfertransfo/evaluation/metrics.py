@@ -99,8 +99,8 @@ def right_places(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> list[li
     """
     counts = np.array(list(map(len, rows)))
     used, candidates = np.unique(np.fromiter(itertools.chain(*rows), np.int64), return_inverse=True)
-    number: dict[tuple[str, ...], int] = {}  # of each reading
-    readings = [number.setdefault(tuple(normalize(texts[i])), len(number)) for i in used.tolist()]
+    number: dict[str, int] = {}  # of each reading
+    readings = [number.setdefault(" ".join(normalize(texts[i])), len(number)) for i in used.tolist()]
     reading = np.array(readings)[candidates]
     ends = counts.cumsum()
     right = np.flatnonzero(reading == reading[ends - 1].repeat(counts))
