@@ -332,8 +332,8 @@ def load_batches(
     on_gpu = (args.device or default_device()) != "cpu"
     loaders = make_loaders(
         train, valid, places, tokenizer, n_positions=n_positions, history_start=history_start,
-        max_history=args.max_history,
-        personality_permutations=args.personality_permutations, by_dialog=args.batch_by == "dialog",
+        max_history=args.max_history, personality_permutations=args.personality_permutations,
+        by_dialog=args.batch_by == "dialog",
         train_batch_size=args.train_batch_size, valid_batch_size=args.valid_batch_size, seed=args.seed,
         multiple=GPU_MULTIPLE if on_gpu else 1,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import itertools
 import re
 from argparse import Namespace
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
 from transfertransfo.cli import ArgumentParser, add_decoding_flags
-from transfertransfo.data.inputs import build_input_from_segments, context_positions
+from transfertransfo.data.inputs import build_input_from_segments, context_positions, tree_sizes
 from transfertransfo.data.tokenization import SPECIAL_TOKENS
 from transfertransfo.decoding import (
     Context,
@@ -45,6 +46,19 @@ CONTEXTS = [
 ]
 # Two turns of a dialog, one of another with the same persona, and one without any.
 DIALOG = [*(([[60]], [[61, 62], [63], [64, 65]][:n]) for n in (1, 3)), ([[60]], [[61, 66]]), ([], [[30]])]
+
+
+@pytest.fixture
+def encoded(model, monkeypatch) -> list[torch.Tensor]:
+    """The token ids of each forward of the test, (B, T)."""
+    inputs, hidden_states = [], type(model).hidden_states
+
+    def listening(self, ids, *rest):
+        inputs.append(ids)
+        return hidden_states(self, ids, *rest)
+
+    monkeypatch.setattr(type(model), "hidden_states", listening)
+    return inputs
 
 
 def options(**changed) -> Decoding:
@@ -132,20 +146,13 @@ def test_cached_logits_equal_those_of_the_whole_sequence(model, tokenizer, conte
                 rows.append_(tokens[step])
 
 
-def test_contexts_that_begin_alike_are_encoded_together(model, tokenizer, monkeypatch):
+def test_contexts_that_begin_alike_are_encoded_together(model, tokenizer, monkeypatch, encoded):
     """Each token once: <bos> 60 <speaker2> 61 62 <speaker1>, then 63 <speaker2> 64 65 <speaker1>, or 66 <speaker1>."""
-    encoded, hidden_states = [], type(model).hidden_states
-
-    def counted(self, ids, *rest):
-        encoded.append(ids)
-        return hidden_states(self, ids, *rest)
-
-    monkeypatch.setattr(type(model), "hidden_states", counted)
     replies = generate(model, DIALOG, tokenizer, options(max_length=2))
     trees = [(row != 0).sum().item() for row in encoded[0]]
     assert trees == [6 + 5 + 2, 4]
     assert replies == [generate(model, [context], tokenizer, options(max_length=2))[0] for context in DIALOG]
-    monkeypatch.setattr("transfertransfo.model.cache.LONGEST_TREE", 12)
+    monkeypatch.setattr("transfertransfo.model.cache.tree_sizes", partial(tree_sizes, longest=12))
     encoded.clear()
     assert generate(model, DIALOG, tokenizer, options(max_length=2)) == replies
     assert [(row != 0).sum().item() for row in encoded[0]] == [6 + 5, 6, 4]
@@ -515,26 +522,20 @@ def test_a_chat_with_a_memory_is_one_without(model, tokenizer, changed, max_hist
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_a_turn_encodes_what_the_memory_does_not_serve(model, tokenizer, monkeypatch):
+def test_a_turn_encodes_what_the_memory_does_not_serve(model, tokenizer, encoded):
     """With the whole history: the partner's words, two speakers, and the reply's last word if the cache lacks it."""
-    encoded, memory = [], Memory()
-    hidden_states = type(model).hidden_states
-    monkeypatch.setattr(
-        type(model),
-        "hidden_states",
-        lambda self, ids, *rest: encoded.append(ids.size(1)) or hidden_states(self, ids, *rest),
-    )
+    memory = Memory()
 
     def replies_of(context) -> list[int]:
         return candidate_replies(model, [context], tokenizer, options(min_length=8), memory=memory)[0][0]
 
     *_, (persona, history) = chat_contexts(replies_of, -1)
-    first, *later = [count for count in encoded if count > 1]
+    first, *later = [ids.size(1) for ids in encoded if ids.size(1) > 1]
     assert first == 1 + 5 + 1 + 3 + 1 and later == [1 + 1 + 3 + 1] * 3
     encoded.clear()
     candidate_replies(model, [([[9], *persona[1:]], history)], tokenizer, options(), memory=memory)
     assert (
-        encoded[0]
+        encoded[0].size(1)
         == len(build_input_from_segments([[9], *persona[1:]], history, [], tokenizer, with_eos=False)["input_ids"]) - 1
     )
 
@@ -570,14 +571,8 @@ def test_an_interrupted_reply_leaves_a_memory_that_serves(model, tokenizer, monk
 
 
 @of_every_family
-def test_rows_leave_a_batch_of_greedy_replies_when_they_have_ended(model, tokenizer, monkeypatch):
+def test_rows_leave_a_batch_of_greedy_replies_when_they_have_ended(model, tokenizer, monkeypatch, encoded):
     """The others go on as if they had been alone; n-grams of a context stay with it."""
-    sizes, hidden_states = [], type(model).hidden_states
-
-    def counted(self, ids, *rest):
-        sizes.append(len(ids))
-        return hidden_states(self, ids, *rest)
-
     # each token once in a reply, so that there are many; then one of them ends replies
     contexts = [(persona, [[20 + i], *history]) for i in range(3) for persona, history in CONTEXTS]
     decoding = options(block_history_ngram=1, no_repeat_ngram_size=1, max_length=12, min_length=0)
@@ -587,8 +582,9 @@ def test_rows_leave_a_batch_of_greedy_replies_when_they_have_ended(model, tokeni
     end = max(lengths, key=lambda end: len(set(lengths[end])))
     assert len(set(lengths[end])) > 1
     monkeypatch.setattr("transfertransfo.decoding.special_ids", lambda tokenizer: [end, tokenizer.eos_token_id])
-    monkeypatch.setattr(type(model), "hidden_states", counted)
+    encoded.clear()
     replies = generate(model, contexts, tokenizer, decoding)
+    sizes = list(map(len, encoded))
     assert replies == [reply[:length] for reply, length in zip(endless, lengths[end])]
     assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True)
     if sum(length < 8 for length in lengths[end]) > 3:
@@ -596,17 +592,10 @@ def test_rows_leave_a_batch_of_greedy_replies_when_they_have_ended(model, tokeni
 
 
 @pytest.mark.parametrize("seeds", [None, range(len(CONTEXTS))])
-def test_samples_do_not_depend_on_which_rows_leave(model, tokenizer, monkeypatch, seeds):
+def test_samples_do_not_depend_on_which_rows_leave(model, tokenizer, monkeypatch, encoded, seeds):
     """Each row draws what it draws beside those that have ended."""
     decoding = options(no_sample=False, num_samples=3, block_history_ngram=1, min_length=0, max_length=12)
     ending = LogitsModel(model, {special_ids(tokenizer)[1]: -0.5, **dict.fromkeys(range(20, 40), -2.0)})
-    sizes, hidden_states = [], type(model).hidden_states
-
-    def counted(self, ids, *rest):
-        sizes.append(len(ids))
-        return hidden_states(self, ids, *rest)
-
-    monkeypatch.setattr(type(model), "hidden_states", counted)
     found = []
     for leave in (0, 2, 100):  # none leaves, a half at a time, each at once
         torch.manual_seed(5)
@@ -614,8 +603,8 @@ def test_samples_do_not_depend_on_which_rows_leave(model, tokenizer, monkeypatch
         monkeypatch.setattr("transfertransfo.decoding.LEAVE", leave)
         steps = list(decode(ending, CONTEXTS, tokenizer, decoding, generators=generators))
         found.append([list(itertools.chain(*gained)) for gained in zip(*steps)])
-        assert (min(sizes[1:]) < 12) == bool(leave)
-        sizes.clear()
+        assert (min(map(len, encoded[1:])) < 12) == bool(leave)
+        encoded.clear()
     assert found[0] == found[1] == found[2] and len(set(map(len, found[0]))) > 3
 
 

@@ -16,14 +16,7 @@ from transformers import (
 )
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
-from transfertransfo.data.inputs import (
-    Example,
-    build_input_from_segments,
-    context_positions,
-    fit,
-    make_fork,
-    window,
-)
+from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_fork, window
 from transfertransfo.data.tokenization import special_ids
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError

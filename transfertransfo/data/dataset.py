@@ -118,10 +118,9 @@ class TokenizedDataset:
             num_candidates: the last candidates kept, gold included; 0 = all.
         """
         turns = self._arrays[f"{split}.turns"]
-        first = int(turns[:start].sum())
-        turns = turns[start:stop].tolist()
+        first, turns = int(turns[:start].sum()), turns[start:stop].tolist()
         candidates = self.candidates(split, start, stop, num_candidates)
-        history = self._lists(f"{split}.history", first, first + sum(turns))
+        history = self._lists(f"{split}.history", first, first + len(candidates))
         utterances = (
             {
                 "candidates": [sentences[i] for i in row],
@@ -229,7 +228,7 @@ def load_dataset(
             arrays = _tokenized_arrays(tokenizer, files, skip_bad_dialogs)
             _write_cache(cache, arrays)
         dataset = TokenizedDataset(arrays)
-    if dataset.share_of(unknown_id(tokenizer)) > WARNED_OF_UNKNOWN:
+    if dataset.share_of(unknown_id(tokenizer)) > WARNED_OF_UNKNOWN:  # at most so many: only then texts are looked at
         check_unknown(tokenizer, dataset.texts, dataset.tokens, str(dataset_path) or "PersonaChat")
     return dataset
 

@@ -7,7 +7,7 @@ section 3). What sequences have in common is computed once: `trees.pack`.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -130,17 +130,29 @@ def make_trees(examples: Sequence[Example], longest: int = LONGEST_TREE) -> list
 
     A tree has at most `longest` tokens, but where one example has more.
     """
-    trees: list[list[Example]] = []
-    length = 0
-    for i, example in enumerate(examples):
-        shared, alone = shared_length(examples[i - 1], example) if i else 0, example.row_length
-        length += alone - shared
-        if shared > 2 and length <= longest:  # more than <bos> and a speaker
-            trees[-1].append(example)
+    lengths = [example.row_length for example in examples]
+    sizes = tree_sizes(lengths, map(shared_length, examples, examples[1:]), longest)
+    rest = iter(examples)
+    return [list(islice(rest, size)) for size in sizes]
+
+
+def tree_sizes(lengths: Sequence[int], shared: Iterable[int], longest: int = LONGEST_TREE) -> list[int]:
+    """How many sequences, one after another, each tree holds: those that share words, of `longest` tokens together.
+
+    Args:
+        lengths: tokens of each sequence.
+        shared: tokens that each but the first shares with the one before.
+    """
+    sizes: list[int] = []
+    total = 0
+    for alone, common in zip(lengths, chain([0], shared)):
+        total += alone - common
+        if common > 2 and total <= longest:  # more than <bos> and a speaker
+            sizes[-1] += 1
         else:
-            trees.append([example])
-            length = alone
-    return trees
+            sizes.append(1)
+            total = alone
+    return sizes
 
 
 def tree_length(tree: Sequence[Example]) -> int:

@@ -3,14 +3,12 @@
 Neighbours that begin alike share a tree while they are encoded (`data.trees`). Each has a row of its own from then on.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from transfertransfo.data.inputs import LONGEST_TREE
+from transfertransfo.data.inputs import tree_sizes
 from transfertransfo.data.trees import IGNORED, Fork, pack
 from transfertransfo.model.double_heads import DoubleHeads, finite
 
@@ -96,7 +94,7 @@ class CachedRows:
         # 1) encode
         columns_of = (map(list, zip(*row)) for row in tokens)
         forks = [Fork(ids, types, positions, [[]], IGNORED) for ids, types, positions in columns_of]
-        sizes = _tree_sizes(tokens)
+        sizes = tree_sizes(list(map(len, tokens)), map(_shared_length, tokens, tokens[1:]))
         batch = pack(forks, 0, sizes=sizes).to(self.model.device)
         mask = batch.attention_mask()
         hidden = self.model.hidden_states(
@@ -154,20 +152,6 @@ class CachedRows:
 def _shared_length(one: list, other: list) -> int:
     """How many elements two lists begin with alike."""
     return next((i for i, (here, there) in enumerate(zip(one, other)) if here != there), min(len(one), len(other)))
-
-
-def _tree_sizes(sequences: list[list[tuple[int, int, int]]]) -> list[int]:
-    """How many sequences, one after another, each tree holds: those that share words, as `inputs.make_trees` does."""
-    sizes, length = [1], len(sequences[0])
-    for one, other in itertools.pairwise(sequences):
-        shared = _shared_length(one, other)
-        length += len(other) - shared
-        if shared > 2 and length <= LONGEST_TREE:  # more than <bos> and a speaker
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-            length = len(other)
-    return sizes
 
 
 class Memory:
