@@ -1,6 +1,5 @@
 """The ConvAI2 metrics: their definitions on cases small enough to count by hand."""
 
-import itertools
 import math
 import random
 
@@ -194,12 +193,21 @@ def test_distinct_n():
     assert distinct_n([["a"], ["b"]], 2) == 0.0
 
 
-def test_right_places_are_those_whose_choice_is_a_hit():
-    rows = [["No!", "the cat", "Cat.", "cat"], ["no"], ["no", "yes"], ["", "the", "..."]]
-    texts = list(dict.fromkeys(itertools.chain(*rows)))
-    places = right_places([list(map(texts.index, row)) for row in rows], texts)
-    assert places == [[1, 2, 3], [0], [1], [0, 1, 2]]
-    assert places == [[i for i in range(len(row)) if hit([i], row, row[-1])] for row in rows]
+@pytest.mark.parametrize("seed", range(5))
+def test_right_places_are_those_whose_choice_is_a_hit(seed):
+    """Texts of few pieces, so that many read alike: articles, case, punctuation, white space, and other letters."""
+    draw = random.Random(seed)
+    pieces = ["a", "The", "dog", "Dog", "!", "é", "É", "the’", "한국", "anthem", "k", "7"]
+    pieces += ["\u212a", "\u3000", "\x1c", "\n"]  # the sign for Kelvin, which is k in lower case; white space
+    texts = ["".join(draw.choice(pieces) + draw.choice([" ", ""]) for _ in range(draw.randrange(4))) for _ in range(60)]
+    texts += ["No!", "the cat", "Cat.", "cat", ""]
+    rows = [[draw.randrange(len(texts)) for _ in range(draw.randint(1, 20))] for _ in range(200)]
+    want = []
+    for row in rows:
+        candidates = [texts[i] for i in row]
+        want.append([place for place in range(len(row)) if hit([place], candidates, candidates[-1])])
+    assert right_places(rows, texts) == want
+    assert sum(map(len, want)) > len(rows)  # not the gold ones alone
 
 
 def test_content_words_are_those_without_grammar():

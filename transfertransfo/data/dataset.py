@@ -184,7 +184,8 @@ class TokenizedDataset:
         if last:
             after = np.repeat(ends[1:] - ends[0], counts) - np.arange(len(values))  # 1 for a row's last element
             values, counts = values[after <= last], counts.clip(max=last)
-        kept = values.tolist()  # a slice of a list is made faster than a list of a slice
+        numbers = np.arange(values.max(initial=-1) + 1).astype(object)  # one int each, not one an occurrence
+        kept = numbers[values].tolist()  # a slice of a list is made faster than a list of a slice
         return (kept[begin:end] for begin, end in itertools.pairwise([0, *counts.cumsum().tolist()]))
 
 

@@ -3,6 +3,7 @@
 They give the numbers of ConvAI2's official evaluation (ParlAI, `projects/convai2`) to the last digit.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -26,6 +27,7 @@ SMOOTHING = 5  # added to each word's count; ConvAI2's evaluation of TransferTra
 
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
+_UNTELLING = bytes({*range(256)} - {*b"bcdfgijklmopqrsuvwxyz0123456789"})
 _SPACED = re.compile(r"([.,;:!?])")
 # Words of grammar, by their kinds, as `normalize` leaves them: it makes two words of "don't" and none of an article.
 _FUNCTION_WORDS = """
@@ -98,15 +100,24 @@ def right_places(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> list[li
         rows: the candidates as indices of `texts`; rows share most of them.
     """
     counts = np.array(list(map(len, rows)))
-    used, candidates = np.unique(np.fromiter(itertools.chain(*rows), np.int64), return_inverse=True)
-    number: dict[str, int] = {}  # of each reading
-    readings = [number.setdefault(" ".join(normalize(texts[i])), len(number)) for i in used.tolist()]
-    reading = np.array(readings)[candidates]
     ends = counts.cumsum()
-    right = np.flatnonzero(reading == reading[ends - 1].repeat(counts))
-    places = (right - (ends - counts).repeat(counts)[right]).tolist()
-    ends_of_right = np.searchsorted(right, ends).tolist()
+    used, candidates = np.unique(np.fromiter(itertools.chain(*rows), np.int64), return_inverse=True)
+    golds = candidates[ends - 1].repeat(counts)
+    right = candidates == golds
+    # few others have the gold one's letters: only these are normalised
+    numbers: dict[bytes, int] = {}
+    letters = np.array([numbers.setdefault(_telling_letters(texts[i]), len(numbers)) for i in used.tolist()])
+    words = functools.cache(lambda place: normalize(texts[int(used[place])]))
+    for i in np.flatnonzero((letters[candidates] == letters[golds]) & ~right).tolist():
+        right[i] = words(candidates[i]) == words(golds[i])
+    places = (np.arange(len(right)) - (ends - counts).repeat(counts))[right].tolist()
+    ends_of_right = right.cumsum()[ends - 1].tolist()
     return [places[start:end] for start, end in itertools.pairwise([0, *ends_of_right])]
+
+
+def _telling_letters(text: str) -> bytes:
+    """The letters and digits of a text that no article has, in ASCII. Texts that read alike have the same."""
+    return text.lower().encode().translate(None, _UNTELLING)
 
 
 def split_words(text: str) -> list[str]:
