@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 import random
 import re
 import stat
@@ -13,6 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import EVERY_FAMILY, FAMILIES, ROOT, run_processes, slow_but
 
 import convai_evaluation
@@ -104,6 +106,19 @@ def test_processes_measure_what_one_does(checkpoint, dataset, tmp_path, capsys):
     assert (report.read_bytes(), details.read_bytes()) == one
     said = [(tmp_path / "three" / f"log{rank}").read_text() for rank in range(3)]
     assert printed in said[0] and said[1:] == ["", ""]
+
+
+def test_processes_draw_alike_without_a_seed(checkpoint, dataset, tmp_path):
+    """In shards all of them go through each batch: replies of other lengths would leave one waiting for the other."""
+    flags = ["--model_checkpoint", checkpoint, "--dataset_path", dataset, "--dataset_cache", "", "--device", "cpu",
+             "--eval_type", "f1", "--max_length", 6, "--seed", 0, "--sharded"]  # fmt: skip
+
+    def unseeded(argv: list[str]) -> None:
+        torch.seed()  # as processes that a launcher starts
+        (tmp_path / os.environ["RANK"]).write_text(str(run(argv)))
+
+    assert run_processes(2, tmp_path / "two", unseeded, flags) == [0, 0]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() != str(None)
 
 
 def test_other_backends_take_one_process(monkeypatch):

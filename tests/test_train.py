@@ -33,6 +33,7 @@ from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.training import precision
 from transfertransfo.training.engines import count_labels
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 
@@ -635,6 +636,18 @@ def test_what_is_left_over_makes_a_smaller_last_step(characters, tmp_path):
                           "--gradient_accumulation_steps", 1, dataset={"train": DATASET["train"]})  # fmt: skip
     losses = [line["loss"] for line in single.steps]
     assert [line["loss"] for line in run.steps] == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])], rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--token_mean"]])
+def test_a_smaller_last_step_goes_by_the_mean_of_what_it_has(characters, tmp_path, monkeypatch, flags):
+    """Of one batch over and over each step has the gradient of this batch, however many forwards it has."""
+    norms = []
+    clip = precision.clip_grad_norm_
+    monkeypatch.setattr(precision, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
+    run_training(tmp_path, characters, "--n_epochs", 5, "--train_batch_size", 12, "--lr", 0, *flags,
+                 "--gradient_accumulation_steps", 3, dataset={"train": DATASET["train"]})  # fmt: skip
+    first, last = map(float, norms)
+    assert first == pytest.approx(last, rel=1e-5)
 
 
 def test_label_smoothing_is_of_the_language_model_in_training(characters, tmp_path):

@@ -116,7 +116,9 @@ class SharedModel:
         job = Job(context, decoding, seed)
         if (tokens := job.width * job.length(self.model.n_positions)) > MOST_AT_ONCE:
             raise UserError(f"{job.width} replies to so long a dialog are {tokens} tokens: {MOST_AT_ONCE} at most here")
-        return self._events(self._enqueue(job))
+        events = self._events(self._enqueue(job))
+        next(events)  # a generator that has not begun runs no `finally` when it is closed
+        return events
 
     def weigh(self, context: Context, replies: list[list[int]]) -> list[Weighed]:
         """What the two heads say about replies to a context."""
@@ -132,6 +134,7 @@ class SharedModel:
 
     def _enqueue(self, job: Job) -> Job:
         with self.changed:
+            self.waiting = [waiting for waiting in self.waiting if not waiting.stopped]
             if len(self.waiting) >= MOST_WAITING or self.closed:
                 raise Busy("too many are waiting for a reply; try again later")
             self.waiting.append(job)
@@ -139,8 +142,10 @@ class SharedModel:
         return job
 
     def _events(self, job: Job) -> Generator[list[list[int]] | Finished, None, None]:
+        """First an empty step, then what the thread tells of the job."""
         try:
-            event: Any = None
+            event: Any = []
+            yield event
             while not isinstance(event, Finished):
                 try:
                     event = job.events.get(timeout=BEAT)

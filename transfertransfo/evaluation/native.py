@@ -36,8 +36,8 @@ def evaluate(
 ) -> tuple[list[dict], dict]:
     """Each example's results, and the figures on the validation split.
 
-    Several processes take its batches in turn. They are those of one process, and each is drawn replies for from a
-    random state of its own, so that every process returns what one alone would.
+    Several processes share the batches of one process. Each batch seeds its own draws, so that every process returns
+    what one alone would.
 
     Args:
         together: have all processes go through each batch, as they must where each has a share of the model.
@@ -52,7 +52,7 @@ def evaluate(
     details = make_rows(texts, max_history)
     batches = list(by_length(turns, batchsize, evaluator.measured))
     results: dict[int, dict] = {}
-    seed = torch.initial_seed()
+    seed = gather(torch.initial_seed())[0]  # with a seed of its own each process would draw otherwise
     first, step = (0, 1) if together else (rank(), n_processes())
     hidden = True if rank() else None  # None = shown on a terminal only
     with tqdm(total=len(turns), desc=evaluator.measured, unit=" examples", disable=hidden) as bar:

@@ -193,7 +193,8 @@ class DoubleHeads(nn.Module):
     def choice_scores(self, hidden: Tensor) -> Tensor:
         """Scores of candidates from the hidden states of their last tokens: (..., C) -> (...)."""
         head = self.pretrained.get_submodule(HEAD)
-        return head(hidden.unsqueeze(-2).to(next(head.parameters(), hidden).dtype)).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # of rounded scores some are equal
+            return head(hidden.unsqueeze(-2).to(next(head.parameters(), hidden).dtype)).squeeze(-1)
 
     def packed_hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states of trees, in one flat line, as a batch's positions count: (B * T, C)."""

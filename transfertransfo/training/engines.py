@@ -73,11 +73,11 @@ def create_trainer(
     accumulated: list[torch.Tensor] = []  # losses since the last optimizer step
     coefficients = torch.tensor([optimisation.lm_coef, optimisation.mc_coef], device=device)
     micro_steps = optimisation.gradient_accumulation_steps
-    counts: torch.Tensor | None = None  # (2,), labels of an iteration of this step, on average
-    parts = micro_steps  # by which each iteration's loss is divided
+    iterations = range(0)  # of this optimizer step
+    counts: torch.Tensor | None = None  # (2,), labels of one of them, on average
 
     def step(engine: Engine, batch: Batch) -> None:
-        nonlocal counts, parts
+        nonlocal iterations, counts
         state = engine.state
         n_iterations = state.max_epochs * state.epoch_length
         share = 1 - (state.iteration - 1) / n_iterations
@@ -85,13 +85,12 @@ def create_trainer(
             share *= min(1, (state.optimizer_step + 1) / optimisation.warmup_steps)
         for group in precision.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
-        # original: what is left over at the end of the run is thrown away
-        full = state.iteration % micro_steps == 0 or state.iteration == n_iterations
-        if count_ahead and not accumulated:
+        if not accumulated:
+            # original: what is left over at the end of the run is thrown away
             last = min(-(-state.iteration // micro_steps) * micro_steps, n_iterations)
             iterations = range(state.iteration, last + 1)
-            parts = len(iterations)
-            counts = torch.tensor(count_ahead(iterations), device=device) / parts
+            counts = torch.tensor(count_ahead(iterations), device=device) / len(iterations) if count_ahead else None
+        full = state.iteration == iterations[-1]
         with contextlib.ExitStack() as stack:
             if isinstance(model, DistributedDataParallel) and not full:
                 stack.enter_context(model.no_sync())  # processes exchange their gradients once an optimizer step
@@ -100,7 +99,7 @@ def create_trainer(
             with precision.autocast():
                 losses = distributed_losses(model, batch.to(device), optimisation.label_smoothing, counts)
             loss = losses @ coefficients
-            precision.backward(loss / parts)
+            precision.backward(loss / len(iterations))
         accumulated.append(torch.cat([loss[None], losses]).detach())
         if not full:
             return
