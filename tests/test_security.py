@@ -1,6 +1,6 @@
 """Files of strangers that would run code: each payload would make a folder, and none does.
 
-Archives are in test_download.py, the dataset's cache in test_utils.py.
+Archives are in test_download.py, the dataset's cache in data/test_dataset.py.
 """
 
 import io

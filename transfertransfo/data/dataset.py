@@ -86,7 +86,7 @@ class TokenizedDataset:
 
     @property
     def digest(self) -> str:
-        """What tells this dataset, tokenised, from any other, wherever it was read from."""
+        """Fingerprint of this dataset, tokenised, wherever it was read from."""
         key = hashlib.blake2b(digest_size=16)
         for name in sorted(self._arrays):
             key.update(name.encode() + self._arrays[name].tobytes())
@@ -103,7 +103,7 @@ class TokenizedDataset:
         return len(self._arrays[f"{split}.turns"])
 
     def share_of(self, token: int) -> float:
-        """The share of a token among those of all sentences, where no tokens at all are one such token."""
+        """The share of a token among those of all sentences. An empty sentence counts as one such token."""
         tokens, empty = self._arrays["tokens"], np.diff(self._arrays["tokens.ends"], prepend=0) == 0
         return (np.count_nonzero(tokens == token) + empty.sum()) / max(1, len(tokens) + empty.sum())
 

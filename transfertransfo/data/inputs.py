@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ["input_ids", "mc_token_ids", "lm_labels", "mc_labels", "token_type_ids"]
 PADDED_INPUTS = ["input_ids", "lm_labels", "token_type_ids"]
-LONGEST_TREE = 1024  # tokens; attention looks at the square of them
+LONGEST_TREE = 1024  # tokens; attention costs their square
 
 
 def build_input_from_segments(

@@ -152,7 +152,7 @@ class LabelScorer:
         labels: list[list[int]],
     ) -> list[dict]:
         """The results of `score` for some turns, from their words and tokens and the positions that predict them."""
-        # the head once for each position: those of the words, then what else the tokens need
+        # the head once a position: first those of the words, then the others that the tokens need
         of_words, of_tokens, of_labels = (list(itertools.chain(*parts)) for parts in (at_words, at_tokens, labels))
         positions = of_words + sorted(set(of_tokens) - set(of_words))
         place = {position: i for i, position in enumerate(positions)}

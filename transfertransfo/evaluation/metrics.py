@@ -46,11 +46,16 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 COPIED = 4  # words in a row that are a copy rather than a coincidence
 
 
-def perplexity(nll: float, count: int) -> float:
+def nll(p: float) -> float:
+    """-ln p; inf of a probability that is 0 by underflow."""
+    return -math.log(p) if p else math.inf
+
+
+def perplexity(total: float, count: int) -> float:
     """exp of a sum of -ln p over their number: NaN where there is none, inf where it is too large for a number."""
     if not count:
         return math.nan
-    return math.exp(nll / count) if nll / count < 709 else math.inf
+    return math.exp(total / count) if total / count < 709 else math.inf
 
 
 def normalize(text: str) -> list[str]:

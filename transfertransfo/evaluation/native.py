@@ -19,6 +19,7 @@ from transfertransfo.evaluation.metrics import (
     f1,
     hit,
     mean_error,
+    nll,
     normalize,
     perplexity,
     perplexity_error,
@@ -70,7 +71,7 @@ def evaluate(
         figures["hits@1"] = sum(hits) / len(hits)
     if "words" in details[0]:
         scored = [p for row in details for _, p in row["words"] if p is not None]
-        figures["ppl"] = perplexity(math.fsum(-math.log(p) if p else math.inf for p in scored), len(scored))
+        figures["ppl"] = perplexity(math.fsum(map(nll, scored)), len(scored))
     if "reply" in details[0]:
         figures["f1"] = sum(row["f1"] for row in details) / len(details)
     return details, figures
@@ -97,7 +98,7 @@ def standard_errors(details: list[dict]) -> dict[str, float]:
         errors["hits@1"] = mean_error([hit(row["ranking"], row["candidates"], row["gold"]) for row in details])
     if "words" in details[0]:
         scored = [[p for _, p in row["words"] if p is not None] for row in details]
-        nlls = [math.fsum(-math.log(p) if p else math.inf for p in row) for row in scored]
+        nlls = [math.fsum(map(nll, row)) for row in scored]
         errors["ppl"] = perplexity_error(nlls, list(map(len, scored)))
     if "reply" in details[0]:
         errors["f1"] = mean_error([row["f1"] for row in details])
@@ -193,7 +194,7 @@ def persona_figures(replies: Sequence[str], personas: Sequence[Sequence[str]]) -
 
 
 def domains(report: dict) -> dict[str, str]:
-    """What each figure of a report was measured on, to stand beside it. Warns where that makes it mean little."""
+    """A note on the data behind each figure of a report, to print beside it. Warns where there is little."""
     measured_on = {}
     if "hits@1" in report:
         fewest, most, sole = (report[f"{name}_candidates"] for name in ("fewest", "most", "sole"))

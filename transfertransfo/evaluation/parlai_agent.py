@@ -22,7 +22,7 @@ from transfertransfo.data.tokenization import check_unknown, tokenize
 from transfertransfo.decoding import Decoding
 from transfertransfo.errors import SettingError, flags_named
 from transfertransfo.evaluation.evaluator import Evaluator, Turn, read_dictionary
-from transfertransfo.evaluation.metrics import count_words, perplexity
+from transfertransfo.evaluation.metrics import count_words, nll, perplexity
 from transfertransfo.model.loading import load_finetuned
 
 try:
@@ -224,5 +224,5 @@ def load_evaluator(args: Namespace) -> Evaluator:
 
 def perplexities(result: dict) -> dict[str, Perplexity]:
     """ParlAI's metrics of one turn: the perplexity of words, and beside it that of tokens."""
-    losses = [-math.log(p) if p else math.inf for _, p in result["words"] if p is not None]
+    losses = [nll(p) for _, p in result["words"] if p is not None]
     return {"ppl": Perplexity(math.fsum(losses), len(losses)), "token_ppl": Perplexity(*result["token_nll"])}

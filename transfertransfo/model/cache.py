@@ -54,6 +54,8 @@ class CachedRows:
     Attributes:
         logits: of each row's next token, (R, vocabulary), float32.
         held: of one sequence and its copies, the tokens, types and positions that the first row's cache begins with.
+            The first `certain` of them are the context's. The others are the first row's own, and are dropped when
+            another reply takes its place.
     """
 
     def __init__(self, model: DoubleHeads, sequences: list[dict], new_tokens: int, earlier: "CachedRows | None" = None):
@@ -65,7 +67,7 @@ class CachedRows:
         self.model = model
         tokens = [list(zip(row["input_ids"], row["token_type_ids"], row["position_ids"])) for row in sequences]
         lengths = torch.tensor(list(map(len, tokens)), device=model.device)[:, None]  # (R, 1)
-        self.columns = self.certain = int(lengths.max())  # `certain` are those that all copies of a row have in common
+        self.columns = self.certain = int(lengths.max())
         self.held = tokens[0] if len(tokens) == 1 else []
         # rows are aligned on the right, so that all of them go on in the same column
         column = torch.arange(self.columns + new_tokens, device=model.device)
@@ -155,7 +157,7 @@ def _shared_length(one: list, other: list) -> int:
 
 
 class Memory:
-    """What the last reply of a chat was made with: the next context mostly begins with the same tokens."""
+    """The rows that the last reply of a chat was made with: the next context mostly begins with the same tokens."""
 
     def __init__(self) -> None:
         self.rows: CachedRows | None = None

@@ -231,10 +231,10 @@ def _additive(mask: Any, dtype: torch.dtype) -> Any:
 
 
 def finite(scores: Tensor) -> Tensor:
-    """The same logits or scores, of which no reply and no figure can be made where some are none.
+    """Return logits or scores as they are, after a check.
 
     Raises:
-        UserError: one is NaN or infinitely great.
+        UserError: the greatest is NaN or infinite, so that no reply and no figure can be made of them.
     """
     if scores.numel() and not scores.max().isfinite():
         raise UserError("the model gives scores that are not finite: its weights or its precision are at fault")
@@ -305,10 +305,10 @@ def freeze_unread_(model: DoubleHeads) -> None:
 
 @torch.no_grad()
 def base_digest(model: DoubleHeads) -> str:
-    """Text that tells the model beside an adapter from others, by up to 256 numbers of each weight; "" = no adapter.
+    """Fingerprint of the frozen weights beside an adapter, from some 256 numbers of each; "" = no adapter.
 
-    All processes of a model in shards must ask for it. Embeddings and choice head do not count: some of their numbers
-    were drawn here.
+    All processes of a sharded model must call it. Embeddings and choice head do not count: some of their numbers were
+    drawn here.
     """
     if not rank_of(model.network) or model.digest:
         return model.digest
@@ -325,7 +325,8 @@ def base_digest(model: DoubleHeads) -> str:
 def freeze_embeddings_(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep the word embeddings as they are, but for the rows of the dialog tokens, which nothing has trained yet.
 
-    So are biases of the words. Of a model with an adapter these are in the copy of its output layer, if it has one.
+    An output bias, one number a word, is kept likewise. A model with an adapter may have it in the adapter's copy of
+    the output layer.
     """
     pretrained, ids = model.pretrained, special_ids(tokenizer)
     for weight in {parameter for table in token_tables(pretrained) for parameter in table.parameters()}:  # one if tied

@@ -39,7 +39,7 @@ def read_gguf_config(file: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def config_in_header(file: str, *_: object) -> dict[str, Any]:
-    """The same from the header. The second argument and on tell this state of the file from another."""
+    """The configuration in the header. The further arguments are the file's state: the result is kept for that one."""
     folder, name = os.path.split(os.path.abspath(file))
     with name_map_made_once():
         found: Any = PretrainedConfig.get_config_dict(folder, gguf_file=name)
@@ -147,7 +147,7 @@ def place_of(file: str) -> Path:
 
 
 def expected_record(file: str) -> dict[str, str]:
-    """What the header of a kept copy says at least. Another transformers may unpack otherwise."""
+    """The record that the header of a kept copy must have. Another transformers may unpack otherwise."""
     return {"version": VERSION, "transformers": transformers.__version__, "sha256": sha256_of(file)}
 
 

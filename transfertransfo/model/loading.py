@@ -240,7 +240,7 @@ def shortest_turn(model: DoubleHeads) -> torch.Tensor:
 def read_around_blocks(
     family: type[PreTrainedModel], checkpoint: str, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, bool, dict[nn.Parameter, Place]]:
-    """The same as `read_weights` without the values of the blocks' parameters; and where these are.
+    """As `read_weights`, without the values of the blocks' parameters; and the places of these.
 
     Where they cannot be read one by one the model is read as a whole, and a line says so.
 

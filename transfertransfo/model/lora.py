@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from transfertransfo.data.reading import kind
 from transfertransfo.errors import SettingError, UserError, first_line, require, shortened
+from transfertransfo.model.sources import MAX_CONFIG
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "multiple_choice_head"
-MAX_CONFIG = 1 << 20  # bytes of a configuration
 Network = Any  # a PreTrainedModel, or peft's around it, an optional library's
 
 
@@ -51,7 +51,7 @@ def _are_numbers(value: Any) -> bool:
     )
 
 
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # that peft is to see: what each is, and whether a value is it
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # passed to peft: what each must be, and a check
     "base_model_name_or_path": ("a text", lambda value: isinstance(value, str)),
     "r": ("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
     "lora_alpha": ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
@@ -71,7 +71,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
 }
-UNREAD = {  # that peft writes, and that decide nothing where what they belong to is off
+UNREAD = {  # fields that peft writes, without effect while the feature that they belong to is off
     "auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 

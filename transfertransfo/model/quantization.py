@@ -53,7 +53,7 @@ class Linear4bit(nn.Module):
         return dequantize_4bit(self.weight, self.state)
 
     def scale_bytes(self) -> int:
-        """What the scales take beside the weights."""
+        """Bytes of the scales, which stand beside the weights."""
         second = self.state.state2
         tables = (self.state.code, self.state.absmax, self.state.offset, second.code, second.absmax)
         return sum(table.numel() * table.element_size() for table in tables)

@@ -228,7 +228,7 @@ def _tell_not_written(path: Path, error: BaseException) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong behind an exception of torch's writers and readers."""
+    """The exception behind one of torch's writers and readers."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return error.__context__ if isinstance(error.__context__, OSError) else error

@@ -1,4 +1,4 @@
-"""What the processes of a training run have in common: weights, figures, the wish to stop."""
+"""Weights, figures and the wish to stop, shared among the processes of a training run."""
 
 from pathlib import Path
 

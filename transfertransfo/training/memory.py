@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, from the shapes of what it computes."""
+"""A device's memory that a training step needs, from the shapes of the tensors that it computes."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ GB = 1e9
 
 
 class Whole(Batch):
-    """A batch whose mask is never laid out by blocks, which would take its values."""
+    """A batch that always gives the whole mask: blocks depend on its values, and here are shapes only."""
 
     def blocks(self) -> None:
         return None
@@ -70,10 +70,10 @@ def estimate_memory(
     sharded: bool,
     checkpointing: bool,
 ) -> Memory:
-    """What steps on batches as long as this one need, of a model that is not in shards yet.
+    """The memory of steps on batches as long as this one, of a model that is not in shards yet.
 
     Args:
-        half: of what is computed, beside parameters in float32 (None = float32 too).
+        half: dtype of the computation, beside parameters in float32 (None = float32 too).
         micro_steps: forwards of an optimizer step.
         checkpointing: whether each block's activations are computed again in the backward.
     """
@@ -112,9 +112,9 @@ def activation_bytes(
     cast_parameters: bool,
     checkpointing: bool,
 ) -> int:
-    """What the backward of a batch begins with beside the parameters: all that the forward and the losses have kept.
+    """Bytes that the forward and the losses of a batch keep for the backward, beside the parameters.
 
-    The forward is computed on tensors without values.
+    The forward runs on tensors without values.
 
     Args:
         half: as of `estimate_memory`.
