@@ -13,7 +13,8 @@ from pathlib import Path
 from transfertransfo.data.distractors import add_distractors_
 from transfertransfo.data.formats import one_line_errors, open_file, read_records
 from transfertransfo.data.reading import MAX_FAULTS, SPLITS, Faults, Records, SharedTexts, kind
-from transfertransfo.data.records import AnotherFormat, dialogs_of, grouped, shared
+from transfertransfo.data.records import AnotherFormat, dialogs_of, shared
+from transfertransfo.data.rows import grouped
 from transfertransfo.data.sources import Files, split_of
 from transfertransfo.errors import UserError
 
