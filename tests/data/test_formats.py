@@ -1,6 +1,5 @@
 """What people's files look like: each format from a small invented sample, and what was once read wrong in silence."""
 
-import csv
 import gzip
 import io
 import json
@@ -10,6 +9,7 @@ import tarfile
 import zipfile
 
 import pytest
+from helpers import lines, table, turns
 
 from transfertransfo.data import dataset
 from transfertransfo.data.dataset import locate_dataset
@@ -41,38 +41,6 @@ SHAREGPT = [
 TOOLS = "a turn of tools: leave such dialogs out"
 
 
-def lines(*records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-@pytest.fixture
-def read(tmp_path):
-    """Write contents to a file and read its training split."""
-
-    def write_and_read(content, name="chat", **options):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        (dialogs,) = read_dialogs(dataset_files(path), **options).values()
-        return dialogs
-
-    return write_and_read
-
-
-@pytest.fixture
-def fault(read):
-    def read_fault(content, name="chat", **options):
-        with pytest.raises(UserError) as error:
-            read(content, name, **options)
-        return str(error.value).partition(f"{name}: ")[2]
-
-    return read_fault
-
-
-def turns(dialog) -> list:
-    """History and gold reply of each utterance."""
-    return [(utterance["history"], utterance["candidates"][-1]) for utterance in dialog["utterances"]]
-
-
 def golds(splits) -> dict:
     """The dialogs without the distractors that were drawn."""
     return {
@@ -82,14 +50,6 @@ def golds(splits) -> dict:
         ]
         for split, dialogs in splits.items()
     }
-
-
-def table(rows, delimiter=",") -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), delimiter=delimiter)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 # Misnamed fields
@@ -357,7 +317,7 @@ def test_parlai_s_conversations(read):
     acts += [{"id": name, "text": turn["content"]} for name, turn in zip(["bot", "human", "bot"], MESSAGES[2:])]
     record = {"dialog": [acts[:2], acts[2:]], "start_time": 1, "metadata_path": "x"}
     assert read(lines(record)) == [DIALOG]
-    context = [{"id": "context", "text": f"your persona: {sentence}"} for sentence in PERSONA]
+    context = [{"id": "context", "text": "\n".join(f"your persona: {sentence}" for sentence in PERSONA)}]
     acts = [{"id": f"Speaker {2 - n % 2}", "text": turn["content"]} for n, turn in enumerate(MESSAGES[1:], 1)]
     assert read(lines({"dialog": [acts[:2], acts[2:]], "context": context})) == [DIALOG]
 
@@ -440,7 +400,7 @@ def test_turns_that_are_refused(fault, turn, expected):
 @pytest.mark.parametrize(
     "messages, expected",
     [
-        ([MESSAGES[1], {"role": "narrator", "content": "x"}], "role 'narrator' is unknown: expected system, user"),
+        ([*MESSAGES[1:3], {"role": "narrator", "content": "x"}], "role 'narrator' is unknown: expected system, user"),
         ([*MESSAGES[1:3], MESSAGES[0], *MESSAGES[3:]], "a system message after the first turn"),
         ([], "expected two speakers, got 0"),
         ([{"speaker": name, "text": "x"} for name in ("ann", "bob", "cem")], "expected two speakers, got 3: ann, bob,"),
@@ -454,7 +414,7 @@ def test_dialogs_that_are_refused(fault, messages, expected):
 def test_chats_without_a_reply_or_with_an_empty_one(fault):
     assert fault(lines({"messages": MESSAGES[:2]})) == "train dialog 1 (line 1): no utterances"
     empty = [MESSAGES[1], {"role": "assistant", "content": " "}]
-    assert fault(lines({"messages": empty})) == "train dialog 1 (line 1), utterance 1: empty reply"
+    assert fault(lines({"messages": empty})) == "train dialog 1 (line 1): no utterances"
 
 
 # Rows

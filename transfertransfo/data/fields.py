@@ -23,6 +23,7 @@ UTTERANCE_NAMES = {
 }  # fmt: skip
 GOLD = ("reply", "label", "labels", "eval_labels", "response", "correct_candidate", "answer", "answers", "target",
         "gold", "gold_reply", "gold_index", "label_index", "answer_index", "correct_index")  # fmt: skip
+TEXT_GOLD = ("reply", "response", "target", "gold", "gold_reply")  # a string there is the reply, never an index
 IDS = ("conv_id", "conversation_id", "dialog_id", "dialogue_id", "episode_id")
 ORDER = ("utterance_idx", "utterance_id", "turn_idx", "turn_id", "turn")
 
@@ -31,12 +32,13 @@ def with_plain_names(record: dict) -> dict:
     """The record with its fields in lower case, `_` for spaces and dashes."""
     if record.keys() <= DIALOG_FIELDS:
         return record
-    plain = {_plain(name) if len(name) <= LONGEST else name: value for name, value in record.items()}
+    plain = {plain_name(name) if len(name) <= LONGEST else name: value for name, value in record.items()}
     return record if plain.keys() == record.keys() else plain | {name: record[name] for name in record if name in plain}
 
 
 @functools.lru_cache(1000)
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A field's name in lower case, `_` for spaces and dashes."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
@@ -109,16 +111,23 @@ def with_gold(utterance: dict) -> dict:
     elif distractors and type(candidates) is list and candidates:
         found["reply"] = candidates[-1]
     if distractors and type(distractors) is list and type(candidates) in (list, type(None)):
-        found["candidates"] = [*distractors, *(candidates or [])]
+        found["candidates"] = [*_wrong(distractors, found.get("reply")), *(candidates or [])]
     elif distractors:
         raise ValueError(f"distractors: expected a list of strings, got {kind(distractors)}")
+    elif golds and "reply" not in golds and type(candidates) is list:
+        found["candidates"] = _wrong(candidates, found["reply"])
     return found
+
+
+def _wrong(answers: list, reply: Any) -> list:
+    """The answers without those that read like the reply."""
+    return [answer for answer in answers if not type(answer) is type(reply) is str or answer.strip() != reply.strip()]
 
 
 def _gold(name: str, value: Any, candidates: Any) -> Any:
     """The reply that a field names, by its text, its index among the candidates, or a 1 in its place."""
     choices = candidates if type(candidates) is list else []
-    if name == "reply" or (type(value) is str and not choices):
+    if name == "reply" or (type(value) is str and (name in TEXT_GOLD or not choices)):
         return value
     if type(value) is list:
         if type(value[0]) is str or (len(value) == 1 and type(value[0]) is int):  # of several labels the first

@@ -25,8 +25,8 @@ from transfertransfo.data.fields import (
     with_plain_names,
 )
 from transfertransfo.data.reading import Faults, SharedTexts
-from transfertransfo.data.rows import Rows, conversation_of, from_row, from_rows, is_row
-from transfertransfo.data.turns import TURN_LISTS, from_turns, synthetic
+from transfertransfo.data.rows import Rows, conversation_of, from_row, from_rows, has_turns_beside_reply, is_row
+from transfertransfo.data.turns import SPEAKER, from_prompt, from_turns, is_prompt, synthetic, turn_list
 
 ANOTHER = (
     ({"instruction", "output"}, "an Alpaca file", "rename instruction to history and output to reply"),
@@ -38,6 +38,8 @@ ANOTHER = (
     ({"input", "output"}, "an input-output file", "rename input to history and output to reply"),
     ({"source", "target"}, "a source-target file", "rename source to history and target to reply"),
     ({"question", "answers"}, "a question-answer file", "rename question to history and give one reply"),
+    ({"first_mes"}, "a character card", "give its description to interact.py --personality"),
+    ({"spec", "data"}, "a character card", "give its description to interact.py --personality"),
     ({"title", "mapping"}, "ChatGPT's export", "write its turns as messages with role and content"),
     (
         {"text", "label"},
@@ -51,7 +53,8 @@ ANOTHER = (
     ),
     ({"text"}, "a file of plain texts", "write its turns as messages with role and content"),
 )
-KNOWN = "utterances, messages, conversations, or history and reply"
+NONE_OF = "none of utterances, messages, conversations, or history and reply"
+SEE = ", and see docs/data.md"
 
 
 class AnotherFormat(Exception):
@@ -90,26 +93,24 @@ def _native_utterance(utterance: Any, number: int, faults: Faults) -> Any:
 
 
 def _is_native(record: dict) -> bool:
-    return "utterances" in record
+    """Whether a record has utterances that are no turns, as DailyDialog's texts and Taskmaster's speakers' are."""
+    utterances = as_objects(record.get("utterances"))
+    first = utterances[0] if type(utterances) is list and utterances else None
+    is_turn = type(first) is dict and not first.keys() & UTTERANCE_FIELDS and first.keys() & {*SPEAKER[:3]}
+    return "utterances" in record and not is_turn and type(first) is not str
 
 
 def _is_synthetic(record: dict) -> bool:
     return "best_generated_conversation" in record
 
 
-def _has_turns(record: dict) -> bool:
-    return any(type(record.get(name)) in (list, dict) or _begins_a_list(record.get(name)) for name in TURN_LISTS)
-
-
-def _begins_a_list(value: object) -> bool:
-    return type(value) is str and value.lstrip().startswith("[")
-
-
 Reader = Callable[[dict, Faults], list[dict]]
 READERS: tuple[tuple[Callable[[dict], bool], Reader], ...] = (
     (_is_native, _native),
     (_is_synthetic, synthetic),
-    (_has_turns, from_turns),
+    (has_turns_beside_reply, lambda record, faults: [from_row(record, faults)]),
+    (lambda record: turn_list(record) is not None, from_turns),
+    (is_prompt, from_prompt),
     (is_row, lambda record, faults: [from_row(record, faults)]),
 )
 
@@ -125,13 +126,18 @@ def is_record(value: object) -> bool:
 
 def another_format(record: dict) -> str | None:
     """What a record is that is none of a dialog, with the way out."""
-    if record.keys() & {"utterances", "messages", "conversations"}:
+    names = record.keys()
+    if "utterances" in names:
+        return None
+    if names & {"messages", "conversations", "completion"} and type(record.get("label")) is bool:
+        return f"a file of rated replies as KTO's (label): keep those whose label is true, without it{SEE}"
+    if {"conversations", "chosen", "rejected"} <= names:
+        return f"a preference file as LLaMA-Factory's: append chosen to conversations, and leave rejected out{SEE}"
+    if names & {"messages", "conversations"} or is_prompt(record):
         return None
     for fields, name, way_out in ANOTHER:
-        if fields <= record.keys() and not (
-            "text" in fields and (is_row(record) or conversation_of(record) is not None)
-        ):
-            return f"{name} ({', '.join(sorted(fields))}), not dialogs: {way_out}, and see docs/data.md"
+        if fields <= names and not ("text" in fields and (is_row(record) or conversation_of(record) is not None)):
+            return f"{name} ({', '.join(sorted(fields))}), not dialogs: {way_out}{SEE}"
     return None
 
 
@@ -142,18 +148,23 @@ def dialogs_of(record: object, place: str, faults: Faults, is_first: bool = Fals
         AnotherFormat: the file's first record is none of a dialog.
     """
     try:
+        rows = record if type(record) is Rows else [record]
+        for row in rows:
+            if type(row) is dict and (rows is not record or is_row(row)) and (another := another_format(row)):
+                if is_first:
+                    raise AnotherFormat(another)
+                raise ValueError(f"of another format: {another}")
         if type(record) is Rows:
             return from_rows(record, faults)
         if type(record) is not dict:
             return [record]
-        if is_first and (another := another_format(record)):
-            raise AnotherFormat(another)
         for is_it, read in READERS:
             if is_it(record):
                 return read(record, faults)
         if is_first and record and "personality" not in record:
-            fields = ", ".join(map(str, record))[:100]
-            raise AnotherFormat(f"no dialogs of a known layout: its records have {fields}, none of {KNOWN}")
+            raise AnotherFormat(
+                f"no dialogs of a known layout: its records have {', '.join(map(str, record))[:100]}, {NONE_OF}"
+            )
         return [record]
     except ValueError as error:
         faults.append(f"{place}, {error}")
