@@ -286,3 +286,54 @@ def test_parts_with_a_text(read, fault):
     assert content(read(lines({"messages": said}))) == [([], [(["hi"], "see http://x")])]
     said[1]["text"] = [{"type": "image_url", "text": "x"}]
     assert "a part that is no text: 'image_url'" in fault(lines({"messages": said}))
+
+
+def test_nan_is_missing(read, fault):
+    assert fault('{"history": ["hi"], "reply": NaN}\n').endswith("utterance 1: no reply")
+    assert content(read('{"persona": NaN, "history": ["hi"], "reply": "yo"}\n')) == [([], [(["hi"], "yo")])]
+
+
+# Tables
+
+
+def test_spaces_behind_a_comma(read):
+    assert content(read('history, reply\n"hi", "yo, you"\n')) == [([], [(["hi"], "yo, you")])]
+
+
+def test_surplus_fields_without_a_name(read, caplog):
+    """EmpatheticDialogues has them, and writes a comma as _comma_."""
+    text = "conv_id,utterance_idx,speaker_idx,utterance\n1,1,1,hi_comma_ you,\n1,2,0,yo,c1|c2\n"
+    assert content(read(text)) == [([], [(["hi, you"], "yo")])]
+    assert "fields without a name at the end of rows are left out" in caplog.text
+    assert "_comma_ is read as a comma" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('history\treply\na\t"quoted\nb\tc"\nd\te\n', "line 3: a quote that swallows a tab and a line's end"),
+        ("history,reply,Reply\nhi,yo,x\n", "the column reply occurs twice"),
+        ("name,words\na,b\n", "no dialogs of a known layout: its columns are name, words, none of utterances"),
+        ("history,reply\nhi,yo,\nhi,yo,x,y\n", "line 3: 4 fields under a header of 2"),
+    ],
+)
+def test_tables_that_are_named(fault, text, expected):
+    assert fault(text).startswith(expected)
+
+
+# What is named
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (json.dumps({"name": "x", "personality": "loud", "first_mes": "hi"}), "a character card (first_mes)"),
+        (json.dumps({"spec": "chara_card_v2", "data": {"name": "x"}}), "a character card (data, spec)"),
+        (json.dumps({"data": [{"history": ["hi"], "reply": "yo"}]}), "got an object with data: rename data to train"),
+        ("<|im_start|>user\nhi<|im_end|>\n", "ChatML text: write its turns as messages"),
+        ("[31.12.20, 21:15:00] Ann: hi\n", "an exported chat as WhatsApp's: write its turns as messages"),
+        ("12/31/20, 9:15 PM - Ann: hi\n", "an exported chat as WhatsApp's: write its turns as messages"),
+    ],
+)
+def test_what_else_is_named(fault, text, expected):
+    assert expected in fault(text)
