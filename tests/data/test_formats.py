@@ -13,7 +13,7 @@ from helpers import lines, table, turns
 
 from transfertransfo.data import dataset
 from transfertransfo.data.dataset import locate_dataset
-from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.dialogs import read_dialogs, warn_of_overlap
 from transfertransfo.data.personas import draw_persona
 from transfertransfo.data.sources import dataset_files, split_of, split_of_url
 from transfertransfo.errors import UserError
@@ -132,6 +132,15 @@ def test_a_list_of_dialogs_and_null_for_what_is_missing(read):
 # Splits
 
 
+def test_dialogs_of_valid_that_stand_in_train(caplog):
+    other = DIALOG | {"personality": ["other"]}
+    warn_of_overlap({"train": [DIALOG], "valid": [other]})
+    warn_of_overlap({"valid": [DIALOG]})
+    assert not caplog.messages
+    warn_of_overlap({"train": [DIALOG, other], "valid": [other, DIALOG | {"personality": []}]})
+    assert caplog.messages == ["1 of 2 valid dialogs stand in train too"]
+
+
 @pytest.mark.parametrize(
     "name, split",
     [
@@ -207,6 +216,7 @@ def test_the_split_of_a_numbered_part_is_its_folder_s(tmp_path):
         ["train_part1.jsonl", "train_part2.jsonl", "train_part10.jsonl"],
         ["data/train-0.jsonl.gz", "data/train-1.jsonl.gz"],
         ["part-0.jsonl", "part-1.jsonl"],
+        [f"data/train-{n:05}-of-00003-{hash}.jsonl" for n, hash in enumerate(("a17d5a115f8766d8", "7aa3a623015a4fef"))],
     ],
 )
 def test_all_shards_of_a_split_are_read(tmp_path, caplog, names):
@@ -227,6 +237,23 @@ def test_shards_that_are_not_all_there(tmp_path, caplog):
         (tmp_path / f"train-{number:05}-of-00003.jsonl").touch()
     assert len(dataset_files(tmp_path)) == 2
     assert caplog.messages == [f"{tmp_path}: 2 of 3 parts of train are there"]
+
+
+@pytest.mark.parametrize("kind", ["fold", "cv_", "split"])
+def test_folds_are_no_parts(tmp_path, kind):
+    """They were joined, and what is held out in one is learnt in another."""
+    for number in (1, 2):
+        (tmp_path / f"train_{kind}{number}.jsonl").touch()
+    with pytest.raises(UserError, match="2 files for train, whose names do not say whether they are parts"):
+        dataset_files(tmp_path)
+
+
+def test_what_other_programs_leave_beside_a_dataset(tmp_path):
+    """Its Mac's folder hid the dataset's, and a cache of `datasets` was one of its parts."""
+    for name in ("__MACOSX/chat/._data-0.arrow", "chat/data-0.arrow", "chat/cache-3f2a.arrow", "chat/._data-0.arrow"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert dataset_files(tmp_path) == {tmp_path / "chat" / "data-0.arrow": "train"}
 
 
 @pytest.mark.parametrize("other", ["train_small.jsonl", "train2.jsonl", "train_v2.jsonl", "train/chat.jsonl"])

@@ -55,6 +55,20 @@ def with_splits(files: Files | Iterable[Path]) -> Files:
     return files if isinstance(files, dict) else {Path(path): split_of(Path(path).name) or "train" for path in files}
 
 
+def warn_of_overlap(splits: dict[str, list[dict]]) -> None:
+    """Say how many dialogs of valid stand in train too: the validation then measures what was learnt by heart."""
+    valid = [_key(dialog) for dialog in splits.get("valid", ())]
+    train = {_key(dialog) for dialog in splits.get("train", ()) if valid}
+    if both := sum(key in train for key in valid):
+        logger.warning("%d of %d valid dialogs stand in train too", both, len(valid))
+
+
+def _key(dialog: dict) -> int:
+    """A hash of a dialog's persona, histories and right replies. Its texts have theirs already."""
+    utterances = [(*utterance["history"], utterance["candidates"][-1]) for utterance in dialog["utterances"]]
+    return hash((*dialog["personality"], *utterances))
+
+
 def _read_file(path: Path, split: str, texts: SharedTexts, skip_bad_dialogs: bool) -> dict[str, list[dict]]:
     """The checked dialogs of each split in a file."""
     faults, skipped, empty = Faults(), 0, []
