@@ -62,7 +62,10 @@ def test_turns_beside_a_reply_are_its_history(read, caplog):
     expected = [(TEA, [(said, "tea")])]
     assert content(read(lines({"persona": TEA, "dialogue": said, "response": "tea"}))) == expected
     assert (
-        content(read(lines({"persona": TEA, "conversation": said, "candidates": ["x", "tea"], "label": 1}))) == expected
+        content(
+            read(lines({"context": "x", "persona": TEA, "conversation": said, "candidates": ["x", "tea"], "label": 1}))
+        )
+        == expected
     )
     assert "conversation is read as history" in caplog.text
     assert len(read(lines({"dialog": said, "act": [1, 2, 1], "labels": [1, 2, 1]}))[0]["utterances"]) == 1  # as before
@@ -286,6 +289,13 @@ def test_parts_with_a_text(read, fault):
     assert content(read(lines({"messages": said}))) == [([], [(["hi"], "see http://x")])]
     said[1]["text"] = [{"type": "image_url", "text": "x"}]
     assert "a part that is no text: 'image_url'" in fault(lines({"messages": said}))
+
+
+@pytest.mark.parametrize("field", ["utterances", "dialog", "prompt"])
+def test_a_list_that_cannot_be_read(fault, field):
+    record = {field: "['a' 'b']", "response": "yo", "completion": "x"}
+    for text in (json.dumps([record]), json.dumps(record), json.dumps(record, indent=1)):
+        assert ", a list without commas, as NumPy prints it: write lists as JSON" in fault(text)
 
 
 def test_nan_is_missing(read, fault):

@@ -26,6 +26,7 @@ GOLD = ("reply", "label", "labels", "eval_labels", "response", "correct_candidat
 TEXT_GOLD = ("reply", "response", "target", "gold", "gold_reply")  # a string there is the reply, never an index
 IDS = ("conv_id", "conversation_id", "dialog_id", "dialogue_id", "episode_id")
 ORDER = ("utterance_idx", "utterance_id", "turn_idx", "turn_id", "turn")
+PLACE = {*IDS, *ORDER, "session_id", "reply_to"}  # of a row in its conversation
 
 
 def with_plain_names(record: dict) -> dict:

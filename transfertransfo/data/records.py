@@ -38,8 +38,8 @@ ANOTHER = (
     ({"input", "output"}, "an input-output file", "rename input to history and output to reply"),
     ({"source", "target"}, "a source-target file", "rename source to history and target to reply"),
     ({"question", "answers"}, "a question-answer file", "rename question to history and give one reply"),
-    ({"first_mes"}, "a character card", "give its description to interact.py --personality"),
-    ({"spec", "data"}, "a character card", "give its description to interact.py --personality"),
+    ({"first_mes"}, "a character card", "give its description to interact.py as the personality"),
+    ({"spec", "data"}, "a character card", "give its description to interact.py as the personality"),
     ({"title", "mapping"}, "ChatGPT's export", "write its turns as messages with role and content"),
     (
         {"text", "label"},
@@ -120,8 +120,12 @@ def is_record(value: object) -> bool:
     if type(value) is not dict:
         return False
     record = with_plain_names(value)
-    is_read = any(is_it(record) for is_it, _ in READERS)
-    return is_read or "personality" in record or bool(another_format(record)) or conversation_of(record) is not None
+    if "personality" in record or conversation_of(record) is not None:
+        return True
+    try:
+        return any(is_it(record) for is_it, _ in READERS) or bool(another_format(record))
+    except ValueError:  # a list that cannot be read, as `dialogs_of` will say
+        return True
 
 
 def another_format(record: dict) -> str | None:

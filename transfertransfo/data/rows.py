@@ -9,6 +9,7 @@ from transfertransfo.data.fields import (
     IDS,
     ORDER,
     PERSONA_NAMES,
+    PLACE,
     TEXT_GOLD,
     UTTERANCE_FIELDS,
     UTTERANCE_NAMES,
@@ -160,13 +161,14 @@ def _with_commas(row: dict, faults: Faults) -> dict:
 
 def from_row(row: dict, faults: Faults) -> dict:
     """A dialog of one utterance. ValueError where a field is not what it should be."""
-    turns = turn_list(row)
-    row = renamed(renamed(row, PERSONA_NAMES, faults), UTTERANCE_NAMES | ({turns: "history"} if turns else {}), faults)
+    if turns := turn_list(row):
+        row = renamed(row, {turns: "history"}, faults)
+    row = renamed(renamed(row, PERSONA_NAMES, faults), UTTERANCE_NAMES, faults)
     lists = {name: as_list(row[name]) for name in ("history", "candidates", "distractors") if row.get(name)}
     if type(lists.get("candidates")) is str:
         raise ValueError("candidates: expected a list, as JSON")
     utterance = {name: row[name] for name in GOLD if name in row} | lists
-    faults.leave(row.keys() - UTTERANCE_FIELDS - DIALOG_FIELDS - {*GOLD, *IDS, *ORDER, *SPEAKER, *TEXT, "distractors"})
+    faults.leave(row.keys() - UTTERANCE_FIELDS - DIALOG_FIELDS - {*GOLD, *PLACE, *SPEAKER, *TEXT, "distractors"})
     history = utterance.get("history")
     if type(history) is str:
         utterance["history"] = [line for line in history.splitlines() if line.strip()]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from transfertransfo.data.fields import IDS, ORDER, PERSONA_NAMES, as_list, as_objects, renamed, sentences
+from transfertransfo.data.fields import PERSONA_NAMES, PLACE, as_list, as_objects, renamed, sentences
 from transfertransfo.data.parlai import PERSONA
 from transfertransfo.data.reading import MAX_TURNS, Faults, kind
 
@@ -102,7 +102,7 @@ def personas_of(record: dict, said: list[Said], faults: Faults) -> tuple[list, d
         return _system(record), pair
     record = renamed(record, PERSONA_NAMES, faults)
     system = {"system", "system_prompt"}
-    faults.leave(record.keys() - {*TURN_LISTS, *IDS, *ORDER, *SPEAKER, *TEXT, *system, "speakers", "personality"})
+    faults.leave(record.keys() - {*TURN_LISTS, *PLACE, *SPEAKER, *TEXT, *system, "speakers", "personality"})
     persona = one or joined(*_contexts(record)) or sentences(record.get("personality") or [])
     return joined(persona, _system(record)), {}
 
