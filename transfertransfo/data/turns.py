@@ -113,12 +113,8 @@ def _pair(record: dict, said: list[Said], faults: Faults) -> dict[str, Any]:
     pair: Any = record.get("personas")
     if {"persona1", "persona2"} <= record.keys():
         pair = [sentences(record[name] or []) for name in ("persona1", "persona2")]
-    if (
-        type(pair) is list
-        and len(pair) == 2
-        and list in map(type, pair)
-        and not {*map(type, pair)} - {list, type(None)}
-    ):
+    kinds = [type(persona) for persona in pair] if type(pair) is list else []
+    if len(kinds) == 2 and list in kinds and {*kinds} <= {list, type(None)}:
         is_numbered = all(speaker[-1:].isdigit() for speaker in speakers)
         return dict(zip(sorted(speakers) if is_numbered else speakers, pair))
     contexts = _contexts(record)
