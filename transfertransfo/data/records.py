@@ -94,10 +94,13 @@ def _native_utterance(utterance: Any, number: int, faults: Faults) -> Any:
 
 def _is_native(record: dict) -> bool:
     """Whether a record has utterances that are no turns, as DailyDialog's texts and Taskmaster's speakers' are."""
-    utterances = as_objects(record.get("utterances"))
+    if "utterances" not in record:
+        return False
+    utterances = as_objects(record["utterances"])
     first = utterances[0] if type(utterances) is list and utterances else None
-    is_turn = type(first) is dict and not first.keys() & UTTERANCE_FIELDS and first.keys() & {*SPEAKER[:3]}
-    return "utterances" in record and not is_turn and type(first) is not str
+    if type(first) is not dict:
+        return type(first) is not str
+    return "candidates" in first or not first.keys() & {*SPEAKER[:3]} or bool(first.keys() & UTTERANCE_FIELDS)
 
 
 def _is_synthetic(record: dict) -> bool:
@@ -130,9 +133,9 @@ def is_record(value: object) -> bool:
 
 def another_format(record: dict) -> str | None:
     """What a record is that is none of a dialog, with the way out."""
-    names = record.keys()
-    if "utterances" in names:
+    if "utterances" in record:
         return None
+    names = record.keys()
     if names & {"messages", "conversations", "completion"} and type(record.get("label")) is bool:
         return f"a file of rated replies as KTO's (label): keep those whose label is true, without it{SEE}"
     if {"conversations", "chosen", "rejected"} <= names:
@@ -145,6 +148,14 @@ def another_format(record: dict) -> str | None:
     return None
 
 
+def _another_in(record: object) -> str | None:
+    """The same of a record, or of a conversation's rows of replies."""
+    if type(record) is dict:
+        return another_format(record)
+    rows = filter(is_row, record) if type(record) is Rows else ()
+    return next(filter(None, map(another_format, rows)), None)
+
+
 def dialogs_of(record: object, place: str, faults: Faults, is_first: bool = False) -> list[Any]:
     """The unchecked dialogs of a record, in PersonaChat's layout. What is wrong goes to `faults`.
 
@@ -152,12 +163,10 @@ def dialogs_of(record: object, place: str, faults: Faults, is_first: bool = Fals
         AnotherFormat: the file's first record is none of a dialog.
     """
     try:
-        rows = record if type(record) is Rows else [record]
-        for row in rows:
-            if type(row) is dict and (rows is not record or is_row(row)) and (another := another_format(row)):
-                if is_first:
-                    raise AnotherFormat(another)
-                raise ValueError(f"of another format: {another}")
+        if another := _another_in(record):
+            if is_first:
+                raise AnotherFormat(another)
+            raise ValueError(f"of another format: {another}")
         if type(record) is Rows:
             return from_rows(record, faults)
         if type(record) is not dict:
