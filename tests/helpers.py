@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import functools
 import io
 import json
@@ -359,3 +360,25 @@ def adapt(base: Path):
     add_adapter_(model, tokenizer, rank=2, base=str(base))
     draw_(model, seed=2)
     return model.eval(), tokenizer
+
+
+# Small invented datasets
+
+
+def lines(*records) -> str:
+    """JSON lines."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def turns(dialog) -> list:
+    """History and gold reply of each utterance."""
+    return [(utterance["history"], utterance["candidates"][-1]) for utterance in dialog["utterances"]]
+
+
+def table(rows, delimiter=",") -> str:
+    """CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,6 +1,5 @@
 """What people's files look like: each format from a small invented sample, and what was once read wrong in silence."""
 
-import csv
 import gzip
 import io
 import json
@@ -10,10 +9,11 @@ import tarfile
 import zipfile
 
 import pytest
+from helpers import lines, table, turns
 
 from transfertransfo.data import dataset
 from transfertransfo.data.dataset import locate_dataset
-from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.dialogs import read_dialogs, warn_of_overlap
 from transfertransfo.data.personas import draw_persona
 from transfertransfo.data.sources import dataset_files, split_of, split_of_url
 from transfertransfo.errors import UserError
@@ -41,38 +41,6 @@ SHAREGPT = [
 TOOLS = "a turn of tools: leave such dialogs out"
 
 
-def lines(*records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-@pytest.fixture
-def read(tmp_path):
-    """Write contents to a file and read its training split."""
-
-    def write_and_read(content, name="chat", **options):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        (dialogs,) = read_dialogs(dataset_files(path), **options).values()
-        return dialogs
-
-    return write_and_read
-
-
-@pytest.fixture
-def fault(read):
-    def read_fault(content, name="chat", **options):
-        with pytest.raises(UserError) as error:
-            read(content, name, **options)
-        return str(error.value).partition(f"{name}: ")[2]
-
-    return read_fault
-
-
-def turns(dialog) -> list:
-    """History and gold reply of each utterance."""
-    return [(utterance["history"], utterance["candidates"][-1]) for utterance in dialog["utterances"]]
-
-
 def golds(splits) -> dict:
     """The dialogs without the distractors that were drawn."""
     return {
@@ -82,14 +50,6 @@ def golds(splits) -> dict:
         ]
         for split, dialogs in splits.items()
     }
-
-
-def table(rows, delimiter=",") -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), delimiter=delimiter)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 # Misnamed fields
@@ -172,6 +132,15 @@ def test_a_list_of_dialogs_and_null_for_what_is_missing(read):
 # Splits
 
 
+def test_dialogs_of_valid_that_stand_in_train(caplog):
+    other = DIALOG | {"personality": ["other"]}
+    warn_of_overlap({"train": [DIALOG], "valid": [other]})
+    warn_of_overlap({"valid": [DIALOG]})
+    assert not caplog.messages
+    warn_of_overlap({"train": [DIALOG, other], "valid": [other, DIALOG | {"personality": []}]})
+    assert caplog.messages == ["1 of 2 valid dialogs stand in train too"]
+
+
 @pytest.mark.parametrize(
     "name, split",
     [
@@ -247,6 +216,7 @@ def test_the_split_of_a_numbered_part_is_its_folder_s(tmp_path):
         ["train_part1.jsonl", "train_part2.jsonl", "train_part10.jsonl"],
         ["data/train-0.jsonl.gz", "data/train-1.jsonl.gz"],
         ["part-0.jsonl", "part-1.jsonl"],
+        [f"data/train-{n:05}-of-00003-{hash}.jsonl" for n, hash in enumerate(("a17d5a115f8766d8", "7aa3a623015a4fef"))],
     ],
 )
 def test_all_shards_of_a_split_are_read(tmp_path, caplog, names):
@@ -267,6 +237,23 @@ def test_shards_that_are_not_all_there(tmp_path, caplog):
         (tmp_path / f"train-{number:05}-of-00003.jsonl").touch()
     assert len(dataset_files(tmp_path)) == 2
     assert caplog.messages == [f"{tmp_path}: 2 of 3 parts of train are there"]
+
+
+@pytest.mark.parametrize("kind", ["fold", "cv_", "split"])
+def test_folds_are_no_parts(tmp_path, kind):
+    """They were joined, and what is held out in one is learnt in another."""
+    for number in (1, 2):
+        (tmp_path / f"train_{kind}{number}.jsonl").touch()
+    with pytest.raises(UserError, match="2 files for train, whose names do not say whether they are parts"):
+        dataset_files(tmp_path)
+
+
+def test_what_other_programs_leave_beside_a_dataset(tmp_path):
+    """Its Mac's folder hid the dataset's, and a cache of `datasets` was one of its parts."""
+    for name in ("__MACOSX/chat/._data-0.arrow", "chat/data-0.arrow", "chat/cache-3f2a.arrow", "chat/._data-0.arrow"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert dataset_files(tmp_path) == {tmp_path / "chat" / "data-0.arrow": "train"}
 
 
 @pytest.mark.parametrize("other", ["train_small.jsonl", "train2.jsonl", "train_v2.jsonl", "train/chat.jsonl"])
@@ -357,7 +344,7 @@ def test_parlai_s_conversations(read):
     acts += [{"id": name, "text": turn["content"]} for name, turn in zip(["bot", "human", "bot"], MESSAGES[2:])]
     record = {"dialog": [acts[:2], acts[2:]], "start_time": 1, "metadata_path": "x"}
     assert read(lines(record)) == [DIALOG]
-    context = [{"id": "context", "text": f"your persona: {sentence}"} for sentence in PERSONA]
+    context = [{"id": "context", "text": "\n".join(f"your persona: {sentence}" for sentence in PERSONA)}]
     acts = [{"id": f"Speaker {2 - n % 2}", "text": turn["content"]} for n, turn in enumerate(MESSAGES[1:], 1)]
     assert read(lines({"dialog": [acts[:2], acts[2:]], "context": context})) == [DIALOG]
 
@@ -440,7 +427,7 @@ def test_turns_that_are_refused(fault, turn, expected):
 @pytest.mark.parametrize(
     "messages, expected",
     [
-        ([MESSAGES[1], {"role": "narrator", "content": "x"}], "role 'narrator' is unknown: expected system, user"),
+        ([*MESSAGES[1:3], {"role": "narrator", "content": "x"}], "role 'narrator' is unknown: expected system, user"),
         ([*MESSAGES[1:3], MESSAGES[0], *MESSAGES[3:]], "a system message after the first turn"),
         ([], "expected two speakers, got 0"),
         ([{"speaker": name, "text": "x"} for name in ("ann", "bob", "cem")], "expected two speakers, got 3: ann, bob,"),
@@ -454,7 +441,7 @@ def test_dialogs_that_are_refused(fault, messages, expected):
 def test_chats_without_a_reply_or_with_an_empty_one(fault):
     assert fault(lines({"messages": MESSAGES[:2]})) == "train dialog 1 (line 1): no utterances"
     empty = [MESSAGES[1], {"role": "assistant", "content": " "}]
-    assert fault(lines({"messages": empty})) == "train dialog 1 (line 1), utterance 1: empty reply"
+    assert fault(lines({"messages": empty})) == "train dialog 1 (line 1): no utterances"
 
 
 # Rows

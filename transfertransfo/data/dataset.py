@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.dialogs import read_dialogs, warn_of_overlap
 from transfertransfo.data.distractors import draw_distractors
 from transfertransfo.data.reading import SPLITS
 from transfertransfo.data.sources import HUB, Files, dataset_files, hub_files, split_of_url
@@ -247,7 +247,9 @@ def _tokenized_arrays(
         arrays[f"{name}.ends"] = np.cumsum([len(row) for row in rows], dtype=np.int64)
         arrays[name] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
 
-    for split, dialogs in read_dialogs(files, skip_bad_dialogs, with_distractors=False).items():
+    splits = read_dialogs(files, skip_bad_dialogs, with_distractors=False)
+    warn_of_overlap(splits)
+    for split, dialogs in splits.items():
         utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
         arrays[f"{split}.turns"] = np.array([len(dialog["utterances"]) for dialog in dialogs], dtype=np.int32)
         for name, holders in (("personality", dialogs), ("candidates", utterances), ("history", utterances)):

@@ -13,7 +13,8 @@ from pathlib import Path
 from transfertransfo.data.distractors import add_distractors_
 from transfertransfo.data.formats import one_line_errors, open_file, read_records
 from transfertransfo.data.reading import MAX_FAULTS, SPLITS, Faults, Records, SharedTexts, kind
-from transfertransfo.data.records import AnotherFormat, dialogs_of, grouped, shared
+from transfertransfo.data.records import AnotherFormat, dialogs_of, shared
+from transfertransfo.data.rows import grouped
 from transfertransfo.data.sources import Files, split_of
 from transfertransfo.errors import UserError
 
@@ -52,6 +53,20 @@ def read_dialogs(
 def with_splits(files: Files | Iterable[Path]) -> Files:
     """The files with their splits, which their names say where nothing else has."""
     return files if isinstance(files, dict) else {Path(path): split_of(Path(path).name) or "train" for path in files}
+
+
+def warn_of_overlap(splits: dict[str, list[dict]]) -> None:
+    """Say how many dialogs of valid stand in train too: the validation then measures what was learnt by heart."""
+    valid = [_key(dialog) for dialog in splits.get("valid", ())]
+    train = {_key(dialog) for dialog in splits.get("train", ()) if valid}
+    if both := sum(key in train for key in valid):
+        logger.warning("%d of %d valid dialogs stand in train too", both, len(valid))
+
+
+def _key(dialog: dict) -> int:
+    """A hash of a dialog's persona, histories and right replies. Its texts have theirs already."""
+    utterances = [(*utterance["history"], utterance["candidates"][-1]) for utterance in dialog["utterances"]]
+    return hash((*dialog["personality"], *utterances))
 
 
 def _read_file(path: Path, split: str, texts: SharedTexts, skip_bad_dialogs: bool) -> dict[str, list[dict]]:

@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from transfertransfo.data.fields import plain_name
 from transfertransfo.data.parlai import parlai_dialogs, parlai_fields
 from transfertransfo.data.reading import MAX_FAULTS, SPLIT_NAMES, Faults, Lines, Records, SharedTexts, kind
-from transfertransfo.data.records import is_record
+from transfertransfo.data.records import NONE_OF, is_record
 from transfertransfo.errors import UserError, first_line, require
 
 HEAD = 4096  # bytes by which a format is recognised
@@ -38,8 +39,10 @@ MAX_FIELD = 2**24  # characters of a CSV field: Python's limit is 2**17
 
 BOM = b"\xef\xbb\xbf"
 JSON_LINES = object()
+WHATSAPP = re.compile(rb"(?:\xe2\x80\x8e)?\[?[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4},? ")  # "[31.12.20, 21:15:00]"
 FORMATS = "JSON, JSON lines, ParlAI text, CSV, TSV, Parquet or Arrow, plain, .gz or .xz; see docs/data.md"
 REFUSED = (  # how files begin that are no datasets
+    (b"<|im_start|>", "ChatML text: write its turns as messages with role and content"),
     (b"version https://git-lfs", "a pointer of Git LFS in place of the file: git lfs pull fetches it"),
     (b"<", "a page of HTML or XML: a hub's address needs /resolve/ in place of /blob/"),
     (b"BZh", "compressed by bzip2: unpack it, or compress it by gzip or xz"),
@@ -97,6 +100,8 @@ def read_records(path: Path, split: str, file: BinaryIO, texts: SharedTexts, fau
     opened = Opened(path, file, texts, faults)
     if not opened.start:
         raise UserError(f"{path}: the file is empty")
+    if WHATSAPP.match(opened.start):
+        raise UserError(f"{path}: an exported chat as WhatsApp's: write its turns as messages with role and content")
     if opened.start[:1] in b"{[":
         return _json(opened, split)
     for is_it, read in READERS:
@@ -105,6 +110,8 @@ def read_records(path: Path, split: str, file: BinaryIO, texts: SharedTexts, fau
     for magic, name in REFUSED:
         if opened.magic.startswith(magic):
             raise UserError(f"{path}: {name}")
+    if columns := _columns(opened.start):
+        raise UserError(f"{path}: no dialogs of a known layout: its columns are {columns[:100]}, {NONE_OF}")
     raise UserError(f"{path}: none of the formats that are read: {FORMATS}")
 
 
@@ -259,6 +266,8 @@ def _json(opened: Opened, split: str) -> dict[str, Records]:
         opened.faults.note(f"{left_out[0]}: a test split, left out")
     if not {*found.values()} - {"test"}:
         got = f"an object with {', '.join(value)[:100]}" if value else "an empty object"
+        lists = [key for key, items in value.items() if type(items) is list and items and is_record(items[0])]
+        got += f": rename {lists[0][:100]} to train" if len(lists) == 1 else ""
         raise UserError(f'{path}: expected a list of dialogs, or an object with "train" or "valid", got {got}')
     for key in found:
         if type(value[key]) is not list:
@@ -281,7 +290,7 @@ def splits_in(value: Any) -> dict[str, str]:
 def load_json(text: str, texts: SharedTexts, line: int = 1) -> object:
     """Parse; ValueError names the place, counted from `line`."""
     try:
-        return json.loads(text, object_hook=texts.share_)
+        return json.loads(text, object_hook=texts.share_, parse_constant=missing)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{place}: not JSON: {error.msg}") from None
@@ -289,6 +298,10 @@ def load_json(text: str, texts: SharedTexts, line: int = 1) -> object:
         raise ValueError(f"line {line}: not a dataset: JSON nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"line {line}: not a dataset: {error}") from None
+
+
+def missing(constant: str) -> None:
+    """NaN and Infinity, which are no JSON: what Python writes for a number that is missing."""
 
 
 def _first_json(path: Path, file: BinaryIO, texts: SharedTexts) -> object:
@@ -327,35 +340,69 @@ def _json_lines(lines: Lines, texts: SharedTexts, faults: Faults) -> Records:
 # Tables
 
 
+def _header(line: str, delimiter: str) -> list[str]:
+    with contextlib.suppress(csv.Error):
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    return []
+
+
 def _delimiter(start: bytes) -> str | None:
     """What parts the fields of a CSV file's first line; None where these are none of a record's."""
     line = start.partition(b"\n")[0].decode(errors="replace")
-    for delimiter in "\t,;":
-        with contextlib.suppress(csv.Error):
-            header = next(csv.reader([line], delimiter=delimiter), [])
-            if is_record(dict.fromkeys(header, "[")):
-                return delimiter
-    return None
+    return next((mark for mark in "\t,;" if is_record(dict.fromkeys(_header(line, mark), "["))), None)
+
+
+def _columns(start: bytes) -> str:
+    """The columns of what looks like a table of another layout: short names, and as many fields below them."""
+    first, second, *_ = [*start.decode(errors="replace").splitlines(), "", ""]
+    for mark in "\t,;":
+        header = _header(first, mark)
+        are_names = all(re.fullmatch(r"[\w .#-]{0,40}", name) for name in header)
+        if are_names and len(header) == len(_header(second, mark)) > 1:
+            return ", ".join(filter(None, header))
+    return ""
 
 
 def _csv(opened: Opened) -> Records:
     """The rows under a header; an empty field is one that is missing, a damaged line ends the file."""
     csv.field_size_limit(MAX_FIELD)
     lines = (decode(data, number) for number, data in enumerate(opened.file, 1))
-    reader = csv.reader(lines, delimiter=_delimiter(opened.start) or ",", strict=True)
-    line = 1
+    delimiter = _delimiter(opened.start) or ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
+    line, header, longest = 1, [], 0
     try:
         header = next(reader)
+        names = [plain_name(name) for name in header if name]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{opened.path}: the column {twice[0][:100]} occurs twice: rename one")
         for row in reader:
             line, place = reader.line_num, f" (line {line + 1})"
-            if row and len(row) != len(header):
-                fault = f"{len(row)} fields under a header of {len(header)}: a text with the delimiter needs quotes"
-                opened.faults.append(f"line {line}: {fault}")
             if row:
-                yield place, {name: field or None for name, field in zip(header, row)}, len(row) == len(header)
+                longest = longest or _length(row, header, opened.faults)
+                fault = _fault_of_row(row, len(header), longest, delimiter)
+                if fault:
+                    opened.faults.append(f"line {line}: {fault}")
+                yield place, {name: field or None for name, field in zip(header, row)}, not fault
     except (csv.Error, ValueError) as error:
         opened.faults.append(str(error) if type(error) is ValueError else f"line {line + 1}: no CSV: {error}")
         yield f" (line {line + 1})", None, False
+
+
+def _length(first: list[str], header: list[str], faults: Faults) -> int:
+    """How long rows may be: as the header, or as a first row that has more fields, empty ones without a name."""
+    surplus = first[len(header) :]
+    if not surplus or any(field.strip() for field in surplus):
+        return len(header)
+    faults.note("fields without a name at the end of rows are left out")
+    return len(first)
+
+
+def _fault_of_row(row: list[str], length: int, longest: int, delimiter: str) -> str:
+    if not length <= len(row) <= longest:
+        return f"{len(row)} fields under a header of {length}: a text with the delimiter needs quotes"
+    if delimiter == "\t" and any("\t" in field and "\n" in field for field in row):
+        return "a quote that swallows a tab and a line's end: double the quotes in texts, or leave them out"
+    return ""
 
 
 def _table(opened: Opened, batches: Callable[[Path], Iterator[Any]]) -> Records:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from transfertransfo.data.dialogs import checked_dialogs, read_dialogs, with_splits
-from transfertransfo.data.formats import BOM, one_line_errors, open_file, read_records
+from transfertransfo.data.formats import BOM, missing, one_line_errors, open_file, read_records
 from transfertransfo.data.reading import SPLIT_NAMES, Faults, FreedTexts, Records, SharedTexts
 from transfertransfo.data.sources import Files
 from transfertransfo.errors import UserError
@@ -117,7 +117,7 @@ class _JsonText:
     def value(self, texts: SharedTexts) -> object:
         """The next value."""
         self.peek()
-        decoder = json.JSONDecoder(object_hook=texts.share_)
+        decoder = json.JSONDecoder(object_hook=texts.share_, parse_constant=missing)
         while True:
             with contextlib.suppress(json.JSONDecodeError):
                 value, end = decoder.raw_decode(self._text, self._at)

@@ -9,26 +9,24 @@ Recognised by the fields of a record:
 * rows of one reply (`history`, `candidates`, `reply`), or of one turn (`utterance`), put together by `conv_id`.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from transfertransfo.data.fields import (
     DIALOG_FIELDS,
     GOLD,
-    IDS,
-    ORDER,
     PERSONA_NAMES,
     UTTERANCE_FIELDS,
     UTTERANCE_NAMES,
-    as_list,
     as_objects,
     renamed,
     sentences,
+    with_gold,
     with_plain_names,
 )
-from transfertransfo.data.reading import MAX_TURNS, Faults, Records, SharedTexts, kind
-from transfertransfo.data.turns import SPEAKER, TEXT, TURN_LISTS, from_turns, merged, personas_of, sides, synthetic
+from transfertransfo.data.reading import Faults, SharedTexts
+from transfertransfo.data.rows import Rows, conversation_of, from_row, from_rows, has_turns_beside_reply, is_row
+from transfertransfo.data.turns import SPEAKER, from_prompt, from_turns, is_prompt, synthetic, turn_list
 
 ANOTHER = (
     ({"instruction", "output"}, "an Alpaca file", "rename instruction to history and output to reply"),
@@ -40,6 +38,8 @@ ANOTHER = (
     ({"input", "output"}, "an input-output file", "rename input to history and output to reply"),
     ({"source", "target"}, "a source-target file", "rename source to history and target to reply"),
     ({"question", "answers"}, "a question-answer file", "rename question to history and give one reply"),
+    ({"first_mes"}, "a character card", "give its description to interact.py as the personality"),
+    ({"spec", "data"}, "a character card", "give its description to interact.py as the personality"),
     ({"title", "mapping"}, "ChatGPT's export", "write its turns as messages with role and content"),
     (
         {"text", "label"},
@@ -53,77 +53,12 @@ ANOTHER = (
     ),
     ({"text"}, "a file of plain texts", "write its turns as messages with role and content"),
 )
-KNOWN = "utterances, messages, conversations, or history and reply"
+NONE_OF = "none of utterances, messages, conversations, or history and reply"
+SEE = ", and see docs/data.md"
 
 
 class AnotherFormat(Exception):
     """A file of records that are no dialogs; the message names what they are, and the way out."""
-
-
-class Rows(list[dict]):
-    """The rows of one conversation."""
-
-
-# Rows
-
-
-def grouped(records: Records, faults: Faults) -> Records:
-    """The records, with successive rows of one `conv_id` put together."""
-    rows, place, last, seen = Rows(), "", None, set()
-    for row_place, record, is_whole in records:
-        record = with_plain_names(record) if type(record) is dict else record
-        number = _conversation(record) if is_whole and type(record) is dict else None
-        if rows and (number is None or number != last):
-            yield place, rows, True
-            rows = Rows()
-        if number is None:
-            yield row_place, record, is_whole
-        elif number != last and number in seen:
-            begun = f"conversation {str(number)[:30]!r}{row_place}"
-            faults.append(f"{begun}: has rows above already: all its rows must stand together")
-            yield row_place, None, False
-            number = None
-        else:
-            seen.add(number)
-            place = place if rows else row_place
-            rows.append(record)  # type: ignore[arg-type]  # a dict, as it has a number
-        last = number
-    if rows:
-        yield place, rows, True
-
-
-def _conversation(record: dict) -> str | int | None:
-    """The number of the conversation that a row is part of."""
-    if record.keys() & {"utterances", *TURN_LISTS}:
-        return None
-    return next((record[name] for name in IDS if type(record.get(name)) in (str, int)), None)
-
-
-def _from_rows(rows: Rows, faults: Faults) -> list[dict]:
-    if len(rows) > MAX_TURNS:
-        raise ValueError(f"a conversation of more than {MAX_TURNS} rows")
-    order = next((name for name in ORDER if name in rows[0]), None)
-    if order and all(re.fullmatch(r"\d{1,9}", str(row.get(order))) for row in rows):
-        rows = Rows(sorted(rows, key=lambda row: int(row[order])))
-    if all(map(_is_row, rows)):
-        dialogs = [_from_row(row, faults) for row in rows]
-        utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
-        return [{"personality": dialogs[0]["personality"], "utterances": utterances}]
-    return sides(merged(rows, faults), personas_of(rows[0], faults))
-
-
-def _from_row(row: dict, faults: Faults) -> dict:
-    """A dialog of one utterance."""
-    row = renamed(renamed(row, PERSONA_NAMES, faults), UTTERANCE_NAMES, faults)
-    lists = {name: as_list(row[name]) for name in ("history", "candidates", "distractors") if row.get(name)}
-    if type(lists.get("candidates")) is str:
-        raise ValueError("candidates: expected a list, as JSON")
-    utterance = {name: row[name] for name in GOLD if name in row} | lists
-    faults.leave(row.keys() - UTTERANCE_FIELDS - DIALOG_FIELDS - {*GOLD, *IDS, *ORDER, *SPEAKER, *TEXT, "distractors"})
-    history = utterance.get("history")
-    if type(history) is str:
-        utterance["history"] = [line for line in history.splitlines() if line.strip()]
-    return {"personality": sentences(row.get("personality")), "utterances": [with_gold(utterance)]}
 
 
 # PersonaChat's own
@@ -154,88 +89,32 @@ def _native_utterance(utterance: Any, number: int, faults: Faults) -> Any:
         raise ValueError(f"utterance {number}, {error}") from None
 
 
-def with_gold(utterance: dict) -> dict:
-    """The utterance with the gold reply as its `reply`, whichever field names it, and distractors as candidates.
-
-    Raises:
-        ValueError: two fields name different replies, or one an index that is none.
-    """
-    candidates = utterance.get("candidates")
-    given = {name: utterance[name] for name in GOLD if utterance.get(name) not in (None, [])}
-    if "reply" in given:  # what stands beside it is something else
-        given = {"reply": given["reply"]}
-    golds = {name: _gold(name, value, candidates) for name, value in given.items()}
-    if any(gold != next(iter(golds.values())) for gold in golds.values()):
-        raise ValueError(f"{' and '.join(golds)}: different replies")
-    found = {name: utterance[name] for name in ("history", "candidates") if name in utterance}
-    distractors = utterance.get("distractors")
-    if golds:
-        found["reply"] = next(iter(golds.values()))
-    elif distractors and type(candidates) is list and candidates:
-        found["reply"] = candidates[-1]
-    if distractors and type(distractors) is list and type(candidates) in (list, type(None)):
-        found["candidates"] = [*distractors, *(candidates or [])]
-    elif distractors:
-        raise ValueError(f"distractors: expected a list of strings, got {kind(distractors)}")
-    return found
-
-
-def _gold(name: str, value: Any, candidates: Any) -> Any:
-    """The reply that a field names, by its text, its index among the candidates, or a 1 in its place."""
-    choices = candidates if type(candidates) is list else []
-    if name == "reply" or (type(value) is str and not choices):
-        return value
-    if type(value) is list:
-        if type(value[0]) is str or (len(value) == 1 and type(value[0]) is int):  # of several labels the first
-            return _gold(name, value[0], candidates)
-        if sorted(map(str, value)) == ["0"] * (len(choices) - 1) + ["1"]:
-            return choices[[*map(str, value)].index("1")]
-        raise ValueError(f"{name}: expected a reply, or its index among the candidates, got a list")
-    if type(value) is str and value in choices:
-        return value
-    if type(value) is str and re.fullmatch("[A-Z]", value):
-        index = ord(value) - ord("A")
-    elif type(value) is str and not re.fullmatch(r"-?\d{1,9}", value):
-        return value
-    elif type(value) in (int, str) or (type(value) is float and value.is_integer()):
-        index = int(value)
-    else:
-        raise ValueError(f"{name}: expected a reply, or its index among the candidates, got {kind(value)}")
-    if not 0 <= index < len(choices):
-        raise ValueError(f"{name}: {str(value)[:30]} is no index of {len(choices)} candidates, from 0, nor one of them")
-    return choices[index]
-
-
 # The table
 
 
 def _is_native(record: dict) -> bool:
-    return "utterances" in record
+    """Whether a record has utterances that are no turns, as DailyDialog's texts and Taskmaster's speakers' are."""
+    if "utterances" not in record:
+        return False
+    utterances = as_objects(record["utterances"])
+    first = utterances[0] if type(utterances) is list and utterances else None
+    if type(first) is not dict:
+        return type(first) is not str
+    return "candidates" in first or not first.keys() & {*SPEAKER[:3]} or bool(first.keys() & UTTERANCE_FIELDS)
 
 
 def _is_synthetic(record: dict) -> bool:
     return "best_generated_conversation" in record
 
 
-def _has_turns(record: dict) -> bool:
-    return any(type(record.get(name)) in (list, dict) or _begins_a_list(record.get(name)) for name in TURN_LISTS)
-
-
-def _begins_a_list(value: object) -> bool:
-    return type(value) is str and value.lstrip().startswith("[")
-
-
-def _is_row(record: dict) -> bool:
-    names = record.keys() & {*UTTERANCE_FIELDS, "response", "label_candidates", "distractors", "options"}
-    return bool(names or ("context" in record and record.keys() & {*GOLD}))
-
-
 Reader = Callable[[dict, Faults], list[dict]]
 READERS: tuple[tuple[Callable[[dict], bool], Reader], ...] = (
     (_is_native, _native),
     (_is_synthetic, synthetic),
-    (_has_turns, from_turns),
-    (_is_row, lambda record, faults: [_from_row(record, faults)]),
+    (has_turns_beside_reply, lambda record, faults: [from_row(record, faults)]),
+    (lambda record: turn_list(record) is not None, from_turns),
+    (is_prompt, from_prompt),
+    (is_row, lambda record, faults: [from_row(record, faults)]),
 )
 
 
@@ -244,20 +123,37 @@ def is_record(value: object) -> bool:
     if type(value) is not dict:
         return False
     record = with_plain_names(value)
-    is_read = any(is_it(record) for is_it, _ in READERS)
-    return is_read or "personality" in record or bool(another_format(record)) or _conversation(record) is not None
+    if "personality" in record or conversation_of(record) is not None:
+        return True
+    try:
+        return any(is_it(record) for is_it, _ in READERS) or bool(another_format(record))
+    except ValueError:  # a list that cannot be read, as `dialogs_of` will say
+        return True
 
 
 def another_format(record: dict) -> str | None:
     """What a record is that is none of a dialog, with the way out."""
-    if record.keys() & {"utterances", "messages", "conversations"}:
+    if "utterances" in record:
+        return None
+    names = record.keys()
+    if names & {"messages", "conversations", "completion"} and type(record.get("label")) is bool:
+        return f"a file of rated replies as KTO's (label): keep those whose label is true, without it{SEE}"
+    if {"conversations", "chosen", "rejected"} <= names:
+        return f"a preference file as LLaMA-Factory's: append chosen to conversations, and leave rejected out{SEE}"
+    if names & {"messages", "conversations"} or is_prompt(record):
         return None
     for fields, name, way_out in ANOTHER:
-        if fields <= record.keys() and not (
-            "text" in fields and (_is_row(record) or _conversation(record) is not None)
-        ):
-            return f"{name} ({', '.join(sorted(fields))}), not dialogs: {way_out}, and see docs/data.md"
+        if fields <= names and not ("text" in fields and (is_row(record) or conversation_of(record) is not None)):
+            return f"{name} ({', '.join(sorted(fields))}), not dialogs: {way_out}{SEE}"
     return None
+
+
+def _another_in(record: object) -> str | None:
+    """The same of a record, or of a conversation's rows of replies."""
+    if type(record) is dict:
+        return another_format(record)
+    rows = filter(is_row, record) if type(record) is Rows else ()
+    return next(filter(None, map(another_format, rows)), None)
 
 
 def dialogs_of(record: object, place: str, faults: Faults, is_first: bool = False) -> list[Any]:
@@ -267,18 +163,21 @@ def dialogs_of(record: object, place: str, faults: Faults, is_first: bool = Fals
         AnotherFormat: the file's first record is none of a dialog.
     """
     try:
+        if another := _another_in(record):
+            if is_first:
+                raise AnotherFormat(another)
+            raise ValueError(f"of another format: {another}")
         if type(record) is Rows:
-            return _from_rows(record, faults)
+            return from_rows(record, faults)
         if type(record) is not dict:
             return [record]
-        if is_first and (another := another_format(record)):
-            raise AnotherFormat(another)
         for is_it, read in READERS:
             if is_it(record):
                 return read(record, faults)
         if is_first and record and "personality" not in record:
-            fields = ", ".join(map(str, record))[:100]
-            raise AnotherFormat(f"no dialogs of a known layout: its records have {fields}, none of {KNOWN}")
+            raise AnotherFormat(
+                f"no dialogs of a known layout: its records have {', '.join(map(str, record))[:100]}, {NONE_OF}"
+            )
         return [record]
     except ValueError as error:
         faults.append(f"{place}, {error}")

@@ -24,7 +24,9 @@ HUB = "hf:"
 TABLES = r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow)(?:\.gz|\.xz)?"
 DATASET_NAME = re.compile(rf"[^.].*(?:{TABLES}|\.txt(?:\.gz|\.xz)?)", re.IGNORECASE)
 TABLE_NAME = re.compile(rf"[^.].*{TABLES}", re.IGNORECASE)
-NO_DATASET = re.compile(r"(?:.*[-_.])?(?:args|config|state|infos?|dict|results|metrics|report|index|map)\.json", re.I)
+NO_DATASET = re.compile(
+    r"(?:.*[-_.])?(?:args|config|state|infos?|dict|results|metrics|report|index|map)\.json|cache-.*\.arrow", re.I
+)
 SIDES = ("self", "both", "none", "other")  # ConvAI2's, of whose personas: the first is preferred
 Files = dict[Path, str]  # each with its split, "test" included
 
@@ -62,7 +64,9 @@ def dataset_files(path: Path) -> Files:
         if not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder")
         folders = [folder for folder in (path, path / "ConvAI2", path / "data") if folder.is_dir()]
-        inner = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+        inner = [
+            folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith((".", "__MACOSX"))
+        ]
         folders += [folder for folder in inner if len(inner) == 1 and folder not in folders]
         for choose in (_split_files, _single_table):
             for folder in folders:
@@ -149,8 +153,13 @@ def _stem(file: Path) -> str:
 
 
 def _pattern(file: Path) -> str:
-    """A name without its numbers, but for a version's: train_v1 and train_v2 are no parts of one."""
-    return re.sub(r"(?<![vV\d])\d+", "#", _stem(file))
+    """A name without its numbers and without the hash behind those of the hub's shards.
+
+    Some numbers tell variants apart, and stay: of versions, as train_v1 and train_v2, and of folds, which overlap.
+    """
+    name = re.sub(r"(-of-\d+)-[0-9a-f]{16}$", r"\1", _stem(file))
+    numbers = re.compile(r"((?:fold|cv|split)[-_ ]?|v)?\d+", re.IGNORECASE)
+    return numbers.sub(lambda match: match[0] if match[1] else "#", name)
 
 
 # Archives
