@@ -3,8 +3,8 @@
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class Decoding:
             if getattr(self, name) and self.count < least:
                 message = f"{name}: this takes several replies; give num_samples or num_beams of at least {least} too"
                 raise SettingError(message, name, "num_samples", "num_beams")
+        if self.min_length > self.max_length:
+            message = f"min_length {self.min_length}: more than max_length {self.max_length}"
+            raise SettingError(message, "min_length", "max_length")
 
     @property
     def count(self) -> int:
@@ -73,6 +76,15 @@ class Decoding:
     def chooses(self) -> bool:
         """Whether the first reply is known only when all of them are complete."""
         return self.rank or self.consensus
+
+    def changed(self, **settings: Any) -> "Decoding":
+        """The same decoding with other settings.
+
+        `rank` or `consensus` is off where too few replies are left for it, unless these settings ask for it.
+        """
+        count = max(settings.get("num_beams", self.num_beams), settings.get("num_samples", self.num_samples))
+        off = dict.fromkeys((name for name, least in LEAST.items() if count < least), False)
+        return replace(self, **off | settings)
 
     @classmethod
     def of(cls, args: "Namespace | Decoding") -> "Decoding":

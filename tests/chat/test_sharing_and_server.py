@@ -277,6 +277,9 @@ def test_greedy_and_ranked_replies(client, shared):
     ({"num_samples": 8, "consensus": True}, {"rank": True}, {"num_samples": 8, "consensus": False, "rank": True}),
     ({"num_samples": 8, "consensus": True}, {"rank": False, "n": 2}, {"num_samples": 2, "consensus": False}),
     ({"num_beams": 3, "consensus": True}, {"n": 2}, {"num_samples": 2, "num_beams": 0, "consensus": False}),
+    ({"num_beams": 3, "consensus": True}, {"rank": True}, {"num_beams": 3, "consensus": False, "rank": True}),
+    ({"num_samples": 4, "rank": True}, {"temperature": 0}, {"num_samples": 1, "no_sample": True, "rank": False}),
+    ({}, {"rank": True}, {"num_samples": 1, "rank": False}),
 ])  # fmt: skip
 def test_how_the_first_of_several_replies_is_chosen(flags, fields, expected):
     question = server_module.Question(messages=[{"role": "user", "content": "hello"}], **fields)
@@ -321,7 +324,7 @@ def test_a_streamed_reply_is_the_whole_one(client, fields):
         ({"messages": [*HELLO, {"role": "assistant", "content": "hi"}]}, "messages", "must be the user's"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages", "says nothing"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "Input should be"),
-        ({"temperature": 0, "n": 2}, "num_samples", "all be the same"),
+        ({"temperature": 0, "n": 3}, "n", "n 3: at temperature 0 they would all be the same"),
         ({"max_tokens": 200}, "max_length", "more than the model's 128"),
     ],
 )

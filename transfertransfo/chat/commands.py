@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
-from transfertransfo.decoding import LEAST, Decoding, fit_context, score_replies
+from transfertransfo.decoding import LEAST, fit_context, score_replies
 from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
 
@@ -112,13 +112,11 @@ def change_setting(chat: Chat, rest: str) -> str:
     if name == "max_history":
         chat.max_history = changed
         return f"{name} = {changed}"
-    values = {**asdict(chat.decoding), name: changed}
-    count = max(values["num_samples"], values["num_beams"])
-    off = [order for order, least in LEAST.items() if order != name and settings[order] and count < least]
     try:
-        chat.decoding = Decoding(**values | dict.fromkeys(off, False))
+        chat.decoding = chat.decoding.changed(**{name: changed})
     except SettingError as error:
         raise UserError(f"/set {error}") from error
+    off = [order for order in LEAST if order != name and settings[order] and not getattr(chat.decoding, order)]
     return "\n".join([f"{name} = {changed}", *(f"{order} = False (there are too few replies now)" for order in off)])
 
 

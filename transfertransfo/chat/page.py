@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
@@ -177,8 +177,7 @@ def take(chat: SharedChat, turn: Any, candidate: Any) -> str:
 
 def more(chat: SharedChat, turn: Any, _: Any) -> str:
     if is_index(turn, chat.exchanges):
-        sampled = replace(chat.decoding, num_beams=0, no_sample=False, rank=False, consensus=False, num_samples=MORE)
-        chat.add_candidates(turn, sampled)
+        chat.add_candidates(turn, chat.decoding.changed(num_beams=0, no_sample=False, num_samples=MORE))
     return show(chat, opened=turn)
 
 

@@ -38,7 +38,7 @@ from transfertransfo.chat.sharing import (
     check_length,
 )
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.decoding import LEAST, Context, Decoding
+from transfertransfo.decoding import Context, Decoding
 from transfertransfo.errors import SettingError, UserError, printable
 
 MOST_BYTES = 1 << 20  # of a request
@@ -98,27 +98,33 @@ class Question(BaseModel, allow_inf_nan=False):
     stream_options: StreamOptions = StreamOptions()
 
     def decoding(self, flags: Decoding) -> Decoding:
-        """How the replies are chosen: as this says, and where it says nothing as the flags do."""
-        changed: dict[str, Any] = {}
+        """How the replies are chosen: as this says, and where it says nothing as the flags do.
+
+        Raises:
+            SettingError: the settings exclude each other.
+        """
+        settings: dict[str, Any] = {}
         if length := self.max_completion_tokens or self.max_tokens:
-            changed |= {"max_length": length, "min_length": min(flags.min_length, length)}
+            settings |= {"max_length": length, "min_length": min(flags.min_length, length)}
         if self.top_p is not None:
-            changed["top_p"] = max(self.top_p, SMALLEST)  # 0 is the likeliest token here, and no filter to the flag
+            settings["top_p"] = max(self.top_p, SMALLEST)  # 0 is the likeliest token here, and no filter to the flag
         if self.temperature is not None:
-            changed["no_sample"] = self.temperature < SMALLEST
-            changed["temperature"] = max(self.temperature, SMALLEST)
+            settings["no_sample"] = self.temperature < SMALLEST
+            settings["temperature"] = max(self.temperature, SMALLEST)
+        greedy = settings.get("no_sample", flags.no_sample)
+        if greedy and self.n > 1:
+            raise SettingError(f"n {self.n}: at temperature 0 they would all be the same", "n")
         if self.n > 1 or self.temperature is not None or self.top_p is not None:
-            changed["num_beams"] = 0  # which are not sampled
-        rank = flags.rank if self.rank is None else self.rank
-        beams = changed.get("num_beams", flags.num_beams)
-        consensus = flags.consensus and self.rank is None
-        samples = max(self.n, flags.num_samples if rank or consensus else 1)
-        greedy = changed.get("no_sample", flags.no_sample)
-        if beams or (greedy and self.n == 1):
-            samples = 1
-        count = max(beams, samples)
-        orders = {"rank": rank and count >= LEAST["rank"], "consensus": consensus and count >= LEAST["consensus"]}
-        return replace(flags, num_samples=samples, **orders, **changed)
+            settings["num_beams"] = 0  # which are not sampled
+        if greedy or settings.get("num_beams", flags.num_beams):
+            settings["num_samples"] = 1
+        else:
+            chooses = flags.chooses if self.rank is None else self.rank
+            settings["num_samples"] = max(self.n, flags.num_samples if chooses else 1)
+        decoding = flags.changed(**settings)
+        if self.rank is None:
+            return decoding
+        return replace(decoding, rank=self.rank and decoding.count > 1, consensus=False)
 
     def context(self, chat: Chat) -> Context:
         """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last.

@@ -78,7 +78,7 @@ class Job:
     @property
     def width(self) -> int:
         """Rows of a batch."""
-        return max(self.decoding.num_beams, self.decoding.num_samples) if self.decoding else 1
+        return self.decoding.count if self.decoding else 1
 
     def length(self, n_positions: int) -> int:
         """Tokens of a row of a model that sees so many."""
