@@ -132,7 +132,7 @@ def run(argv: list[str] | None = None) -> None:
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
     from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
-    from transfertransfo.decoding import Decoding
+    from transfertransfo.decoding import Decoding, check_room
     from transfertransfo.model.loading import load_finetuned
 
     set_up_logging(logging.WARNING)
@@ -158,6 +158,7 @@ def run(argv: list[str] | None = None) -> None:
         args.fp16,
         force=args.force,
     )
+    check_room(model, decoding.max_length)
     persona = draw() if persona is None else persona  # after the model: a wrong one is said before a dataset is needed
     with open_transcript(args.transcript) as transcript:
         if args.web:
@@ -181,8 +182,9 @@ def serve(
     """Chat on a page, with as many as come, until Ctrl-C."""
     from transfertransfo.chat.page import Page
     from transfertransfo.chat.server import Endpoint, Server, is_loopback, listen
-    from transfertransfo.chat.sharing import SharedChat, SharedModel
+    from transfertransfo.chat.sharing import SharedChat, SharedModel, check_limits
 
+    check_limits(decoding)
     host, port = args.web
     with listen(host, port) as socket:
         secret = args.web_token or ("" if is_loopback(host) else secrets.token_urlsafe(16))

@@ -460,7 +460,7 @@ def test_an_order_is_off_where_too_few_replies_are_left():
     assert ranked.changed(num_samples=1, no_sample=True) == Decoding(no_sample=True)
     assert agreed.changed(num_beams=2) == Decoding(num_beams=2)
     assert agreed.changed(num_beams=0, num_samples=3) == Decoding(num_samples=3, consensus=True)
-    with pytest.raises(SettingError, match="^rank: this takes several replies"):
+    with pytest.raises(SettingError, match=r"^rank: this takes several replies"):
         ranked.changed(num_samples=1, rank=True)
 
 

@@ -519,26 +519,29 @@ def chat_through_a_pipe(monkeypatch, capsys, lines: list[str], *flags: str) -> s
 
 def test_run_through_a_pipe(monkeypatch, capsys, checkpoint, tmp_path):
     flags = ["--model", checkpoint, "--transcript", tmp_path / "t.jsonl", "--personality", "i like <eos> dogs .", " "]
-    out = chat_through_a_pipe(
-        monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo", "/set max_length 200", "hello"], *flags
-    )
+    out = chat_through_a_pipe(monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo", "/set max_length 200"], *flags)
     lines = out.splitlines()
     assert lines[0].startswith("Persona: i like <eos> dogs .") and lines[1] == ">>> hello"
     assert lines[3:] == [
         ">>> ", "(say something, or leave with Ctrl-D)", "",
         ">>> /xyzzy", "/xyzzy: no such command; /help lists them",
         ">>> /undo", "(taken back: hello)",
-        ">>> /set max_length 200", "max_length = 200",
-        ">>> hello", "(more than the model's 128 positions: the oldest is left out now)",
-        "(too long for the model: of its persona it sees: nothing)",
-        "--max_length 200: more than the model's 128 positions hold",
+        ">>> /set max_length 200", "/set max_length 200: more than the model's 128 positions hold",
         ">>> ",
     ]  # fmt: skip
     assert "\x1b" not in out
     recorded = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [line.get("speaker") or line.get("command") for line in recorded] == [
-        None, "user", "model", "/undo", "/set max_length 200", "user"
+        None, "user", "model", "/undo", "/set max_length 200"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [126, 600, 100_000])
+def test_a_reply_longer_than_the_model_is_refused_at_the_start(monkeypatch, capsys, checkpoint, length):
+    flags = ["--model", checkpoint, "--personality", "x", "--max_length", length]
+    with pytest.raises(UserError, match=f"^--max_length {length}: more than the model's 128 positions hold$"):
+        chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags)
+    assert ">>> hello" in chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags[:-1], 125)
 
 
 def test_seeds(monkeypatch, capsys, checkpoint):

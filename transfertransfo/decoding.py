@@ -326,6 +326,17 @@ class AgainstRepetition:
         return logits
 
 
+def check_room(model: DoubleHeads, max_length: int) -> None:
+    """Check that the model has room for a reply of this many tokens.
+
+    Raises:
+        SettingError: it does not, however short persona and history are.
+    """
+    if context_positions([], [[]], model.history_start)[-1] + max_length >= model.n_positions:
+        message = f"max_length {max_length}: more than the model's {model.n_positions} positions hold"
+        raise SettingError(message, "max_length")
+
+
 def _begin(
     model: DoubleHeads,
     contexts: Sequence[Context],
@@ -340,6 +351,7 @@ def _begin(
     Returns:
         The rows, the replies' tokens so far (R, T), and what lowers the logits of tokens that repeat something.
     """
+    check_room(model, len(prefix) + decoding.max_length)
     sequences = []
     for context in contexts:
         persona, history, _ = fit_context(model, context, len(prefix) + decoding.max_length)
@@ -347,9 +359,6 @@ def _begin(
         positions = context_positions(persona, history, model.history_start)
         sequence["position_ids"] = positions + [positions[-1] + 1 + i for i in range(len(prefix))]
         sequences.append(sequence)
-        if sequence["position_ids"][-1] + decoding.max_length >= model.n_positions:
-            message = f"max_length {decoding.max_length}: more than the model's {model.n_positions} positions hold"
-            raise SettingError(message, "max_length")
     rows = (memory or Memory()).encode(model, sequences, decoding.max_length)
     rows.repeat_(copies)
     tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
@@ -441,7 +450,7 @@ def _choose(logits: Tensor, decoding: Decoding, special: Tensor, noise: Tensor |
     probabilities = _probabilities(logits, decoding)
     if go_on:
         words = probabilities.index_fill(-1, special, 0.0)
-        # original: draws again until it is a word, for ever where no word is left
+        # original: draws again until it is a word, for ever where several end tokens share all probability
         probabilities = torch.where(words.any(-1, keepdim=True), words, probabilities)
     return (probabilities if noise is None else probabilities / noise).argmax(-1)
 

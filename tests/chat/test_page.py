@@ -19,7 +19,8 @@ if importlib.util.find_spec("gradio") is None:
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from transfertransfo.chat import sharing
+import interact
+from transfertransfo.chat import server, sharing
 from transfertransfo.chat.commands import answer
 from transfertransfo.chat.server import Endpoint, Server, listen
 from transfertransfo.chat.sharing import SharedChat, SharedModel
@@ -189,6 +190,16 @@ def test_the_export_is_what_save_writes_and_can_be_trained_on(chat, made, tmp_pa
     assert dialog["personality"] == PERSONA
     for utterance, exchange in zip(dialog["utterances"], chat.exchanges, strict=True):
         assert utterance["candidates"][-1] == chat.text_of(exchange.reply)
+
+
+@pytest.mark.parametrize("flag", ["--num_samples", "--max_length"])
+def test_flags_beyond_the_limits_are_refused_before_the_server_listens(checkpoints, monkeypatch, flag):
+    """The address was shown, and then each message was refused."""
+    monkeypatch.setattr(server, "listen", lambda *_: pytest.fail("it listens"))
+    monkeypatch.setattr(sharing, "MOST_TOKENS", 32)
+    flags = ["--model", str(checkpoints["gpt2"]), "--personality", "x", "--device", "cpu", "--web"]
+    with pytest.raises(UserError, match=rf"^{flag} 33: \d+ at most here$"):
+        interact.run([*flags, flag, "33"])
 
 
 # ---- as a hostile client meets it ----

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
-from transfertransfo.decoding import LEAST, fit_context, score_replies
+from transfertransfo.decoding import LEAST, check_room, fit_context, score_replies
 from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
 
@@ -113,10 +113,12 @@ def change_setting(chat: Chat, rest: str) -> str:
         chat.max_history = changed
         return f"{name} = {changed}"
     try:
-        chat.decoding = chat.decoding.changed(**{name: changed})
+        decoding = chat.decoding.changed(**{name: changed})
+        check_room(chat.model, decoding.max_length)
     except SettingError as error:
         raise UserError(f"/set {error}") from error
-    off = [order for order in LEAST if order != name and settings[order] and not getattr(chat.decoding, order)]
+    chat.decoding = decoding
+    off = [order for order in LEAST if order != name and settings[order] and not getattr(decoding, order)]
     return "\n".join([f"{name} = {changed}", *(f"{order} = False (there are too few replies now)" for order in off)])
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from transfertransfo.chat.commands import SettingsParser, change_setting, parse_setting
 from transfertransfo.chat.conversation import unicode_of
 from transfertransfo.chat.server import Endpoint, Guard
-from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check
+from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check_limits
 from transfertransfo.errors import UserError, in_flags
 
 MORE = 4  # candidates drawn at a press of the button
@@ -198,7 +198,7 @@ def change(chat: SharedChat, name: str, value: Any) -> str:
             chat.seed_with(parse_setting(name, str(value), is_switch=False))
             return f"seed = {chat.seed}"
         told = change_setting(chat, f"{name} {value}")
-        check(chat.decoding)
+        check_limits(chat.decoding)
         return told
     except UserError as error:
         chat.decoding = before

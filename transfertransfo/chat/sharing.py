@@ -112,7 +112,7 @@ class SharedModel:
             SettingError: more is asked for than the limits above allow.
             Busy: too many are waiting.
         """
-        check(decoding)
+        check_limits(decoding)
         job = Job(context, decoding, seed)
         if (tokens := job.width * job.length(self.model.n_positions)) > MOST_AT_ONCE:
             raise UserError(f"{job.width} replies to so long a dialog are {tokens} tokens: {MOST_AT_ONCE} at most here")
@@ -226,7 +226,7 @@ class SharedModel:
         return found
 
 
-def check(decoding: Decoding) -> None:
+def check_limits(decoding: Decoding) -> None:
     """Check that decoding asks for no more than a stranger may.
 
     Raises:
