@@ -256,6 +256,17 @@ def test_no_file_comes_in_or_out(client, made, monkeypatch):
     assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
 
 
+def test_another_method_is_refused_in_openais_form(client):
+    """It was the page's to answer, which knows no such place."""
+    for method, path, allowed in (
+        ("GET", "chat/completions", {"POST"}), ("PUT", "chat/completions", {"POST"}), ("POST", "models", {"GET", "HEAD"}),
+    ):  # fmt: skip
+        response = client.request(method, f"/v1/{path}")
+        assert response.status_code == 405 and {*response.headers["allow"].split(", ")} == allowed
+        assert response.json()["error"]["message"] == "Method Not Allowed"
+    assert client.head("/v1/models").status_code == 200
+
+
 def test_the_page_wants_the_token_for_all_that_it_does(chat, made, shared):
     guarded = made.mounted(Endpoint(shared, chat, "tiny"), "a-long-token")
     with TestClient(guarded, base_url="http://somewhere.example") as client:

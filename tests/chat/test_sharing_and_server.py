@@ -323,6 +323,8 @@ def test_a_streamed_reply_is_the_whole_one(client, fields):
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "", "messages.0.content of 5000 characters: 4000"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "hi"}]}, "messages", "must be the user's"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages", "says nothing"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "says nothing"),
+        ({"messages": None}, "messages", "Field required"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "Input should be"),
         ({"temperature": 0, "n": 3}, "n", "n 3: at temperature 0 they would all be the same"),
         ({"max_tokens": 200}, "max_length", "more than the model's 128"),
@@ -357,9 +359,33 @@ def test_what_is_no_question(client, body):
         assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_another_method(client):
-    response = client.get("/v1/chat/completions")
-    assert response.status_code == 405 and response.json()["error"]["message"] == "Method Not Allowed"
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b"{", "application/json", "the request is not JSON: Expecting property name enclosed in double quotes"),
+        (b'{"messages": []}', "text/plain", "send content-type: application/json"),
+        (b"[]", "application/json", "the request: Input should be a valid dictionary"),
+    ],
+)
+def test_how_a_body_that_is_no_question_is_named(client, body, kind, message):
+    error = client.post("/v1/chat/completions", content=body, headers={"content-type": kind}).json()["error"]
+    assert error["message"].startswith(message) and error["param"] is None
+
+
+def test_null_is_a_field_that_is_missing(client):
+    """OpenAI's clients send it."""
+    nulls = dict.fromkeys(set(server_module.Question.model_fields) - {"messages", "seed"})
+    assert contents(ask(client, seed=3, **nulls)) == contents(ask(client, seed=3))
+    assert events(ask(client, stream=True, stream_options={"include_usage": None}))
+    empty, null = ([*HELLO, {"role": "assistant", "content": content}, *HELLO] for content in ("", None))
+    assert contents(ask(client, null, seed=3)) == contents(ask(client, empty, seed=3))
+
+
+def test_usage_counts_what_the_model_was_given(client):
+    def prompt_tokens(text: str) -> int:
+        return ask(client, [{"role": "user", "content": text}]).json()["usage"]["prompt_tokens"]
+
+    assert 0 < prompt_tokens("hello !") < prompt_tokens("hello ! why ?") < prompt_tokens("hello ! " * 400) < 128
 
 
 @pytest.mark.parametrize("stream", [False, True])

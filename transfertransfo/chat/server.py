@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,7 +38,7 @@ from transfertransfo.chat.sharing import (
     check_length,
 )
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.decoding import Context, Decoding
+from transfertransfo.decoding import Context, Decoding, fit_context
 from transfertransfo.errors import SettingError, UserError, printable
 
 MOST_BYTES = 1 << 20  # of a request
@@ -63,6 +63,16 @@ logger = logging.getLogger(__name__)
 # ---- the endpoint ----
 
 
+class Fields(BaseModel):
+    """Fields of a request; one that is null is as if it were not there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields: Any) -> Any:
+        is_object = isinstance(fields, dict)
+        return {name: value for name, value in fields.items() if value is not None} if is_object else fields
+
+
 class Part(BaseModel):
     type: Literal["text"]
     text: str
@@ -70,19 +80,19 @@ class Part(BaseModel):
 
 class Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None
 
     @property
     def text(self) -> str:
-        text = self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
-        return unicode_of(text)
+        content = self.content or ""
+        return unicode_of(content if isinstance(content, str) else " ".join(part.text for part in content))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     include_usage: bool = False
 
 
-class Question(BaseModel, allow_inf_nan=False):
+class Question(Fields, allow_inf_nan=False):
     """What `POST /v1/chat/completions` takes; other fields of OpenAI's have no effect. None = as the server's flags."""
 
     model: str = ""
@@ -163,12 +173,15 @@ class Endpoint:
         self.started = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/models", self.models, methods=["GET"])
-        app.add_api_route("/v1/chat/completions", self.complete, methods=["POST"], response_model=None)
-        app.add_exception_handler(RequestValidationError, invalid)
-        app.add_exception_handler(UserError, refused)
-        app.add_exception_handler(HTTPException, denied)
-        app.add_exception_handler(Exception, failed)
+        # an app of its own, so that it answers another method itself
+        api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        api.add_api_route("/models", self.models, methods=["GET", "HEAD"])
+        api.add_api_route("/chat/completions", self.complete, methods=["POST"], response_model=None)
+        api.add_exception_handler(RequestValidationError, invalid)
+        api.add_exception_handler(UserError, refused)
+        api.add_exception_handler(HTTPException, denied)
+        api.add_exception_handler(Exception, failed)
+        app.mount("/v1", api)
 
     def models(self) -> dict[str, Any]:
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "transfertransfo"}
@@ -190,10 +203,16 @@ class Endpoint:
                 replies = event.result[: question.n]
         choices = [
             {"index": i, "message": {"role": "assistant", "content": self.chat.text_of(reply).strip()},
-             "logprobs": None, "finish_reason": reason(reply, decoding)} for i, reply in enumerate(replies)
+             "logprobs": None, "finish_reason": finish_reason(reply, decoding)} for i, reply in enumerate(replies)
         ]  # fmt: skip
-        usage = count(context, replies)
+        usage = self.usage(context, decoding, replies)
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage})
+
+    def usage(self, context: Context, decoding: Decoding, replies: list[list[int]]) -> dict[str, int]:
+        """The number of tokens that the model was given, and of those that it replied."""
+        persona, history, _ = fit_context(self.shared.model, context, decoding.max_length)
+        asked, given = (sum(map(len, texts)) for texts in ([*persona, *history], replies))
+        return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
 
     async def chunks(
         self,
@@ -228,12 +247,12 @@ class Endpoint:
                     if piece := text.piece(reply, whole=whole):
                         yield delta(i, {"content": piece})
         except UserError as error:  # too late for another status
-            yield f"data: {json.dumps(problem(str(error), 'server_error'))}\n\n"
+            yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
             return
         for i, reply in enumerate(replies):
-            yield delta(i, {}, reason(reply, decoding))
+            yield delta(i, {}, finish_reason(reply, decoding))
         if question.stream_options.include_usage:
-            yield chunk(choices=[], usage=count(context, replies))
+            yield chunk(choices=[], usage=self.usage(context, decoding, replies))
         yield "data: [DONE]\n\n"
 
 
@@ -246,18 +265,11 @@ async def while_connected(request: Request, events: Generator) -> AsyncGenerator
             yield event
 
 
-def reason(reply: list[int], decoding: Decoding) -> str:
+def finish_reason(reply: list[int], decoding: Decoding) -> str:
     return "length" if len(reply) >= decoding.max_length else "stop"
 
 
-def count(context: Context, replies: list[list[int]]) -> dict[str, int]:
-    """The tokens of a question and of its replies."""
-    asked = sum(map(len, [*context.persona, *context.history]))
-    given = sum(map(len, replies))
-    return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
-
-
-def problem(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
@@ -265,28 +277,31 @@ def problem(message: str, kind: str = "invalid_request_error", param: str | None
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = ".".join(map(str, first["loc"][1:]))
-    name = printable(field)[:100] or "the request"
-    return JSONResponse(problem(f"{name}: {first['msg']}", param=name), 400)
+    if isinstance(error.body, bytes):  # which was not read as JSON
+        return JSONResponse(error_body("send content-type: application/json"), 400)
+    if first["type"] == "json_invalid":
+        return JSONResponse(error_body(f"the request is not JSON: {first['ctx']['error']}"), 400)
+    name = printable(".".join(map(str, first["loc"][1:])))[:100] or None
+    return JSONResponse(error_body(f"{name or 'the request'}: {first['msg']}", param=name), 400)
 
 
 async def denied(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return JSONResponse(problem(str(error.detail)), error.status_code, error.headers)
+    return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
 
 async def failed(request: Request, error: Exception) -> JSONResponse:
     logger.debug("a request failed", exc_info=error)
-    return JSONResponse(problem("the server failed", "server_error"), 500)
+    return JSONResponse(error_body("the server failed", "server_error"), 500)
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, Failed):
-        return JSONResponse(problem(str(error), "server_error"), 500)
+        return JSONResponse(error_body(str(error), "server_error"), 500)
     if isinstance(error, Busy):
-        return JSONResponse(problem(str(error), "server_error"), 503, {"retry-after": "1"})
+        return JSONResponse(error_body(str(error), "server_error"), 503, {"retry-after": "1"})
     names = error.names if isinstance(error, UserError) else ()
-    return JSONResponse(problem(str(error), param=names[0] if names else None), 400)
+    return JSONResponse(error_body(str(error), param=names[0] if names else None), 400)
 
 
 # ---- who may ask, and for what ----
@@ -322,7 +337,7 @@ class Guard:
             if path.startswith(PAGES_OWN) and body:
                 check_press(path, body, self.inputs)
         except HTTPException as refusal:
-            response = JSONResponse(problem(refusal.detail), refusal.status_code, refusal.headers)
+            response = JSONResponse(error_body(refusal.detail), refusal.status_code, refusal.headers)
             return await response(scope, receive, send)
         except ClientDisconnect:
             return None
