@@ -180,7 +180,7 @@ def serve(
     transcript: TextIO | None,
 ) -> None:
     """Chat on a page, with as many as come, until Ctrl-C."""
-    from transfertransfo.chat.page import Page
+    from transfertransfo.chat.page import Page, settings_of
     from transfertransfo.chat.server import Endpoint, Server, is_loopback, listen
     from transfertransfo.chat.sharing import SharedChat, SharedModel, check_limits
 
@@ -190,12 +190,13 @@ def serve(
         secret = args.web_token or ("" if is_loopback(host) else secrets.token_urlsafe(16))
         shared = SharedModel(model, tokenizer)
 
-        def make_chat() -> SharedChat:
+        def make_chat(transcript: TextIO | None = transcript) -> SharedChat:
             return SharedChat(shared, args.seed, decoding, args.max_history, persona, draw, transcript=transcript)
 
         name = Path(args.model_checkpoint or "transfertransfo").name
-        page = Page(make_chat, name)
-        server = Server(page.mounted(Endpoint(shared, make_chat(), name), secret), shared.close)
+        own = make_chat(None)  # no visitor's
+        page = Page(make_chat, settings_of(own), name)
+        server = Server(page.mounted(Endpoint(shared, own, name), secret), shared.close)
         place = f"[{host}]" if ":" in host else host
         print(
             f"http://{place}:{socket.getsockname()[1]}/{f'?token={secret}' if secret else ''} (Ctrl-C stops)",

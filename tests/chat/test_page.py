@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from helpers import ROOT
@@ -57,7 +58,7 @@ def chat(shared):
 
 @pytest.fixture
 def made(chat):
-    return page.Page(lambda: chat, "tiny")
+    return page.Page(lambda: chat, page.settings_of(chat), "tiny")
 
 
 def say(chat: SharedChat, text: str) -> str:
@@ -102,6 +103,21 @@ def test_undo_retry_reset(chat):
     assert len(chat.exchanges) == 1
     page.reset(chat)
     assert chat.exchanges == [] and chat.persona == PERSONA
+
+
+def test_a_retry_shows_the_message_once(chat):
+    say(chat, "hello !")
+    frames = [*page.retry(chat)]
+    assert len(frames) > 1 and all(frame.count("hello !") == 1 and page.GROWING in frame for frame in frames)
+
+
+def test_a_reply_is_stopped_that_waits_for_the_action_before_it(chat, made, monkeypatch):
+    monkeypatch.setattr(chat, "busy", Mock(acquire=lambda timeout: made.stop(chat) or True))
+    *_, (_, html, boxed) = made.say(chat, "hello !")
+    assert chat.exchanges == [] and "(stopped)" in html and boxed == "hello !"
+    monkeypatch.undo()
+    [*made.say(chat, "hello !")]
+    assert len(chat.exchanges) == 1 and not chat.exchanges[0].stopped
 
 
 def test_a_reply_that_is_stopped_is_kept(chat):
@@ -202,6 +218,15 @@ def test_flags_beyond_the_limits_are_refused_before_the_server_listens(checkpoin
         interact.run([*flags, flag, "33"])
 
 
+def test_the_transcript_has_no_chat_before_a_visitor_comes(checkpoints, monkeypatch, tmp_path):
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: self.close())
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    path = tmp_path / "talk.jsonl"
+    interact.run(["--model", str(checkpoints["gpt2"]), "--personality", "x", "--device", "cpu",
+                  "--web", "127.0.0.1:0", "--transcript", str(path)])  # fmt: skip
+    assert path.read_text() == ""
+
+
 # ---- as a hostile client meets it ----
 
 
@@ -259,8 +284,10 @@ def test_no_file_comes_in_or_out(client, made, monkeypatch):
 def test_another_method_is_refused_in_openais_form(client):
     """It was the page's to answer, which knows no such place."""
     for method, path, allowed in (
-        ("GET", "chat/completions", {"POST"}), ("PUT", "chat/completions", {"POST"}), ("POST", "models", {"GET", "HEAD"}),
-    ):  # fmt: skip
+        ("GET", "chat/completions", {"POST"}),
+        ("PUT", "chat/completions", {"POST"}),
+        ("POST", "models", {"GET", "HEAD"}),
+    ):
         response = client.request(method, f"/v1/{path}")
         assert response.status_code == 405 and {*response.headers["allow"].split(", ")} == allowed
         assert response.json()["error"]["message"] == "Method Not Allowed"
@@ -292,7 +319,7 @@ def test_a_page_of_another_site_presses_nothing(client, made):
 def served(shared, make_chat: Callable[[], SharedChat]):
     """The page on a free port; gives its address and what stops it."""
     chat = make_chat()
-    made = page.Page(make_chat, "tiny")
+    made = page.Page(make_chat, page.settings_of(chat), "tiny")
     with listen("127.0.0.1", 0) as listening:
         server = Server(made.mounted(Endpoint(shared, chat, "tiny"), ""), shared.close)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

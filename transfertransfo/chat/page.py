@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from html import escape
+from itertools import chain
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when it is imported
@@ -92,16 +93,25 @@ DOWNLOAD = """text => {
 # ---- the talk as HTML: what was said, by whomever, is text ----
 
 
-def show(chat: SharedChat, said: str = "", growing: str | None = None, note: str = "", opened: int = -1) -> str:
+def show(
+    chat: SharedChat,
+    said: str = "",
+    growing: str | None = None,
+    note: str = "",
+    opened: int = -1,
+    turns: int | None = None,
+) -> str:
     """The conversation.
 
     Args:
-        said: a message that is being replied to, and `growing` the reply as far as it has come.
+        said: a message that is being replied to.
+        growing: the reply to it, as far as it has come.
         opened: the turn whose candidates are unfolded.
+        turns: how many turns to show before that message; None = all.
     """
     parts = [
         f'<p class="said">{escape(exchange.text)}</p>{show_reply(chat, turn, opened=turn == opened)}'
-        for turn, exchange in enumerate(chat.exchanges)
+        for turn, exchange in enumerate(chat.exchanges[:turns])
     ]
     if growing is not None:
         parts.append(f'<p class="said">{escape(said)}</p>{GROWING}<p>{escape(growing)}</p></div>')
@@ -140,21 +150,20 @@ def show_reply(chat: SharedChat, turn: int, *, opened: bool) -> str:
 
 def say(chat: SharedChat, text: str) -> Generator[str]:
     """The talk as it is to be shown while the reply grows; likewise `retry`."""
-    yield from grow(chat, text, chat.say(text))
+    yield from grow(chat, text, chat.say(text), len(chat.exchanges))
 
 
 def retry(chat: SharedChat) -> Generator[str]:
     if chat.exchanges:
-        yield from grow(chat, chat.exchanges[-1].text, chat.say_again())
+        yield from grow(chat, chat.exchanges[-1].text, chat.say_again(), len(chat.exchanges) - 1)
 
 
-def grow(chat: SharedChat, said: str, pieces: Generator[str]) -> Generator[str]:
+def grow(chat: SharedChat, said: str, pieces: Generator[str], turns: int) -> Generator[str]:
     growing = ""
-    yield show(chat, said, growing)
     with closing(pieces):
-        for piece in pieces:
+        for piece in chain([""], pieces):
             growing += piece
-            yield show(chat, said, growing)
+            yield show(chat, said, growing, turns=turns)
 
 
 def undo(chat: SharedChat) -> str:
@@ -209,11 +218,16 @@ def change(chat: SharedChat, name: str, value: Any) -> str:
 
 
 class Page:
-    """The components of the page, and what follows when they are used."""
+    """The components of the page, and the handlers of their events.
 
-    def __init__(self, make_chat: Callable[[], SharedChat], name: str):
-        self.make_chat = make_chat
-        self.settings = settings_of(make_chat())
+    Args:
+        make_chat: gives the chat of a new visitor.
+        settings: those that the page shows first, as `settings_of` gives them.
+        name: of the model.
+    """
+
+    def __init__(self, make_chat: Callable[[], SharedChat], settings: dict[str, Any], name: str):
+        self.make_chat, self.settings = make_chat, settings
         with gr.Blocks(title="TransferTransfo", analytics_enabled=False, fill_width=True) as self.blocks:
             self.chat = gr.State()
             self.saved = gr.BrowserState("", storage_key="persona", secret="transfertransfo")

@@ -260,7 +260,10 @@ class SharedChat(Chat):
         transcript: TextIO | None = None,
     ):
         self.shared, self.id = shared, secrets.token_hex(4)
-        self.busy, self.unwanted = threading.Lock(), threading.Event()
+        self.busy = threading.Lock()
+        self.stops = self.stops_before = (
+            0  # calls of `stop`, and those from before the action that goes on was asked for
+        )
         self.weights: dict[int, tuple[Any, list[Weighed]]] = {}  # of each turn, and what they were made of
         self.told: list[str] = []
         self.seed_with(seed)
@@ -269,8 +272,8 @@ class SharedChat(Chat):
         )
 
     def stop(self) -> None:
-        """End the reply that is being made, as far as it has come."""
-        self.unwanted.set()
+        """Stop the reply, also one that waits; what it has so far is kept."""
+        self.stops += 1
 
     @contextmanager
     def one_action(self) -> Iterator[None]:
@@ -279,10 +282,11 @@ class SharedChat(Chat):
         Raises:
             Busy: the action before takes long.
         """
+        stops = self.stops
         if not self.busy.acquire(timeout=PATIENCE):
             raise Busy("what you asked for before still goes on")
         try:
-            self.unwanted.clear()
+            self.stops_before = stops
             yield
         finally:
             self.busy.release()
@@ -326,7 +330,7 @@ class SharedChat(Chat):
         """
         with closing(self.shared.reply(context, decoding, self.next_seed())) as events:
             for event in events:
-                if self.unwanted.is_set():
+                if self.stops > self.stops_before:
                     raise Stopped("(stopped)")
                 yield event
 
