@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 
 if importlib.util.find_spec("fastapi") is None:
     pytest.skip("needs requirements/web.txt", allow_module_level=True)
@@ -25,7 +24,7 @@ from transfertransfo.chat import sharing
 from transfertransfo.chat.server import MOST_BYTES, Endpoint, Guard, Server, is_loopback, listen
 from transfertransfo.chat.sharing import Busy, Finished, SharedChat, SharedModel
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
-from transfertransfo.decoding import Context, Decoding, candidate_replies, score_replies, weigh_replies
+from transfertransfo.decoding import Context, Decoding, candidate_replies
 from transfertransfo.errors import SettingError, UserError
 from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
@@ -65,34 +64,6 @@ def ask(client, messages=HELLO, **fields):
 def contents(response) -> list[str]:
     assert response.status_code == 200, response.text
     return [choice["message"]["content"] for choice in response.json()["choices"]]
-
-
-# ---- weights ----
-
-
-def test_weights_are_the_scores_and_the_log_probabilities(model, tokenizer):
-    context = Context(*(tokenize(tokenizer, texts) for texts in (PERSONA, ["hello !"])))
-    contexts = [context, context._replace(persona=[])]
-    replies = [tokenize(tokenizer, ["i like dogs .", "no", "yes , i do !"]), [*tokenize(tokenizer, ["why ?"]), []]]
-    weighed = weigh_replies(model, contexts, replies, tokenizer)
-    for row, scores in zip(weighed, score_replies(model, contexts, replies, tokenizer)):
-        torch.testing.assert_close([entry.score for entry in row], scores)
-    for context, row, group in zip(contexts, replies, weighed):
-        for reply, entry in zip(row, group):
-            alone = log_probability(model, tokenizer, context, reply)
-            assert entry.log_p == pytest.approx(alone, abs=1e-3)
-
-
-@torch.inference_mode()
-def log_probability(model, tokenizer, context, reply) -> float:
-    from transfertransfo.data.inputs import build_input_from_segments
-
-    sequence = build_input_from_segments(context.persona, context.history, reply, tokenizer, lm_labels=True)
-    ids, types = (torch.tensor([sequence[name]]) for name in ("input_ids", "token_type_ids"))
-    hidden = model.hidden_states(ids, types, torch.arange(ids.size(1))[None])
-    log_p = model.lm_logits(hidden)[0].log_softmax(-1)
-    count = len(reply) + 1
-    return float(log_p[-count - 1 : -1].gather(-1, ids[0, -count:, None]).sum())
 
 
 # ---- one model for many ----
