@@ -131,7 +131,7 @@ def run(argv: list[str] | None = None) -> None:
         print(f"Loading {printable(name)} ...", flush=True)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
-    from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
+    from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, orderly_sigterm, talk
     from transfertransfo.decoding import Decoding, check_room
     from transfertransfo.model.loading import load_finetuned
 
@@ -167,7 +167,8 @@ def run(argv: list[str] | None = None) -> None:
         if sys.stdin.isatty() and sys.stdout.isatty():
             tell(f"Model: {name}; /help lists commands, Ctrl-D leaves")
         show(f"{chat.introduction()}\n", "persona")
-        talk(chat, make_reader(), show)
+        with orderly_sigterm():
+            talk(chat, make_reader(), show)
 
 
 def serve(

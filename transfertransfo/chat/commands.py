@@ -53,9 +53,18 @@ def change_persona(chat: Chat, rest: str) -> str:
     if not rest:
         return chat.introduction()
     try:
-        return chat.begin(shlex.split(rest) if rest[0] in "\"'" else rest.splitlines())
+        return chat.begin(unquoted(rest))
     except ValueError as error:
         raise UserError(f"/persona: {str(error).lower()}") from error
+
+
+def unquoted(text: str) -> list[str]:
+    """The parts of a text that stand in quotes, or its lines where it does not begin with one.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    return shlex.split(text) if text[:1] in ("'", '"') else text.splitlines()
 
 
 def draw_another(chat: Chat, rest: str) -> str:
@@ -153,21 +162,22 @@ class SettingsParser(ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        help_with = "; /set no_sample on takes the likeliest token each time" if "--temperature" in message else ""
-        raise UserError(message.replace("argument --", "/set ", 1) + help_with)
+        likeliest = "; /set num_samples 1 and /set no_sample on take the likeliest token each time"
+        raise UserError(message.replace("argument --", "/set ", 1) + likeliest * ("--temperature" in message))
 
 
 def save(chat: Chat, rest: str) -> str:
     """[>>] FILE: write the dialog as one of a dataset that can be trained on (JSON lines); >> adds it to the file"""
-    appends, name = rest.startswith(">>"), rest.removeprefix(">>").strip()
-    if not name:
-        raise UserError("/save: give a file's name")
-    dialog = chat.dialog()
-    if not dialog["utterances"]:
-        raise UserError("/save: nothing was said yet")
+    appends, name = rest.startswith(">>"), rest.lstrip(">").strip()
     try:
-        path = Path(name).expanduser()
-        if path.exists() and not appends:
+        names = unquoted(name)
+        if len(names) != 1 or not names[0]:
+            raise UserError("/save: give one file's name")
+        dialog = chat.dialog()
+        if not dialog["utterances"]:
+            raise UserError("/save: nothing was said yet")
+        path = Path(names[0]).expanduser()
+        if path.exists() and not path.is_dir() and not appends:
             raise UserError(f"/save {path}: is there already; /save >> {path} adds the dialog to it")
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if before and not ends_in_a_dialog(before):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -51,6 +52,16 @@ def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None
         except UserError as error:
             logger.debug("behind the next line:", exc_info=True)
             show(f"{in_flags(error)}\n", "note")
+
+
+@contextlib.contextmanager
+def orderly_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit with status 143, so that the terminal is put back as it was."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
