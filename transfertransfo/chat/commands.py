@@ -22,10 +22,10 @@ def answer(chat: Chat, line: str) -> str | Generator[str]:
     """The answer to a line of the user: the output of a command, or a reply in pieces.
 
     Raises:
-        UserError: a command that cannot be carried out.
+        UserError: the command cannot be carried out.
         EOFError: the chat is over.
     """
-    line = line.encode("utf-8", "replace").decode()  # a terminal can give what is no Unicode
+    line = line.encode("utf-8", "replace").decode()  # a terminal can give half of a surrogate pair
     if meant := BARE.get(line.rstrip().lower()):
         raise UserError(f"{line.rstrip()}: did you mean {meant}? To say it, put a blank before it")
     if not line.lstrip().startswith("/"):
@@ -147,7 +147,7 @@ class SettingsParser(ArgumentParser):
     """Parses settings as the flags of their names.
 
     Attributes:
-        helps: what each setting does.
+        helps: the help of each setting.
     """
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ def save(chat: Chat, rest: str) -> str:
         if before and not ends_in_a_dialog(before):
             raise UserError(f"/save {path}: not a file of JSON lines, to which a dialog can be added")
         write_atomically(path, before + "\n" * (before != "" and before[-1] != "\n") + json.dumps(dialog) + "\n")
-    except (OSError, ValueError, RuntimeError) as error:  # no such file can be; no such user's folder
+    except (OSError, ValueError, RuntimeError) as error:  # an impossible name; the folder of an unknown user
         raise UserError(f"/save {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
     return f"({'added' if before else 'written'} to {path})"
 
@@ -229,4 +229,4 @@ COMMANDS: dict[str, Callable[[Chat, str], str | Generator[str]]] = {
     "/candidates": show_candidates,
     "/quit": leave,
 }
-BARE = {"quit": "/quit", "exit": "/quit", "help": "/help"}  # what is typed where commands have no `/`
+BARE = {"quit": "/quit", "exit": "/quit", "help": "/help"}  # words taken for commands that lack their `/`

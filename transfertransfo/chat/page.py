@@ -22,7 +22,7 @@ from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check_limi
 from transfertransfo.errors import UserError, in_flags
 
 MORE = 4  # candidates drawn at a press of the button
-SESSIONS = 256  # kept at once
+SESSIONS = 256  # visitors' chats kept at once
 HINT = "Say something, and the model answers out of its persona. Under each reply are the others that it weighed."
 
 GROWING = '<div class="reply growing">'
@@ -64,7 +64,7 @@ CSS = """
   .talk :is(.said, .reply) { max-width: 94%; }
 }
 """
-# What is pressed in the talk becomes an event; focus and view stay with it when the talk is shown anew.
+# A press in the talk becomes an event. Focus and view stay there when the talk is shown anew.
 PRESSED = """
 let turn = null;
 element.addEventListener('click', event => {
@@ -90,7 +90,7 @@ DOWNLOAD = """text => {
 }"""
 
 
-# ---- the talk as HTML: what was said, by whomever, is text ----
+# ---- the talk as HTML; whatever was said is escaped ----
 
 
 def show(
@@ -149,7 +149,7 @@ def show_reply(chat: SharedChat, turn: int, *, opened: bool) -> str:
 
 
 def say(chat: SharedChat, text: str) -> Generator[str]:
-    """The talk as it is to be shown while the reply grows; likewise `retry`."""
+    """The talk in HTML, again and again while the reply grows; likewise `retry`."""
     yield from grow(chat, text, chat.say(text), len(chat.exchanges))
 
 
@@ -167,7 +167,7 @@ def grow(chat: SharedChat, said: str, pieces: Generator[str], turns: int) -> Gen
 
 
 def undo(chat: SharedChat) -> str:
-    """The talk as it is to be shown then; likewise all that follow."""
+    """Take back the last turn. The result is the talk in HTML, as that of `reset`, `take` and `more`."""
     if chat.exchanges:
         chat.exchanges.pop()
     return show(chat)
@@ -191,7 +191,7 @@ def more(chat: SharedChat, turn: Any, _: Any) -> str:
 
 
 def is_index(i: Any, of: list) -> bool:
-    """Whether what a browser sent is one."""
+    """Whether a value from a browser is an index of this list."""
     return isinstance(i, int) and i in range(len(of))
 
 
@@ -200,7 +200,7 @@ def settings_of(chat: SharedChat) -> dict[str, Any]:
 
 
 def change(chat: SharedChat, name: str, value: Any) -> str:
-    """Change a setting, as `/set` does; gives what to tell."""
+    """Change a setting as `/set` does. The result is a line to show."""
     before = chat.decoding
     try:
         if name == "seed":
@@ -222,8 +222,8 @@ class Page:
 
     Args:
         make_chat: gives the chat of a new visitor.
-        settings: those that the page shows first, as `settings_of` gives them.
-        name: of the model.
+        settings: `settings_of` such a chat.
+        name: the model's name.
     """
 
     def __init__(self, make_chat: Callable[[], SharedChat], settings: dict[str, Any], name: str):
@@ -274,7 +274,7 @@ class Page:
                 self.fields[name] = kind(value, label=name, info=helps[name], elem_id=f"set_{name}", **whole)
 
     def connect(self) -> None:
-        # what a browser sends is looked at here: Gradio shows a traceback where it finds another type
+        # the handlers check what a browser sends: Gradio shows a traceback at a wrong type
         options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
         shown = [self.chat, self.talk]
         persona = [*shown, self.persona, self.saved]
@@ -295,7 +295,7 @@ class Page:
             events = [field.input] if isinstance(field, gr.Checkbox) else [field.blur, field.submit]
             gr.on(events, self.set(name), [self.chat, field], [*shown, *self.fields.values()], **options)
 
-    # handlers: each gives chat and talk first. There is no chat after the server has begun anew
+    # Handlers. Each returns chat and talk first. The chat is None after a restart of the server
 
     def stream(self, action: Callable[..., Generator[str]]) -> Callable[..., Iterator[list[Any]]]:
         """A handler that shows the talk as a reply grows in it."""
@@ -310,12 +310,16 @@ class Page:
                     html = show(chat, note=" ".join(chat.told))
             except UserError as error:
                 html = show(chat, note=in_flags(error))
-            yield [chat, html]  # when the next action may come
+            yield [chat, html]  # after the lock was released
 
         return handler
 
     def act(self, action: Callable[..., str], *, stops: bool = True) -> Callable[..., list[Any]]:
-        """A handler that shows the talk after an action; whether a reply that is being made is stopped for it."""
+        """A handler that shows the talk after an action.
+
+        Args:
+            stops: whether the action stops a reply that grows.
+        """
 
         def handler(chat: SharedChat | None, *values: Any) -> list[Any]:
             chat = chat or self.make_chat()
@@ -345,7 +349,7 @@ class Page:
 
     def say(self, chat: SharedChat | None, text: Any) -> Iterator[list[Any]]:
         text = unicode_of(str(text or ""))
-        boxed: Any = ""  # once: the next message may be in it then
+        boxed: Any = ""  # emptied once: later the next message may be in it
         for now, html in self.stream(say)(chat, text):
             if GROWING not in html and not (now.exchanges and now.exchanges[-1].text == text):
                 boxed = text  # it was not answered
@@ -356,7 +360,7 @@ class Page:
         return self.use_persona(None, saved or None)
 
     def use_persona(self, chat: SharedChat | None, text: Any) -> list[Any]:
-        """Begin again with a persona, which the browser then keeps; None = the server's own."""
+        """Begin again with a persona, which the browser keeps. None = the server's own persona."""
 
         def action(chat: SharedChat) -> str:
             return show(chat, note="" if text is None else chat.begin(text.splitlines()))

@@ -44,14 +44,14 @@ from transfertransfo.errors import SettingError, UserError, printable
 MOST_BYTES = 1 << 20  # of a request
 SMALLEST = 1e-6  # temperature, as the flag has it
 MOST_CONNECTIONS = 512  # a visitor's page holds two
-MOST_SECONDS = 30.0  # for a request's body to come
+MOST_SECONDS = 30.0  # until a request's body has come
 # What the page loads, and the endpoint. Gradio has more: uploads, files, a proxy, its own interface for programs.
 OPEN_PATHS = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/v1/models", "/v1/chat/completions"}
 OPEN_PATHS |= {f"/gradio_api/{name}" for name in ("queue/join", "queue/data", "cancel", "reset", "startup-events")}
 OPEN_FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 PAGES_OWN = "/gradio_api/"
 HEADERS = {
-    # Gradio's page makes its functions of text; nothing of it comes from another place
+    # Gradio's page makes functions of text (unsafe-eval); all of it comes from this server
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 class Fields(BaseModel):
-    """Fields of a request; one that is null is as if it were not there."""
+    """Fields of a request. A null field is a missing one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +93,7 @@ class StreamOptions(Fields):
 
 
 class Question(Fields, allow_inf_nan=False):
-    """What `POST /v1/chat/completions` takes; other fields of OpenAI's have no effect. None = as the server's flags."""
+    """The body of `POST /v1/chat/completions`. Other fields have no effect. None = as the server's flags say."""
 
     model: str = ""
     messages: list[Turn] = Field(min_length=1, max_length=MOST_TURNS)
@@ -103,15 +103,15 @@ class Question(Fields, allow_inf_nan=False):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=MOST_REPLIES)
-    rank: bool | None = None  # OpenAI has none: whether the choice head says which replies come first
+    rank: bool | None = None  # our own: the replies that the choice head scores best come first
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
     def decoding(self, flags: Decoding) -> Decoding:
-        """How the replies are chosen: as this says, and where it says nothing as the flags do.
+        """How the replies are chosen: the server's decoding, changed by the fields given.
 
         Raises:
-            SettingError: the settings exclude each other.
+            SettingError: two settings exclude each other.
         """
         settings: dict[str, Any] = {}
         if length := self.max_completion_tokens or self.max_tokens:
@@ -137,10 +137,13 @@ class Question(Fields, allow_inf_nan=False):
         return replace(decoding, rank=self.rank and decoding.count > 1, consensus=False)
 
     def context(self, chat: Chat) -> Context:
-        """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last.
+        """Persona and history to reply to.
+
+        The system's messages are the persona; without any it is the server's. Messages of one speaker in a row are one
+        turn.
 
         Raises:
-            UserError: there are none that could be answered.
+            UserError: a message is too long, or the last one is not the user's or says nothing.
         """
         for i, turn in enumerate(self.messages):
             check_length(f"messages.{i}.content", turn.text)
@@ -161,11 +164,11 @@ class Question(Fields, allow_inf_nan=False):
 
 
 class Endpoint:
-    """Answers `Question`s.
+    """Answers a `Question`.
 
     Args:
-        chat: persona, decoding and history where a question has none.
-        name: of the model.
+        chat: has the persona, decoding and `max_history` of questions without their own.
+        name: the model's name.
     """
 
     def __init__(self, shared: SharedModel, chat: Chat, name: str):
@@ -173,7 +176,7 @@ class Endpoint:
         self.started = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
-        # an app of its own, so that it answers another method itself
+        # an app of its own refuses a wrong method; the page, mounted beside the routes, would answer it
         api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         api.add_api_route("/models", self.models, methods=["GET", "HEAD"])
         api.add_api_route("/chat/completions", self.complete, methods=["POST"], response_model=None)
@@ -209,7 +212,7 @@ class Endpoint:
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage})
 
     def usage(self, context: Context, decoding: Decoding, replies: list[list[int]]) -> dict[str, int]:
-        """The number of tokens that the model was given, and of those that it replied."""
+        """The numbers of tokens that the model was given and that it replied."""
         persona, history, _ = fit_context(self.shared.model, context, decoding.max_length)
         asked, given = (sum(map(len, texts)) for texts in ([*persona, *history], replies))
         return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
@@ -223,7 +226,7 @@ class Endpoint:
         events: Generator[list[list[int]] | Finished],
         head: dict[str, Any],
     ) -> AsyncGenerator[str]:
-        """The replies as server-sent events; beams and the best of several come whole."""
+        """The replies as server-sent events. Beams, and replies that are to be ordered, come whole."""
 
         def chunk(**fields: Any) -> str:
             return f"data: {json.dumps(head | {'object': 'chat.completion.chunk'} | fields)}\n\n"
@@ -257,7 +260,7 @@ class Endpoint:
 
 
 async def while_connected(request: Request, events: Generator) -> AsyncGenerator[Any]:
-    """The events of a reply; it is stopped when the client leaves."""
+    """The events of a reply. It stops when the client leaves."""
     with closing(events):
         async for event in iterate_in_threadpool(events):
             if await request.is_disconnected():
@@ -277,7 +280,7 @@ def error_body(message: str, kind: str = "invalid_request_error", param: str | N
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if isinstance(error.body, bytes):  # which was not read as JSON
+    if isinstance(error.body, bytes):  # FastAPI did not read it as JSON
         return JSONResponse(error_body("send content-type: application/json"), 400)
     if first["type"] == "json_invalid":
         return JSONResponse(error_body(f"the request is not JSON: {first['ctx']['error']}"), 400)
@@ -304,18 +307,17 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(str(error), param=names[0] if names else None), 400)
 
 
-# ---- who may ask, and for what ----
+# ---- access ----
 
 
 class Guard:
-    """Lets through what page and endpoint need, from whoever has the token, or from this machine where there is none.
+    """Lets requests of page and endpoint through, of whoever has the token. Without a token, of this machine.
 
-    A browser that comes with `/?token=TOKEN` gets a cookie; a program sends `Authorization: Bearer TOKEN`. Without a
-    token the server must be called by a name of this machine: a page from elsewhere may have a name of its own that
-    leads here.
+    A browser that comes with `/?token=TOKEN` gets a cookie. A program sends `Authorization: Bearer TOKEN`. Without a
+    token the request must name this machine as its host: another site's name may point here (DNS rebinding).
 
     Args:
-        inputs: how many values each of the page's handlers takes, by its number.
+        inputs: the number of values that each of the page's handlers takes, by the handler's number.
     """
 
     def __init__(self, app: ASGIApp, token: str = "", inputs: Mapping[int, int] | None = None):
@@ -341,15 +343,15 @@ class Guard:
             return await response(scope, receive, send)
         except ClientDisconnect:
             return None
-        if path in ("/", "/config"):  # its query may name a file
+        if path in ("/", "/config"):  # Gradio opens files that its query names
             scope = {**scope, "query_string": b""}
         await self.app(scope, given(body, receive), with_headers(send))
 
     def check(self, path: str, headers: dict[str, str]) -> None:
-        """Check what is asked for, and by whom.
+        """Check path, host, origin and token.
 
         Raises:
-            HTTPException: it is not let through.
+            HTTPException: the request is not let through.
         """
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if origin and split(origin).netloc != host:
@@ -372,11 +374,11 @@ class Guard:
 
 
 async def body_of(receive: Receive) -> bytes:
-    """The body of a request, once it is there.
+    """The whole body of a request.
 
     Raises:
-        HTTPException: it is too long, or too long in coming.
-        ClientDisconnect: it does not come.
+        HTTPException: it is too long, or takes too long to come.
+        ClientDisconnect: the client left.
     """
     body = bytearray()
     try:
@@ -396,7 +398,7 @@ async def body_of(receive: Receive) -> bytes:
 
 
 def given(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was received already, and then what else comes."""
+    """A function that receives a body that is here already, and then further messages."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -406,13 +408,13 @@ def given(body: bytes, receive: Receive) -> Receive:
 
 
 def check_press(path: str, body: bytes, inputs: Mapping[int, int]) -> None:
-    """Check that a request of the page's is one that it sends: lists of words and numbers, as many as a handler takes.
+    """Check that a request to Gradio has the shape that our page sends.
 
-    Gradio takes an object among them for a file, which it fetches from wherever the object says. Of too few, and of a
-    handler that is not there, it shows a traceback.
+    That is a flat list of texts and numbers, as many as the handler takes. Gradio reads an object in it as a file, and
+    fetches it from the address in the object. Too few values, or an unknown handler, make it show a traceback.
 
     Raises:
-        HTTPException: they do.
+        HTTPException: the request has another shape.
     """
 
     def is_flat(value: Any, depth: int) -> bool:
@@ -432,7 +434,7 @@ def check_press(path: str, body: bytes, inputs: Mapping[int, int]) -> None:
 
 
 def split(address: str) -> SplitResult:
-    """The parts of an address; none where it is none."""
+    """The parts of an address; empty ones where it cannot be parsed."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -450,7 +452,7 @@ def with_headers(send: Send) -> Send:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name, is this machine's own."""
+    """Whether an address or a name is this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -472,7 +474,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.close()
-        self.force_exit = self.should_exit  # the second time
+        self.force_exit = self.should_exit  # at the second signal
         self.should_exit = True
 
 
@@ -480,7 +482,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
     Raises:
-        SettingError: it cannot be had.
+        SettingError: the system refuses it.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
