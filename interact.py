@@ -131,8 +131,8 @@ def run(argv: list[str] | None = None) -> None:
         print(f"Loading {printable(name)} ...", flush=True)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.chat.conversation import Chat
-    from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, talk
-    from transfertransfo.decoding import Decoding
+    from transfertransfo.chat.terminal import make_printer, make_reader, open_transcript, orderly_sigterm, talk
+    from transfertransfo.decoding import Decoding, check_room
     from transfertransfo.model.loading import load_finetuned
 
     set_up_logging(logging.WARNING)
@@ -158,6 +158,7 @@ def run(argv: list[str] | None = None) -> None:
         args.fp16,
         force=args.force,
     )
+    check_room(model, decoding.max_length)
     persona = draw() if persona is None else persona  # after the model: a wrong one is said before a dataset is needed
     with open_transcript(args.transcript) as transcript:
         if args.web:
@@ -166,7 +167,8 @@ def run(argv: list[str] | None = None) -> None:
         if sys.stdin.isatty() and sys.stdout.isatty():
             tell(f"Model: {name}; /help lists commands, Ctrl-D leaves")
         show(f"{chat.introduction()}\n", "persona")
-        talk(chat, make_reader(), show)
+        with orderly_sigterm():
+            talk(chat, make_reader(), show)
 
 
 def serve(
@@ -179,21 +181,23 @@ def serve(
     transcript: TextIO | None,
 ) -> None:
     """Chat on a page, with as many as come, until Ctrl-C."""
-    from transfertransfo.chat.page import Page
+    from transfertransfo.chat.page import Page, settings_of
     from transfertransfo.chat.server import Endpoint, Server, is_loopback, listen
-    from transfertransfo.chat.sharing import SharedChat, SharedModel
+    from transfertransfo.chat.sharing import SharedChat, SharedModel, check_limits
 
+    check_limits(decoding)
     host, port = args.web
     with listen(host, port) as socket:
         secret = args.web_token or ("" if is_loopback(host) else secrets.token_urlsafe(16))
         shared = SharedModel(model, tokenizer)
 
-        def make_chat() -> SharedChat:
+        def make_chat(transcript: TextIO | None = transcript) -> SharedChat:
             return SharedChat(shared, args.seed, decoding, args.max_history, persona, draw, transcript=transcript)
 
         name = Path(args.model_checkpoint or "transfertransfo").name
-        page = Page(make_chat, name)
-        server = Server(page.mounted(Endpoint(shared, make_chat(), name), secret), shared.close)
+        own = make_chat(None)  # no visitor's
+        page = Page(make_chat, settings_of(own), name)
+        server = Server(page.mounted(Endpoint(shared, own, name), secret), shared.close)
         place = f"[{host}]" if ":" in host else host
         print(
             f"http://{place}:{socket.getsockname()[1]}/{f'?token={secret}' if secret else ''} (Ctrl-C stops)",

@@ -439,6 +439,7 @@ def test_scores_of_different_numbers_of_replies(model, tokenizer):
             "rank and consensus: each says which reply comes first; give one of the two",
         ),
         ({"max_length": 126}, "max_length 126: more than the model's 128 positions hold"),
+        ({"min_length": 9}, "min_length 9: more than max_length 8"),
     ],
 )
 def test_settings_that_cannot_be(model, tokenizer, changed, message):
@@ -448,7 +449,19 @@ def test_settings_that_cannot_be(model, tokenizer, changed, message):
     assert str(error.value) == message
     with pytest.raises(UserError) as error, flags_named():
         generate(model, CONTEXTS, tokenizer, options(**changed))
-    assert str(error.value) == re.sub("rank|consensus|num_beams|num_samples|no_sample|max_length", r"--\g<0>", message)
+    assert str(error.value) == re.sub(
+        "rank|consensus|num_beams|num_samples|no_sample|m(ax|in)_length", r"--\g<0>", message
+    )
+
+
+def test_an_order_is_off_where_too_few_replies_are_left():
+    ranked, agreed = Decoding(num_samples=4, rank=True), Decoding(num_beams=3, consensus=True)
+    assert ranked.changed(num_samples=2) == Decoding(num_samples=2, rank=True)
+    assert ranked.changed(num_samples=1, no_sample=True) == Decoding(no_sample=True)
+    assert agreed.changed(num_beams=2) == Decoding(num_beams=2)
+    assert agreed.changed(num_beams=0, num_samples=3) == Decoding(num_samples=3, consensus=True)
+    with pytest.raises(SettingError, match=r"^rank: this takes several replies"):
+        ranked.changed(num_samples=1, rank=True)
 
 
 def test_contexts_longer_than_the_model(model, tokenizer):

@@ -12,6 +12,7 @@ import random
 import re
 import select
 import signal
+import termios
 import threading
 from argparse import Namespace
 from contextlib import closing
@@ -290,7 +291,7 @@ def test_settings(chat):
     ("rest", "message"),
     [
         ("temprature 1", r"^/set temprature: no such setting \(nearest: temperature\)"),
-        ("temperature 0", "^/set temperature: expected .* got '0'; /set no_sample on takes the likeliest"),
+        ("temperature 0", "^/set temperature: expected .* got '0'; /set num_samples 1 and /set no_sample on take"),
         ("temperature -h", "^/set temperature: expected a number"),
         ("rank yes", "^/set rank: expected on or off, got 'yes'$"),
         ("num_samples 3", "^/set num_samples 3: with no_sample they would"),
@@ -339,7 +340,7 @@ def test_a_saved_dialog_is_a_dataset(chat, tokenizer, tmp_path):
     assert get_dataset(tokenizer, str(path), "")["train"][0]["personality"] == tokenize(tokenizer, PERSONA)
     with pytest.raises(UserError, match=f"^/save {path}: is there already; /save >> {path} adds the dialog to it$"):
         say(chat, f"/save {path}")
-    for odd in ("~nosuchuser/x", "x" * 300, "x\0y"):
+    for odd in ("~nosuchuser/x", "x" * 300, "x\0y", '"x'):
         with pytest.raises(UserError, match=r"^/save "):
             say(chat, f"/save {odd}")
 
@@ -391,8 +392,31 @@ def test_one_reply_is_not_ranked(chat, ways, name, order):
     assert not chat.decoding.chooses and say(chat, "hello") and len(chat.exchanges[0].candidates) == 1
 
 
+def test_the_name_of_a_saved_file_is_read_as_in_a_shell(chat, tmp_path):
+    say(chat, "hello")
+    for typed, name in (('"a b"', "a b"), ("c d", "c d"), ("'> e'", "> e")):
+        path = tmp_path / name
+        assert say(chat, f"/save {typed.replace(name, str(path))}") == f"(written to {path})" and path.exists()
+    assert say(chat, f"/save > {tmp_path / 'f'}") == f"(written to {tmp_path / 'f'})"
+    for typed in ("", ">> "):
+        with pytest.raises(UserError, match=f"^/save {tmp_path}: Is a directory$"):
+            say(chat, f"/save {typed}{tmp_path}")
+
+
+def test_the_advice_for_a_temperature_of_nought_can_be_followed(chat):
+    chat.decoding = Decoding(num_samples=4, rank=True)
+    with pytest.raises(UserError, match="; /set num_samples 1 and /set no_sample on take") as error:
+        say(chat, "/set temperature 0")
+    for command in re.findall(r"/set \w+ \w+(?= and| take)", str(error.value)):
+        say(chat, command)
+    assert chat.decoding == Decoding(no_sample=True)
+
+
 def test_what_cannot_be_saved(chat, tmp_path):
-    for line, message in (("/save", "a file's name"), (f"/save {tmp_path / 'x'}", "nothing was said")):
+    for line, message in (
+        ("/save", "one file's name"), ("/save >>", "one file's name"), ('/save "a" "b"', "one file's name"),
+        (f"/save {tmp_path / 'x'}", "nothing was said"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=f"^/save: .*{message}"):
             say(chat, line)
     say(chat, "hello")
@@ -452,9 +476,9 @@ def test_a_persona_is_drawn_from_any_format(tmp_path, suffix):
 
 def test_drawing_reads_nothing_else(monkeypatch):
     """The original tokenised the whole dataset to draw one persona."""
-    for name in ("transfertransfo.data.dialogs.read_dialogs", "json.load"):
-        monkeypatch.setattr(name, None)
-    monkeypatch.setattr("transfertransfo.data.tokenization.tokenize", None)
+    for name in ("data.personas.read_dialogs", "data.dataset.tokenize", "chat.conversation.tokenize"):
+        monkeypatch.setattr(f"transfertransfo.{name}", None)
+    monkeypatch.setattr("json.load", None)
     personas = [dialog["personality"] for split in json.loads(EXAMPLE.read_text()).values() for dialog in split]
     assert draw_persona([EXAMPLE]) in personas
 
@@ -519,26 +543,29 @@ def chat_through_a_pipe(monkeypatch, capsys, lines: list[str], *flags: str) -> s
 
 def test_run_through_a_pipe(monkeypatch, capsys, checkpoint, tmp_path):
     flags = ["--model", checkpoint, "--transcript", tmp_path / "t.jsonl", "--personality", "i like <eos> dogs .", " "]
-    out = chat_through_a_pipe(
-        monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo", "/set max_length 200", "hello"], *flags
-    )
+    out = chat_through_a_pipe(monkeypatch, capsys, ["hello", "", "/xyzzy", "/undo", "/set max_length 200"], *flags)
     lines = out.splitlines()
     assert lines[0].startswith("Persona: i like <eos> dogs .") and lines[1] == ">>> hello"
     assert lines[3:] == [
         ">>> ", "(say something, or leave with Ctrl-D)", "",
         ">>> /xyzzy", "/xyzzy: no such command; /help lists them",
         ">>> /undo", "(taken back: hello)",
-        ">>> /set max_length 200", "max_length = 200",
-        ">>> hello", "(more than the model's 128 positions: the oldest is left out now)",
-        "(too long for the model: of its persona it sees: nothing)",
-        "--max_length 200: more than the model's 128 positions hold",
+        ">>> /set max_length 200", "/set max_length 200: more than the model's 128 positions hold",
         ">>> ",
     ]  # fmt: skip
     assert "\x1b" not in out
     recorded = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [line.get("speaker") or line.get("command") for line in recorded] == [
-        None, "user", "model", "/undo", "/set max_length 200", "user"
+        None, "user", "model", "/undo", "/set max_length 200"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [126, 600, 100_000])
+def test_a_reply_longer_than_the_model_is_refused_at_the_start(monkeypatch, capsys, checkpoint, length):
+    flags = ["--model", checkpoint, "--personality", "x", "--max_length", length]
+    with pytest.raises(UserError, match=f"^--max_length {length}: more than the model's 128 positions hold$"):
+        chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags)
+    assert ">>> hello" in chat_through_a_pipe(monkeypatch, capsys, ["hello"], *flags[:-1], 125)
 
 
 def test_seeds(monkeypatch, capsys, checkpoint):
@@ -737,6 +764,19 @@ def test_keys_typed_during_a_reply_are_not_seen(monkeypatch):
         os.write(ours, b"seen\n")
         assert read_until(ours, "\n") == "seen\r\n"
         assert [tty.readline(), tty.readline()] == ["unseen\n", "seen\n"]
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_sigterm_leaves_the_terminal_as_it_was(monkeypatch):
+    ours, theirs = pty.openpty()
+    handler, settings = signal.getsignal(signal.SIGTERM), termios.tcgetattr(theirs)
+    with open(theirs, closefd=False) as tty:
+        monkeypatch.setattr("sys.stdin", tty)
+        with pytest.raises(SystemExit) as error, terminal.orderly_sigterm(), terminal.unseen_keys():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
+    assert termios.tcgetattr(theirs) == settings
     os.close(ours)
     os.close(theirs)
 

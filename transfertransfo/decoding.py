@@ -3,8 +3,8 @@
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from transfertransfo.errors import SettingError
 from transfertransfo.model.cache import CachedRows, Memory
 from transfertransfo.model.double_heads import DoubleHeads
 
-LEAST = {"rank": 2, "consensus": 3}  # replies that there must be; of two, each is as much like the other
-LEAVE = 4  # a batch is made smaller when one row in so many has ended
+LEAST = {"rank": 2, "consensus": 3}  # fewest replies to choose from; two agree equally with each other
+LEAVE = 4  # ended rows leave a batch when they are one in so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +32,23 @@ class Decoding:
     """How a reply is chosen. The fields are the flags of `cli.add_decoding_flags`, with their defaults.
 
     Raises:
-        SettingError: fields that exclude each other.
+        SettingError: two fields exclude each other.
     """
 
     no_sample: bool = False  # the likeliest token instead of a sampled one
     max_length: int = 20  # of a reply, in tokens
     min_length: int = 1
     temperature: float = 0.7
-    top_k: int = 0  # as in `top_filtering`, likewise `top_p`
+    top_k: int = 0  # of `top_filtering`; likewise `top_p`
     top_p: float = 0.9
     num_beams: int = 0  # of `beam_search`; 0 = none, 1 = greedy
     length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0  # as in `AgainstRepetition`, likewise the next two
+    no_repeat_ngram_size: int = 0  # of `AgainstRepetition`; likewise the next two
     repetition_penalty: float = 1.0
     block_history_ngram: int = 0
     num_samples: int = 1  # replies to draw
-    rank: bool = False  # whether the choice head says which of several replies comes first
-    consensus: bool = False  # whether that reply comes first that is most like the others, as in `agreement`
+    rank: bool = False  # the reply that the choice head scores best comes first
+    consensus: bool = False  # the reply that is most like the others comes first, by `agreement`
 
     def __post_init__(self) -> None:
         if self.num_beams and self.num_samples > 1:
@@ -63,10 +63,13 @@ class Decoding:
             if getattr(self, name) and self.count < least:
                 message = f"{name}: this takes several replies; give num_samples or num_beams of at least {least} too"
                 raise SettingError(message, name, "num_samples", "num_beams")
+        if self.min_length > self.max_length:
+            message = f"min_length {self.min_length}: more than max_length {self.max_length}"
+            raise SettingError(message, "min_length", "max_length")
 
     @property
     def count(self) -> int:
-        """How many replies there are to choose from."""
+        """The number of replies to choose from."""
         return max(self.num_beams, self.num_samples)
 
     @property
@@ -74,9 +77,18 @@ class Decoding:
         """Whether the first reply is known only when all of them are complete."""
         return self.rank or self.consensus
 
+    def changed(self, **settings: Any) -> "Decoding":
+        """The same decoding with other settings.
+
+        `rank` or `consensus` is off where too few replies are left for it, unless these settings ask for it.
+        """
+        count = max(settings.get("num_beams", self.num_beams), settings.get("num_samples", self.num_samples))
+        off = dict.fromkeys((name for name, least in LEAST.items() if count < least), False)
+        return replace(self, **off | settings)
+
     @classmethod
     def of(cls, args: "Namespace | Decoding") -> "Decoding":
-        """The decoding of a script's arguments. Fields that they lack, as older scripts' do, have their defaults."""
+        """The decoding of a script's arguments. Fields that they lack have their defaults."""
         given = vars(args)
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
@@ -106,8 +118,8 @@ def sample_sequence(
     """The token ids of one reply, without special tokens.
 
     Args:
-        args: the fields of `Decoding`, those that are not to have their defaults.
-        current_output: the reply's first tokens, if they are given already; the result begins with them.
+        args: fields of `Decoding`; those that it lacks have their defaults.
+        current_output: the reply's first tokens, if there are any yet; the result begins with them.
     """
     context = Context(personality, history)
     return candidate_replies(model, [context], tokenizer, Decoding.of(args), current_output)[0][0]
@@ -130,11 +142,10 @@ def candidate_replies(
 ) -> list[list[list[int]]]:
     """All replies to each context. The first of them is the one to give.
 
-    There are `num_samples` in the order in which they were drawn, or `num_beams`, the likeliest first; then in that of
-    `in_order`.
+    Samples come in the order drawn, beams by score. `rank` or `consensus` then reorders them.
 
     Args:
-        prefix: the first tokens of every reply, if they are given already.
+        prefix: the first tokens of every reply, if there are any yet.
         memory: as in `decode`.
     """
     if decoding.num_beams:
@@ -155,7 +166,7 @@ def in_order(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
 ) -> list[list[list[int]]]:
-    """The replies to each context, the one to give first: by `rank` or `consensus`, else as they came."""
+    """The replies to each context, reordered by `rank` or `consensus`. Without these they stay as they are."""
     if decoding.consensus:
         return list(map(best_first, replies, map(agreement, replies)))
     if decoding.rank:
@@ -165,11 +176,10 @@ def in_order(
 
 
 def agreement(replies: list[list[int]]) -> list[float]:
-    """The mean F1 of each reply's tokens with those of each other reply; F1 as in `metrics.f1`, of bags of tokens.
+    """Each reply's mean F1 with the other replies. F1 is that of `metrics.f1`, of bags of tokens.
 
-    Of samples it estimates which reply a model expects to share most with whatever is said: minimum Bayes risk (Kumar
-    and Byrne 2004, "Minimum Bayes-Risk Decoding for Statistical Machine Translation"; from samples, Eikema and Aziz
-    2020, "Is MAP Decoding All You Need?").
+    The reply with the greatest has the minimum Bayes risk, estimated from the samples (Kumar and Byrne 2004, "Minimum
+    Bayes-Risk Decoding for Statistical Machine Translation"; Eikema and Aziz 2020, "Is MAP Decoding All You Need?").
     """
     bags = list(map(Counter, replies))
     counts = torch.tensor([[bag[token] for token in set().union(*bags)] for bag in bags])  # (replies, tokens)
@@ -179,7 +189,7 @@ def agreement(replies: list[list[int]]) -> list[float]:
 
 
 def best_first(replies: list[list[int]], scores: list[float]) -> list[list[int]]:
-    """The replies in the order of their scores, the greatest first; of equal ones in the order given."""
+    """The replies by score, the greatest first. Replies of equal score keep their order."""
     return [replies[i] for i in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)]
 
 
@@ -199,10 +209,10 @@ def score_replies(
 
 
 class Weighed(NamedTuple):
-    """What the two heads say about a reply."""
+    """A reply's score and log-probability."""
 
-    score: float  # of the choice head
-    log_p: float  # log-probability of its words and of `<eos>`
+    score: float  # by the choice head
+    log_p: float  # by the language-model head, of the reply's tokens and `<eos>`
 
 
 @torch.inference_mode()
@@ -214,7 +224,7 @@ def weigh_replies(
 ) -> list[list[Weighed]]:
     """Score and log-probability of each reply to its context, each complete with `<eos>`.
 
-    A fork for each reply has all of them predicted; in a context's tree they share what they have in common.
+    Each reply has a fork of its own, so that all are predicted. The forks of a context share its tokens in a tree.
     """
     examples = [Example(context[0], context[1], row) for context, row in zip(contexts, replies)]
     start = model.history_start
@@ -225,7 +235,7 @@ def weigh_replies(
     scores = model.choice_scores(hidden[batch.last_positions]).flatten().tolist()
     lengths = [len(fork.replies[0]) for fork in forks]
     weighed = []
-    # one reply after another: the logits of all at once would be as large as the vocabulary times all their tokens
+    # one reply after another: all at once would take logits of (tokens of all replies, vocabulary)
     for score, positions, labels in zip(scores, batch.lm_positions.split(lengths), batch.lm_labels.split(lengths)):
         log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)  # (tokens of the reply, vocabulary)
         weighed.append(Weighed(score, float(log_p.gather(-1, labels[:, None]).sum())))
@@ -234,13 +244,13 @@ def weigh_replies(
 
 
 def fit_context(model: DoubleHeads, context: Context, max_length: int) -> Context:
-    """The context as the model sees it: shortened, the oldest turns first, where it leaves no room for a reply.
+    """The context as the model sees it. It is shortened, the oldest turns first, to leave room for a reply.
 
     Args:
         max_length: of the reply, in tokens.
     """
     persona, history, *_ = context
-    reply = [0] * min(max_length, model.n_positions)  # any of that length
+    reply = [0] * min(max_length, model.n_positions)  # any tokens
     example = fit(Example(persona, history, [reply]), model.n_positions, model.history_start)
     return Context(*context)._replace(persona=example.persona, history=example.history)
 
@@ -269,10 +279,10 @@ def top_filtering(
         logits.masked_fill_(logits < logits.topk(k).values[..., -1:], filter_value)
     if top_p > 0.0:
         probabilities = logits.softmax(-1)
-        # tokens of less than this have less than 1 - top_p together, so that none is kept: they need not be sorted
+        # tokens less likely than this have less than 1 - top_p together: none is kept, so none need be sorted
         k = int((probabilities * logits.size(-1) >= 1 - top_p).sum(-1).max())
         ordered, indices = probabilities.topk(k)
-        before = ordered.cumsum(-1)[..., :-1]  # probability of all likelier tokens, but for the first one
+        before = ordered.cumsum(-1)[..., :-1]  # for each token but the first, the probability of all likelier ones
         excess = torch.ones_like(logits, dtype=torch.bool)
         excess.scatter_(-1, indices[..., :1], False).scatter_(-1, indices[..., 1:], before > top_p)
         logits.masked_fill_(excess, filter_value)
@@ -280,10 +290,10 @@ def top_filtering(
 
 
 class AgainstRepetition:
-    """Lowers or forbids tokens that repeat something, by transformers' processors; none of them where all is off.
+    """Lowers or forbids tokens that repeat something, by transformers' processors.
 
     `repetition_penalty` (Keskar et al. 2019, section 4.1) and `no_repeat_ngram_size` look at the reply alone: it may
-    well take up words of the persona and of the partner. `block_history_ngram` looks at the model's own earlier turns.
+    repeat words of the persona and of the partner. `block_history_ngram` looks at the model's own earlier turns.
     """
 
     def __init__(self, contexts: Sequence[Context], decoding: Decoding, copies: int):
@@ -292,11 +302,11 @@ class AgainstRepetition:
             self.reply.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
         if decoding.no_repeat_ngram_size:
             self.reply.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
-        self.history = []  # a list of processors for each reply, of which a context has `copies`
+        self.history = []  # for each reply a list of processors; a context has `copies` replies
         if size := decoding.block_history_ngram:
             for _, history, earlier in (Context(*context) for context in contexts):
                 turns = [turn for turn in [*earlier, *history[-2::-2]] if len(turn) >= size]
-                # one for each turn, so that no n-gram reaches over from one to the next
+                # one for each turn, so that no n-gram spans two turns
                 processors = (EncoderNoRepeatNGramLogitsProcessor(size, torch.LongTensor(turn)) for turn in turns)
                 self.history += [LogitsProcessorList(processors)] * copies
 
@@ -314,6 +324,17 @@ class AgainstRepetition:
         return logits
 
 
+def check_room(model: DoubleHeads, max_length: int) -> None:
+    """Check that the model has room for a reply of this many tokens.
+
+    Raises:
+        SettingError: it has none, even without persona and history.
+    """
+    if context_positions([], [[]], model.history_start)[-1] + max_length >= model.n_positions:
+        message = f"max_length {max_length}: more than the model's {model.n_positions} positions hold"
+        raise SettingError(message, "max_length")
+
+
 def _begin(
     model: DoubleHeads,
     contexts: Sequence[Context],
@@ -326,8 +347,9 @@ def _begin(
     """Encode each context once, for `copies` rows.
 
     Returns:
-        The rows, the replies' tokens so far (R, T), and what lowers the logits of tokens that repeat something.
+        The rows, the replies' tokens so far (R, T), and the processors against repetition.
     """
+    check_room(model, len(prefix) + decoding.max_length)
     sequences = []
     for context in contexts:
         persona, history, _ = fit_context(model, context, len(prefix) + decoding.max_length)
@@ -335,9 +357,6 @@ def _begin(
         positions = context_positions(persona, history, model.history_start)
         sequence["position_ids"] = positions + [positions[-1] + 1 + i for i in range(len(prefix))]
         sequences.append(sequence)
-        if sequence["position_ids"][-1] + decoding.max_length >= model.n_positions:
-            message = f"max_length {decoding.max_length}: more than the model's {model.n_positions} positions hold"
-            raise SettingError(message, "max_length")
     rows = (memory or Memory()).encode(model, sequences, decoding.max_length)
     rows.repeat_(copies)
     tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
@@ -354,18 +373,18 @@ def decode(
     memory: Memory | None = None,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Generator[list[list[int]]]:
-    """Each reply's next token, step by step, sampled or greedy: a list of one token, or of none if it has ended.
+    """Each reply's next token, step by step, sampled or greedy: a list of one token, or an empty one after its end.
 
     Each context has `num_samples` replies, which stand side by side. A reply ends before a special token or at
     `max_length` tokens.
 
     Args:
-        prefix: the first tokens of every reply, if they are given already.
-        memory: of a chat whose replies are made with it one after another; it changes nothing but the time they take.
-        generators: what each context's replies are drawn by, so that they are those that it has alone; None = torch's.
+        prefix: the first tokens of every reply, if there are any yet.
+        memory: the cache of a chat, kept from reply to reply. It saves time and changes no reply.
+        generators: one for each context, so that its samples do not depend on the batch; None = torch's own.
 
     Raises:
-        SettingError: `max_length` is more than the model has room for.
+        SettingError: the model has no room for a reply of `max_length` tokens.
     """
     special = torch.tensor(special_ids(tokenizer), device=model.device)
     # 1) prefill 2) repeat the cache
@@ -400,9 +419,9 @@ def decode(
 
 
 def _noise(logits: Tensor, n_replies: int, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """What the replies' next tokens are drawn by, (all replies, vocabulary): for those too that have ended.
+    """Exponential noise of one step, (replies, vocabulary).
 
-    So the others draw what they would beside them.
+    Ended replies get a row too, so that the others' draws do not change when a row leaves.
 
     Args:
         generators: as in `decode`.
@@ -420,16 +439,16 @@ def _choose(logits: Tensor, decoding: Decoding, special: Tensor, noise: Tensor |
 
     Args:
         special: ids of the tokens that end a reply.
-        noise: exponential, (R, vocabulary); the token is drawn that has the greatest probability over its noise, as
-            `torch.multinomial` draws it (an exponential race). None = the likeliest token.
-        go_on: whether the reply is too short to end yet. It ends all the same where filtering leaves no word.
+        noise: exponential, (R, vocabulary). The token of the greatest probability / noise is drawn, as by
+            `torch.multinomial` (an exponential race). None = the likeliest token.
+        go_on: the reply is too short to end. It ends all the same where filtering leaves no word.
     """
     if noise is None and not go_on:
-        return logits.argmax(-1)  # which every filter keeps
+        return logits.argmax(-1)  # every filter keeps it
     probabilities = _probabilities(logits, decoding)
     if go_on:
         words = probabilities.index_fill(-1, special, 0.0)
-        # original: draws again until it is a word, for ever where no word is left
+        # original: draws again until it is a word, for ever where several end tokens share all probability
         probabilities = torch.where(words.any(-1, keepdim=True), words, probabilities)
     return (probabilities if noise is None else probabilities / noise).argmax(-1)
 
@@ -449,9 +468,9 @@ def beam_search(
 ) -> list[list[list[int]]]:
     """The `num_beams` best replies that the search meets for each context, best first, without special tokens.
 
-    A reply's score is the sum of its tokens' log-probabilities, that of the special token which ends it too, divided by
-    their number ** `length_penalty`. A reply that has ended keeps its place in the beam until better ones push it out,
-    so one beam is greedy choice. Temperature and filters have no say, but for the one case that `_choose` tells of.
+    A reply's score is the sum of its tokens' log-probabilities divided by their number ** `length_penalty`. The special
+    token that ends it counts too. A reply that has ended keeps its place in the beam until better ones push it out, so
+    one beam is greedy choice. Temperature and filters only decide whether a reply shorter than `min_length` may end.
 
     Raises:
         SettingError: as `decode`.
@@ -461,7 +480,7 @@ def beam_search(
     # 1) prefill 2) repeat the cache
     rows, tokens, penalize = _begin(model, contexts, tokenizer, decoding, prefix, width, memory)
     vocabulary = rows.logits.size(-1)
-    # 3) state of the beams, (n, width); a context's copies are equal at first, so that only one of them counts
+    # 3) state of the beams, (n, width); a context's beams are equal at first, so only one of them counts
     sums = torch.full((n, width), -torch.inf, dtype=torch.double, device=model.device)
     sums[:, 0] = 0.0
     lengths = torch.zeros_like(sums, dtype=torch.long)
@@ -484,7 +503,7 @@ def beam_search(
             break
         rows.select_(origins)
         rows.append_(chosen.flatten())
-    # 5) the words of those that are replies: where there are fewer continuations than beams, some are none
+    # 5) the words of each reply; where there are fewer continuations than beams, some beams hold none
     ends = (len(prefix) + lengths - ended.long()).flatten().tolist()
     found: list[list[list[int]]] = [[] for _ in contexts]
     for row, (reply, end, is_one) in enumerate(zip(tokens.tolist(), ends, sums.isfinite().flatten().tolist())):
@@ -494,7 +513,7 @@ def beam_search(
 
 
 def _log_probabilities(logits: Tensor, decoding: Decoding, special: Tensor, *, go_on: bool) -> Tensor:
-    """Of each row's next token, (R, vocabulary); a special token is ruled out as in `_choose`."""
+    """Log-probabilities of each row's next token, (R, vocabulary). Special tokens are ruled out as in `_choose`."""
     log_p = logits.log_softmax(-1)
     if go_on:
         words = _probabilities(logits, decoding).index_fill(-1, special, 0.0)

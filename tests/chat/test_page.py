@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from helpers import ROOT
@@ -19,7 +20,8 @@ if importlib.util.find_spec("gradio") is None:
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from transfertransfo.chat import sharing
+import interact
+from transfertransfo.chat import server, sharing
 from transfertransfo.chat.commands import answer
 from transfertransfo.chat.server import Endpoint, Server, listen
 from transfertransfo.chat.sharing import SharedChat, SharedModel
@@ -56,7 +58,7 @@ def chat(shared):
 
 @pytest.fixture
 def made(chat):
-    return page.Page(lambda: chat, "tiny")
+    return page.Page(lambda: chat, page.settings_of(chat), "tiny")
 
 
 def say(chat: SharedChat, text: str) -> str:
@@ -101,6 +103,21 @@ def test_undo_retry_reset(chat):
     assert len(chat.exchanges) == 1
     page.reset(chat)
     assert chat.exchanges == [] and chat.persona == PERSONA
+
+
+def test_a_retry_shows_the_message_once(chat):
+    say(chat, "hello !")
+    frames = [*page.retry(chat)]
+    assert len(frames) > 1 and all(frame.count("hello !") == 1 and page.GROWING in frame for frame in frames)
+
+
+def test_a_reply_is_stopped_that_waits_for_the_action_before_it(chat, made, monkeypatch):
+    monkeypatch.setattr(chat, "busy", Mock(acquire=lambda timeout: made.stop(chat) or True))
+    *_, (_, html, boxed) = made.say(chat, "hello !")
+    assert chat.exchanges == [] and "(stopped)" in html and boxed == "hello !"
+    monkeypatch.undo()
+    [*made.say(chat, "hello !")]
+    assert len(chat.exchanges) == 1 and not chat.exchanges[0].stopped
 
 
 def test_a_reply_that_is_stopped_is_kept(chat):
@@ -191,6 +208,25 @@ def test_the_export_is_what_save_writes_and_can_be_trained_on(chat, made, tmp_pa
         assert utterance["candidates"][-1] == chat.text_of(exchange.reply)
 
 
+@pytest.mark.parametrize("flag", ["--num_samples", "--max_length"])
+def test_flags_beyond_the_limits_are_refused_before_the_server_listens(checkpoints, monkeypatch, flag):
+    """The address was shown, and then each message was refused."""
+    monkeypatch.setattr(server, "listen", lambda *_: pytest.fail("it listens"))
+    monkeypatch.setattr(sharing, "MOST_TOKENS", 32)
+    flags = ["--model", str(checkpoints["gpt2"]), "--personality", "x", "--device", "cpu", "--web"]
+    with pytest.raises(UserError, match=rf"^{flag} 33: \d+ at most here$"):
+        interact.run([*flags, flag, "33"])
+
+
+def test_the_transcript_has_no_chat_before_a_visitor_comes(checkpoints, monkeypatch, tmp_path):
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: self.close())
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    path = tmp_path / "talk.jsonl"
+    interact.run(["--model", str(checkpoints["gpt2"]), "--personality", "x", "--device", "cpu",
+                  "--web", "127.0.0.1:0", "--transcript", str(path)])  # fmt: skip
+    assert path.read_text() == ""
+
+
 # ---- as a hostile client meets it ----
 
 
@@ -245,6 +281,19 @@ def test_no_file_comes_in_or_out(client, made, monkeypatch):
     assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
 
 
+def test_another_method_is_refused_in_openais_form(client):
+    """It was the page's to answer, which knows no such place."""
+    for method, path, allowed in (
+        ("GET", "chat/completions", {"POST"}),
+        ("PUT", "chat/completions", {"POST"}),
+        ("POST", "models", {"GET", "HEAD"}),
+    ):
+        response = client.request(method, f"/v1/{path}")
+        assert response.status_code == 405 and {*response.headers["allow"].split(", ")} == allowed
+        assert response.json()["error"]["message"] == "Method Not Allowed"
+    assert client.head("/v1/models").status_code == 200
+
+
 def test_the_page_wants_the_token_for_all_that_it_does(chat, made, shared):
     guarded = made.mounted(Endpoint(shared, chat, "tiny"), "a-long-token")
     with TestClient(guarded, base_url="http://somewhere.example") as client:
@@ -270,7 +319,7 @@ def test_a_page_of_another_site_presses_nothing(client, made):
 def served(shared, make_chat: Callable[[], SharedChat]):
     """The page on a free port; gives its address and what stops it."""
     chat = make_chat()
-    made = page.Page(make_chat, "tiny")
+    made = page.Page(make_chat, page.settings_of(chat), "tiny")
     with listen("127.0.0.1", 0) as listening:
         server = Server(made.mounted(Endpoint(shared, chat, "tiny"), ""), shared.close)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 
 if importlib.util.find_spec("fastapi") is None:
     pytest.skip("needs requirements/web.txt", allow_module_level=True)
@@ -25,7 +24,7 @@ from transfertransfo.chat import sharing
 from transfertransfo.chat.server import MOST_BYTES, Endpoint, Guard, Server, is_loopback, listen
 from transfertransfo.chat.sharing import Busy, Finished, SharedChat, SharedModel
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, tokenize
-from transfertransfo.decoding import Context, Decoding, candidate_replies, score_replies, weigh_replies
+from transfertransfo.decoding import Context, Decoding, candidate_replies
 from transfertransfo.errors import SettingError, UserError
 from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import load_tokenizer
@@ -65,34 +64,6 @@ def ask(client, messages=HELLO, **fields):
 def contents(response) -> list[str]:
     assert response.status_code == 200, response.text
     return [choice["message"]["content"] for choice in response.json()["choices"]]
-
-
-# ---- weights ----
-
-
-def test_weights_are_the_scores_and_the_log_probabilities(model, tokenizer):
-    context = Context(*(tokenize(tokenizer, texts) for texts in (PERSONA, ["hello !"])))
-    contexts = [context, context._replace(persona=[])]
-    replies = [tokenize(tokenizer, ["i like dogs .", "no", "yes , i do !"]), [*tokenize(tokenizer, ["why ?"]), []]]
-    weighed = weigh_replies(model, contexts, replies, tokenizer)
-    for row, scores in zip(weighed, score_replies(model, contexts, replies, tokenizer)):
-        torch.testing.assert_close([entry.score for entry in row], scores)
-    for context, row, group in zip(contexts, replies, weighed):
-        for reply, entry in zip(row, group):
-            alone = log_probability(model, tokenizer, context, reply)
-            assert entry.log_p == pytest.approx(alone, abs=1e-3)
-
-
-@torch.inference_mode()
-def log_probability(model, tokenizer, context, reply) -> float:
-    from transfertransfo.data.inputs import build_input_from_segments
-
-    sequence = build_input_from_segments(context.persona, context.history, reply, tokenizer, lm_labels=True)
-    ids, types = (torch.tensor([sequence[name]]) for name in ("input_ids", "token_type_ids"))
-    hidden = model.hidden_states(ids, types, torch.arange(ids.size(1))[None])
-    log_p = model.lm_logits(hidden)[0].log_softmax(-1)
-    count = len(reply) + 1
-    return float(log_p[-count - 1 : -1].gather(-1, ids[0, -count:, None]).sum())
 
 
 # ---- one model for many ----
@@ -277,6 +248,9 @@ def test_greedy_and_ranked_replies(client, shared):
     ({"num_samples": 8, "consensus": True}, {"rank": True}, {"num_samples": 8, "consensus": False, "rank": True}),
     ({"num_samples": 8, "consensus": True}, {"rank": False, "n": 2}, {"num_samples": 2, "consensus": False}),
     ({"num_beams": 3, "consensus": True}, {"n": 2}, {"num_samples": 2, "num_beams": 0, "consensus": False}),
+    ({"num_beams": 3, "consensus": True}, {"rank": True}, {"num_beams": 3, "consensus": False, "rank": True}),
+    ({"num_samples": 4, "rank": True}, {"temperature": 0}, {"num_samples": 1, "no_sample": True, "rank": False}),
+    ({}, {"rank": True}, {"num_samples": 1, "rank": False}),
 ])  # fmt: skip
 def test_how_the_first_of_several_replies_is_chosen(flags, fields, expected):
     question = server_module.Question(messages=[{"role": "user", "content": "hello"}], **fields)
@@ -320,8 +294,10 @@ def test_a_streamed_reply_is_the_whole_one(client, fields):
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "", "messages.0.content of 5000 characters: 4000"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "hi"}]}, "messages", "must be the user's"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages", "says nothing"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "says nothing"),
+        ({"messages": None}, "messages", "Field required"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "Input should be"),
-        ({"temperature": 0, "n": 2}, "num_samples", "all be the same"),
+        ({"temperature": 0, "n": 3}, "n", "n 3: at temperature 0 they would all be the same"),
         ({"max_tokens": 200}, "max_length", "more than the model's 128"),
     ],
 )
@@ -354,9 +330,33 @@ def test_what_is_no_question(client, body):
         assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_another_method(client):
-    response = client.get("/v1/chat/completions")
-    assert response.status_code == 405 and response.json()["error"]["message"] == "Method Not Allowed"
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b"{", "application/json", "the request is not JSON: Expecting property name enclosed in double quotes"),
+        (b'{"messages": []}', "text/plain", "send content-type: application/json"),
+        (b"[]", "application/json", "the request: Input should be a valid dictionary"),
+    ],
+)
+def test_how_a_body_that_is_no_question_is_named(client, body, kind, message):
+    error = client.post("/v1/chat/completions", content=body, headers={"content-type": kind}).json()["error"]
+    assert error["message"].startswith(message) and error["param"] is None
+
+
+def test_null_is_a_field_that_is_missing(client):
+    """OpenAI's clients send it."""
+    nulls = dict.fromkeys(set(server_module.Question.model_fields) - {"messages", "seed"})
+    assert contents(ask(client, seed=3, **nulls)) == contents(ask(client, seed=3))
+    assert events(ask(client, stream=True, stream_options={"include_usage": None}))
+    empty, null = ([*HELLO, {"role": "assistant", "content": content}, *HELLO] for content in ("", None))
+    assert contents(ask(client, null, seed=3)) == contents(ask(client, empty, seed=3))
+
+
+def test_usage_counts_what_the_model_was_given(client):
+    def prompt_tokens(text: str) -> int:
+        return ask(client, [{"role": "user", "content": text}]).json()["usage"]["prompt_tokens"]
+
+    assert 0 < prompt_tokens("hello !") < prompt_tokens("hello ! why ?") < prompt_tokens("hello ! " * 400) < 128
 
 
 @pytest.mark.parametrize("stream", [False, True])

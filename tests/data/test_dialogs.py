@@ -448,7 +448,7 @@ def test_faults_outside_of_dialogs_remain_faults(fault, content, expected):
 def test_a_persona_is_drawn_without_reading_the_dialogs(tmp_path, monkeypatch, content, compress):
     path = tmp_path / "data"
     path.write_bytes(compress(content.encode()))
-    monkeypatch.setattr("transfertransfo.data.dialogs.read_dialogs", None)
+    monkeypatch.setattr("transfertransfo.data.personas.read_dialogs", None)
     assert draw_persona([path]) == ["i like tea ."]
 
 

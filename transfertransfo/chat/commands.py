@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
-from transfertransfo.decoding import LEAST, Decoding, fit_context, score_replies
+from transfertransfo.decoding import LEAST, check_room, fit_context, score_replies
 from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
 
@@ -22,10 +22,10 @@ def answer(chat: Chat, line: str) -> str | Generator[str]:
     """The answer to a line of the user: the output of a command, or a reply in pieces.
 
     Raises:
-        UserError: a command that cannot be carried out.
+        UserError: the command cannot be carried out.
         EOFError: the chat is over.
     """
-    line = line.encode("utf-8", "replace").decode()  # a terminal can give what is no Unicode
+    line = line.encode("utf-8", "replace").decode()  # a terminal can give half of a surrogate pair
     if meant := BARE.get(line.rstrip().lower()):
         raise UserError(f"{line.rstrip()}: did you mean {meant}? To say it, put a blank before it")
     if not line.lstrip().startswith("/"):
@@ -53,9 +53,18 @@ def change_persona(chat: Chat, rest: str) -> str:
     if not rest:
         return chat.introduction()
     try:
-        return chat.begin(shlex.split(rest) if rest[0] in "\"'" else rest.splitlines())
+        return chat.begin(unquoted(rest))
     except ValueError as error:
         raise UserError(f"/persona: {str(error).lower()}") from error
+
+
+def unquoted(text: str) -> list[str]:
+    """The parts of a text that stand in quotes, or its lines where it does not begin with one.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    return shlex.split(text) if text[:1] in ("'", '"') else text.splitlines()
 
 
 def draw_another(chat: Chat, rest: str) -> str:
@@ -112,13 +121,13 @@ def change_setting(chat: Chat, rest: str) -> str:
     if name == "max_history":
         chat.max_history = changed
         return f"{name} = {changed}"
-    values = {**asdict(chat.decoding), name: changed}
-    count = max(values["num_samples"], values["num_beams"])
-    off = [order for order, least in LEAST.items() if order != name and settings[order] and count < least]
     try:
-        chat.decoding = Decoding(**values | dict.fromkeys(off, False))
+        decoding = chat.decoding.changed(**{name: changed})
+        check_room(chat.model, decoding.max_length)
     except SettingError as error:
         raise UserError(f"/set {error}") from error
+    chat.decoding = decoding
+    off = [order for order in LEAST if order != name and settings[order] and not getattr(decoding, order)]
     return "\n".join([f"{name} = {changed}", *(f"{order} = False (there are too few replies now)" for order in off)])
 
 
@@ -138,7 +147,7 @@ class SettingsParser(ArgumentParser):
     """Parses settings as the flags of their names.
 
     Attributes:
-        helps: what each setting does.
+        helps: the help of each setting.
     """
 
     def __init__(self) -> None:
@@ -153,27 +162,28 @@ class SettingsParser(ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        help_with = "; /set no_sample on takes the likeliest token each time" if "--temperature" in message else ""
-        raise UserError(message.replace("argument --", "/set ", 1) + help_with)
+        likeliest = "; /set num_samples 1 and /set no_sample on take the likeliest token each time"
+        raise UserError(message.replace("argument --", "/set ", 1) + likeliest * ("--temperature" in message))
 
 
 def save(chat: Chat, rest: str) -> str:
     """[>>] FILE: write the dialog as one of a dataset that can be trained on (JSON lines); >> adds it to the file"""
-    appends, name = rest.startswith(">>"), rest.removeprefix(">>").strip()
-    if not name:
-        raise UserError("/save: give a file's name")
-    dialog = chat.dialog()
-    if not dialog["utterances"]:
-        raise UserError("/save: nothing was said yet")
+    appends, name = rest.startswith(">>"), rest.lstrip(">").strip()
     try:
-        path = Path(name).expanduser()
-        if path.exists() and not appends:
+        names = unquoted(name)
+        if len(names) != 1 or not names[0]:
+            raise UserError("/save: give one file's name")
+        dialog = chat.dialog()
+        if not dialog["utterances"]:
+            raise UserError("/save: nothing was said yet")
+        path = Path(names[0]).expanduser()
+        if path.exists() and not path.is_dir() and not appends:
             raise UserError(f"/save {path}: is there already; /save >> {path} adds the dialog to it")
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if before and not ends_in_a_dialog(before):
             raise UserError(f"/save {path}: not a file of JSON lines, to which a dialog can be added")
         write_atomically(path, before + "\n" * (before != "" and before[-1] != "\n") + json.dumps(dialog) + "\n")
-    except (OSError, ValueError, RuntimeError) as error:  # no such file can be; no such user's folder
+    except (OSError, ValueError, RuntimeError) as error:  # an impossible name; the folder of an unknown user
         raise UserError(f"/save {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
     return f"({'added' if before else 'written'} to {path})"
 
@@ -219,4 +229,4 @@ COMMANDS: dict[str, Callable[[Chat, str], str | Generator[str]]] = {
     "/candidates": show_candidates,
     "/quit": leave,
 }
-BARE = {"quit": "/quit", "exit": "/quit", "help": "/help"}  # what is typed where commands have no `/`
+BARE = {"quit": "/quit", "exit": "/quit", "help": "/help"}  # words taken for commands that lack their `/`

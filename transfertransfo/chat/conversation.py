@@ -23,8 +23,8 @@ class Exchange(NamedTuple):
     text: str
     heard: list[int]  # token ids of the text
     reply: list[int]
-    candidates: list[list[int]]  # all replies that the model could have given; the one that it gave is among them
-    stopped: bool = False  # the reply is as far as it had come
+    candidates: list[list[int]]  # all replies to choose from, the given one too
+    stopped: bool = False  # the reply was stopped before its end
     rating: int | None = None  # of the reply, 1 to 5, if the user gave one
 
 
@@ -32,12 +32,12 @@ class Chat:
     """A dialog with a model that has a persona.
 
     Args:
-        decoding: how replies are chosen; `/set` changes it, and `max_history`.
-        max_history: earlier exchanges that the model sees.
+        decoding: how replies are chosen; `/set` changes it.
+        max_history: earlier exchanges that the model sees; `/set` changes it.
         persona: its sentences; there may be none.
         draw: gives another persona.
         tell: shows the user a line that is no part of the dialog.
-        transcript: a file open for writing, where each turn goes as a line of JSON.
+        transcript: a file open for writing; each turn becomes a line of JSON in it.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Chat:
         return self.introduction()
 
     def introduction(self) -> str:
-        """The persona, as far as the model sees it and can read it."""
+        """A line with the persona as the model sees it, and a note of what it cannot see or read."""
         context = self.context(self.exchanges[:-1], self.exchanges[-1].heard if self.exchanges else [])
         seen = fit_context(self.model, context, self.decoding.max_length).persona
         shown = " ".join(self.persona) or "(none)"
@@ -82,7 +82,7 @@ class Chat:
         return " ".join(map(self.text_of, sentences)) or "nothing"
 
     def note_of_unknown(self, what: str, texts: list[str], tokens: list[list[int]]) -> str:
-        """A line on how much of these texts the tokenizer cannot write; "" where it can write all."""
+        """A note of how much of these texts the tokenizer cannot write; "" where it can write all."""
         count = sum(count_unknown(self.tokenizer, texts, tokens))
         total = sum(len(ids) or 1 for ids in tokens)
         return (
@@ -94,10 +94,10 @@ class Chat:
     def say(self, text: str) -> Generator[str]:
         """The model's reply to a text, in pieces as it is produced.
 
-        A reply that is stopped, by an exception or by closing the iterator, is one as far as it had come.
+        An exception, or closing the iterator, stops the reply. What it has so far is kept.
         """
         (heard,) = tokenize(self.tokenizer, [text] if text.strip() else [""])
-        if not heard:  # control characters alone are no tokens of GPT's
+        if not heard:  # GPT's tokenizer drops control characters
             self.tell("(say something, or leave with Ctrl-D)")
             return
         if not self.told_of_unknown and (note := self.note_of_unknown("of this", [text], [heard])):
@@ -131,7 +131,7 @@ class Chat:
                 self.record(speaker="model", text=self.text_of(reply), **stopped)
 
     def say_again(self) -> Generator[str]:
-        """Another reply in place of the last one, which stays where none comes."""
+        """Another reply in place of the last one. The last one stays where no other comes."""
         last = self.exchanges.pop()
         kept = len(self.exchanges)
         try:
@@ -146,11 +146,11 @@ class Chat:
         return found
 
     def tokens(self, context: Context) -> Generator[list[list[int]]]:
-        """The one reply to a context, a token a step, as `decode` gives it."""
+        """The reply to a context, a token a step, as `decode` gives it."""
         return decode(self.model, [context], self.tokenizer, self.decoding, memory=self.memory)
 
     def stream(self, context: Context, reply: list[int]) -> Generator[str]:
-        """Pieces of a reply's text whenever they are certain; its tokens are added to `reply`."""
+        """Pieces of a reply's text as they become certain. Its tokens are added to `reply`."""
         growing = Growing(self.text_of)
         with closing(self.tokens(context)) as steps:
             for (tokens,) in steps:
@@ -182,7 +182,7 @@ class Chat:
         self.record(rating=rating, text=self.text_of(self.exchanges[-1].reply))
 
     def dialog(self) -> dict[str, Any]:
-        """What was said as a dialog of a dataset that can be trained on; it has no utterances where nothing was."""
+        """The chat as a dialog of a dataset that can be trained on. It has no utterances before the first reply."""
         turns, utterances = [], []
         for exchange in self.exchanges:
             turns.append(printable(exchange.text))
@@ -206,9 +206,9 @@ class Chat:
 
 
 class Growing:
-    """The text of a reply that grows, in pieces whenever they are certain.
+    """The text of a growing reply, in pieces as they become certain.
 
-    The last word is not: a later token may go on with it. Nor is an `n` before it, which may yet become `n't` and join
+    The last word is not certain: a later token may continue it. Nor is an `n` before it: it may become `n't` and join
     the word before.
     """
 
@@ -216,7 +216,7 @@ class Growing:
         self.text_of, self.shown = text_of, ""
 
     def piece(self, reply: list[int], *, whole: bool = False) -> str:
-        """What has become certain of a reply's text since the last call; all the rest where the reply is whole."""
+        """The text that has become certain since the last call; all the rest if the reply is whole."""
         text = self.text_of(reply)
         certain = text if whole else re.sub(r"( n)? \S*$|^\S*$", "", text)
         piece = certain[len(self.shown) :]
@@ -225,5 +225,5 @@ class Growing:
 
 
 def unicode_of(text: str) -> str:
-    """Text with `?` for what is no Unicode, as half of a surrogate pair."""
+    """Text with `?` for each half of a surrogate pair, which is no Unicode."""
     return text.encode("utf-8", "replace").decode()

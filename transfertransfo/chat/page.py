@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from html import escape
+from itertools import chain
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when it is imported
@@ -17,11 +18,11 @@ from starlette.types import ASGIApp
 from transfertransfo.chat.commands import SettingsParser, change_setting, parse_setting
 from transfertransfo.chat.conversation import unicode_of
 from transfertransfo.chat.server import Endpoint, Guard
-from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check
+from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check_limits
 from transfertransfo.errors import UserError, in_flags
 
 MORE = 4  # candidates drawn at a press of the button
-SESSIONS = 256  # kept at once
+SESSIONS = 256  # visitors' chats kept at once
 HINT = "Say something, and the model answers out of its persona. Under each reply are the others that it weighed."
 
 GROWING = '<div class="reply growing">'
@@ -63,7 +64,7 @@ CSS = """
   .talk :is(.said, .reply) { max-width: 94%; }
 }
 """
-# What is pressed in the talk becomes an event; focus and view stay with it when the talk is shown anew.
+# A press in the talk becomes an event. Focus and view stay there when the talk is shown anew.
 PRESSED = """
 let turn = null;
 element.addEventListener('click', event => {
@@ -89,19 +90,28 @@ DOWNLOAD = """text => {
 }"""
 
 
-# ---- the talk as HTML: what was said, by whomever, is text ----
+# ---- the talk as HTML; whatever was said is escaped ----
 
 
-def show(chat: SharedChat, said: str = "", growing: str | None = None, note: str = "", opened: int = -1) -> str:
+def show(
+    chat: SharedChat,
+    said: str = "",
+    growing: str | None = None,
+    note: str = "",
+    opened: int = -1,
+    turns: int | None = None,
+) -> str:
     """The conversation.
 
     Args:
-        said: a message that is being replied to, and `growing` the reply as far as it has come.
+        said: a message that is being replied to.
+        growing: the reply to it, as far as it has come.
         opened: the turn whose candidates are unfolded.
+        turns: how many turns to show before that message; None = all.
     """
     parts = [
         f'<p class="said">{escape(exchange.text)}</p>{show_reply(chat, turn, opened=turn == opened)}'
-        for turn, exchange in enumerate(chat.exchanges)
+        for turn, exchange in enumerate(chat.exchanges[:turns])
     ]
     if growing is not None:
         parts.append(f'<p class="said">{escape(said)}</p>{GROWING}<p>{escape(growing)}</p></div>')
@@ -139,26 +149,25 @@ def show_reply(chat: SharedChat, turn: int, *, opened: bool) -> str:
 
 
 def say(chat: SharedChat, text: str) -> Generator[str]:
-    """The talk as it is to be shown while the reply grows; likewise `retry`."""
-    yield from grow(chat, text, chat.say(text))
+    """The talk in HTML, again and again while the reply grows; likewise `retry`."""
+    yield from grow(chat, text, chat.say(text), len(chat.exchanges))
 
 
 def retry(chat: SharedChat) -> Generator[str]:
     if chat.exchanges:
-        yield from grow(chat, chat.exchanges[-1].text, chat.say_again())
+        yield from grow(chat, chat.exchanges[-1].text, chat.say_again(), len(chat.exchanges) - 1)
 
 
-def grow(chat: SharedChat, said: str, pieces: Generator[str]) -> Generator[str]:
+def grow(chat: SharedChat, said: str, pieces: Generator[str], turns: int) -> Generator[str]:
     growing = ""
-    yield show(chat, said, growing)
     with closing(pieces):
-        for piece in pieces:
+        for piece in chain([""], pieces):
             growing += piece
-            yield show(chat, said, growing)
+            yield show(chat, said, growing, turns=turns)
 
 
 def undo(chat: SharedChat) -> str:
-    """The talk as it is to be shown then; likewise all that follow."""
+    """Take back the last turn. The result is the talk in HTML, as that of `reset`, `take` and `more`."""
     if chat.exchanges:
         chat.exchanges.pop()
     return show(chat)
@@ -177,13 +186,12 @@ def take(chat: SharedChat, turn: Any, candidate: Any) -> str:
 
 def more(chat: SharedChat, turn: Any, _: Any) -> str:
     if is_index(turn, chat.exchanges):
-        sampled = replace(chat.decoding, num_beams=0, no_sample=False, rank=False, consensus=False, num_samples=MORE)
-        chat.add_candidates(turn, sampled)
+        chat.add_candidates(turn, chat.decoding.changed(num_beams=0, no_sample=False, num_samples=MORE))
     return show(chat, opened=turn)
 
 
 def is_index(i: Any, of: list) -> bool:
-    """Whether what a browser sent is one."""
+    """Whether a value from a browser is an index of this list."""
     return isinstance(i, int) and i in range(len(of))
 
 
@@ -192,14 +200,14 @@ def settings_of(chat: SharedChat) -> dict[str, Any]:
 
 
 def change(chat: SharedChat, name: str, value: Any) -> str:
-    """Change a setting, as `/set` does; gives what to tell."""
+    """Change a setting as `/set` does. The result is a line to show."""
     before = chat.decoding
     try:
         if name == "seed":
             chat.seed_with(parse_setting(name, str(value), is_switch=False))
             return f"seed = {chat.seed}"
         told = change_setting(chat, f"{name} {value}")
-        check(chat.decoding)
+        check_limits(chat.decoding)
         return told
     except UserError as error:
         chat.decoding = before
@@ -210,11 +218,16 @@ def change(chat: SharedChat, name: str, value: Any) -> str:
 
 
 class Page:
-    """The components of the page, and what follows when they are used."""
+    """The components of the page, and the handlers of their events.
 
-    def __init__(self, make_chat: Callable[[], SharedChat], name: str):
-        self.make_chat = make_chat
-        self.settings = settings_of(make_chat())
+    Args:
+        make_chat: gives the chat of a new visitor.
+        settings: `settings_of` such a chat.
+        name: the model's name.
+    """
+
+    def __init__(self, make_chat: Callable[[], SharedChat], settings: dict[str, Any], name: str):
+        self.make_chat, self.settings = make_chat, settings
         with gr.Blocks(title="TransferTransfo", analytics_enabled=False, fill_width=True) as self.blocks:
             self.chat = gr.State()
             self.saved = gr.BrowserState("", storage_key="persona", secret="transfertransfo")
@@ -261,7 +274,7 @@ class Page:
                 self.fields[name] = kind(value, label=name, info=helps[name], elem_id=f"set_{name}", **whole)
 
     def connect(self) -> None:
-        # what a browser sends is looked at here: Gradio shows a traceback where it finds another type
+        # the handlers check what a browser sends: Gradio shows a traceback at a wrong type
         options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
         shown = [self.chat, self.talk]
         persona = [*shown, self.persona, self.saved]
@@ -282,7 +295,7 @@ class Page:
             events = [field.input] if isinstance(field, gr.Checkbox) else [field.blur, field.submit]
             gr.on(events, self.set(name), [self.chat, field], [*shown, *self.fields.values()], **options)
 
-    # handlers: each gives chat and talk first. There is no chat after the server has begun anew
+    # Handlers. Each returns chat and talk first. The chat is None after a restart of the server
 
     def stream(self, action: Callable[..., Generator[str]]) -> Callable[..., Iterator[list[Any]]]:
         """A handler that shows the talk as a reply grows in it."""
@@ -297,12 +310,16 @@ class Page:
                     html = show(chat, note=" ".join(chat.told))
             except UserError as error:
                 html = show(chat, note=in_flags(error))
-            yield [chat, html]  # when the next action may come
+            yield [chat, html]  # after the lock was released
 
         return handler
 
     def act(self, action: Callable[..., str], *, stops: bool = True) -> Callable[..., list[Any]]:
-        """A handler that shows the talk after an action; whether a reply that is being made is stopped for it."""
+        """A handler that shows the talk after an action.
+
+        Args:
+            stops: whether the action stops a reply that grows.
+        """
 
         def handler(chat: SharedChat | None, *values: Any) -> list[Any]:
             chat = chat or self.make_chat()
@@ -332,7 +349,7 @@ class Page:
 
     def say(self, chat: SharedChat | None, text: Any) -> Iterator[list[Any]]:
         text = unicode_of(str(text or ""))
-        boxed: Any = ""  # once: the next message may be in it then
+        boxed: Any = ""  # emptied once: later the next message may be in it
         for now, html in self.stream(say)(chat, text):
             if GROWING not in html and not (now.exchanges and now.exchanges[-1].text == text):
                 boxed = text  # it was not answered
@@ -343,7 +360,7 @@ class Page:
         return self.use_persona(None, saved or None)
 
     def use_persona(self, chat: SharedChat | None, text: Any) -> list[Any]:
-        """Begin again with a persona, which the browser then keeps; None = the server's own."""
+        """Begin again with a persona, which the browser keeps. None = the server's own persona."""
 
         def action(chat: SharedChat) -> str:
             return show(chat, note="" if text is None else chat.begin(text.splitlines()))

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,20 +38,20 @@ from transfertransfo.chat.sharing import (
     check_length,
 )
 from transfertransfo.data.tokenization import tokenize
-from transfertransfo.decoding import LEAST, Context, Decoding
+from transfertransfo.decoding import Context, Decoding, fit_context
 from transfertransfo.errors import SettingError, UserError, printable
 
 MOST_BYTES = 1 << 20  # of a request
 SMALLEST = 1e-6  # temperature, as the flag has it
 MOST_CONNECTIONS = 512  # a visitor's page holds two
-MOST_SECONDS = 30.0  # for a request's body to come
+MOST_SECONDS = 30.0  # until a request's body has come
 # What the page loads, and the endpoint. Gradio has more: uploads, files, a proxy, its own interface for programs.
 OPEN_PATHS = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/v1/models", "/v1/chat/completions"}
 OPEN_PATHS |= {f"/gradio_api/{name}" for name in ("queue/join", "queue/data", "cancel", "reset", "startup-events")}
 OPEN_FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 PAGES_OWN = "/gradio_api/"
 HEADERS = {
-    # Gradio's page makes its functions of text; nothing of it comes from another place
+    # Gradio's page makes functions of text (unsafe-eval); all of it comes from this server
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -63,6 +63,16 @@ logger = logging.getLogger(__name__)
 # ---- the endpoint ----
 
 
+class Fields(BaseModel):
+    """Fields of a request. A null field is a missing one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields: Any) -> Any:
+        is_object = isinstance(fields, dict)
+        return {name: value for name, value in fields.items() if value is not None} if is_object else fields
+
+
 class Part(BaseModel):
     type: Literal["text"]
     text: str
@@ -70,20 +80,20 @@ class Part(BaseModel):
 
 class Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None
 
     @property
     def text(self) -> str:
-        text = self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
-        return unicode_of(text)
+        content = self.content or ""
+        return unicode_of(content if isinstance(content, str) else " ".join(part.text for part in content))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     include_usage: bool = False
 
 
-class Question(BaseModel, allow_inf_nan=False):
-    """What `POST /v1/chat/completions` takes; other fields of OpenAI's have no effect. None = as the server's flags."""
+class Question(Fields, allow_inf_nan=False):
+    """The body of `POST /v1/chat/completions`. Other fields have no effect. None = as the server's flags say."""
 
     model: str = ""
     messages: list[Turn] = Field(min_length=1, max_length=MOST_TURNS)
@@ -93,38 +103,47 @@ class Question(BaseModel, allow_inf_nan=False):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=MOST_REPLIES)
-    rank: bool | None = None  # OpenAI has none: whether the choice head says which replies come first
+    rank: bool | None = None  # our own: the replies that the choice head scores best come first
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
     def decoding(self, flags: Decoding) -> Decoding:
-        """How the replies are chosen: as this says, and where it says nothing as the flags do."""
-        changed: dict[str, Any] = {}
-        if length := self.max_completion_tokens or self.max_tokens:
-            changed |= {"max_length": length, "min_length": min(flags.min_length, length)}
-        if self.top_p is not None:
-            changed["top_p"] = max(self.top_p, SMALLEST)  # 0 is the likeliest token here, and no filter to the flag
-        if self.temperature is not None:
-            changed["no_sample"] = self.temperature < SMALLEST
-            changed["temperature"] = max(self.temperature, SMALLEST)
-        if self.n > 1 or self.temperature is not None or self.top_p is not None:
-            changed["num_beams"] = 0  # which are not sampled
-        rank = flags.rank if self.rank is None else self.rank
-        beams = changed.get("num_beams", flags.num_beams)
-        consensus = flags.consensus and self.rank is None
-        samples = max(self.n, flags.num_samples if rank or consensus else 1)
-        greedy = changed.get("no_sample", flags.no_sample)
-        if beams or (greedy and self.n == 1):
-            samples = 1
-        count = max(beams, samples)
-        orders = {"rank": rank and count >= LEAST["rank"], "consensus": consensus and count >= LEAST["consensus"]}
-        return replace(flags, num_samples=samples, **orders, **changed)
-
-    def context(self, chat: Chat) -> Context:
-        """Persona and history: the system's messages, else the server's persona; turns alternate, the user's last.
+        """How the replies are chosen: the server's decoding, changed by the fields given.
 
         Raises:
-            UserError: there are none that could be answered.
+            SettingError: two settings exclude each other.
+        """
+        settings: dict[str, Any] = {}
+        if length := self.max_completion_tokens or self.max_tokens:
+            settings |= {"max_length": length, "min_length": min(flags.min_length, length)}
+        if self.top_p is not None:
+            settings["top_p"] = max(self.top_p, SMALLEST)  # 0 is the likeliest token here, and no filter to the flag
+        if self.temperature is not None:
+            settings["no_sample"] = self.temperature < SMALLEST
+            settings["temperature"] = max(self.temperature, SMALLEST)
+        greedy = settings.get("no_sample", flags.no_sample)
+        if greedy and self.n > 1:
+            raise SettingError(f"n {self.n}: at temperature 0 they would all be the same", "n")
+        if self.n > 1 or self.temperature is not None or self.top_p is not None:
+            settings["num_beams"] = 0  # which are not sampled
+        if greedy or settings.get("num_beams", flags.num_beams):
+            settings["num_samples"] = 1
+        else:
+            chooses = flags.chooses if self.rank is None else self.rank
+            settings["num_samples"] = max(self.n, flags.num_samples if chooses else 1)
+        decoding = flags.changed(**settings)
+        if self.rank is None:
+            return decoding
+        return replace(decoding, rank=self.rank and decoding.count > 1, consensus=False)
+
+    def context(self, chat: Chat) -> Context:
+        """Persona and history to reply to.
+
+        The system's messages are the persona; without any it is the server's. Messages of one speaker in a row are one
+        turn.
+
+        Raises:
+            UserError: a message is too long, or the last one is not the user's or says nothing.
         """
         for i, turn in enumerate(self.messages):
             check_length(f"messages.{i}.content", turn.text)
@@ -145,11 +164,11 @@ class Question(BaseModel, allow_inf_nan=False):
 
 
 class Endpoint:
-    """Answers `Question`s.
+    """Answers a `Question`.
 
     Args:
-        chat: persona, decoding and history where a question has none.
-        name: of the model.
+        chat: has the persona, decoding and `max_history` of questions without their own.
+        name: the model's name.
     """
 
     def __init__(self, shared: SharedModel, chat: Chat, name: str):
@@ -157,12 +176,15 @@ class Endpoint:
         self.started = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/models", self.models, methods=["GET"])
-        app.add_api_route("/v1/chat/completions", self.complete, methods=["POST"], response_model=None)
-        app.add_exception_handler(RequestValidationError, invalid)
-        app.add_exception_handler(UserError, refused)
-        app.add_exception_handler(HTTPException, denied)
-        app.add_exception_handler(Exception, failed)
+        # an app of its own refuses a wrong method; the page, mounted beside the routes, would answer it
+        api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        api.add_api_route("/models", self.models, methods=["GET", "HEAD"])
+        api.add_api_route("/chat/completions", self.complete, methods=["POST"], response_model=None)
+        api.add_exception_handler(RequestValidationError, invalid)
+        api.add_exception_handler(UserError, refused)
+        api.add_exception_handler(HTTPException, denied)
+        api.add_exception_handler(Exception, failed)
+        app.mount("/v1", api)
 
     def models(self) -> dict[str, Any]:
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "transfertransfo"}
@@ -184,10 +206,16 @@ class Endpoint:
                 replies = event.result[: question.n]
         choices = [
             {"index": i, "message": {"role": "assistant", "content": self.chat.text_of(reply).strip()},
-             "logprobs": None, "finish_reason": reason(reply, decoding)} for i, reply in enumerate(replies)
+             "logprobs": None, "finish_reason": finish_reason(reply, decoding)} for i, reply in enumerate(replies)
         ]  # fmt: skip
-        usage = count(context, replies)
+        usage = self.usage(context, decoding, replies)
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage})
+
+    def usage(self, context: Context, decoding: Decoding, replies: list[list[int]]) -> dict[str, int]:
+        """The numbers of tokens that the model was given and that it replied."""
+        persona, history, _ = fit_context(self.shared.model, context, decoding.max_length)
+        asked, given = (sum(map(len, texts)) for texts in ([*persona, *history], replies))
+        return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
 
     async def chunks(
         self,
@@ -198,7 +226,7 @@ class Endpoint:
         events: Generator[list[list[int]] | Finished],
         head: dict[str, Any],
     ) -> AsyncGenerator[str]:
-        """The replies as server-sent events; beams and the best of several come whole."""
+        """The replies as server-sent events. Beams, and replies that are to be ordered, come whole."""
 
         def chunk(**fields: Any) -> str:
             return f"data: {json.dumps(head | {'object': 'chat.completion.chunk'} | fields)}\n\n"
@@ -222,17 +250,17 @@ class Endpoint:
                     if piece := text.piece(reply, whole=whole):
                         yield delta(i, {"content": piece})
         except UserError as error:  # too late for another status
-            yield f"data: {json.dumps(problem(str(error), 'server_error'))}\n\n"
+            yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
             return
         for i, reply in enumerate(replies):
-            yield delta(i, {}, reason(reply, decoding))
+            yield delta(i, {}, finish_reason(reply, decoding))
         if question.stream_options.include_usage:
-            yield chunk(choices=[], usage=count(context, replies))
+            yield chunk(choices=[], usage=self.usage(context, decoding, replies))
         yield "data: [DONE]\n\n"
 
 
 async def while_connected(request: Request, events: Generator) -> AsyncGenerator[Any]:
-    """The events of a reply; it is stopped when the client leaves."""
+    """The events of a reply. It stops when the client leaves."""
     with closing(events):
         async for event in iterate_in_threadpool(events):
             if await request.is_disconnected():
@@ -240,18 +268,11 @@ async def while_connected(request: Request, events: Generator) -> AsyncGenerator
             yield event
 
 
-def reason(reply: list[int], decoding: Decoding) -> str:
+def finish_reason(reply: list[int], decoding: Decoding) -> str:
     return "length" if len(reply) >= decoding.max_length else "stop"
 
 
-def count(context: Context, replies: list[list[int]]) -> dict[str, int]:
-    """The tokens of a question and of its replies."""
-    asked = sum(map(len, [*context.persona, *context.history]))
-    given = sum(map(len, replies))
-    return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
-
-
-def problem(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
@@ -259,42 +280,44 @@ def problem(message: str, kind: str = "invalid_request_error", param: str | None
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = ".".join(map(str, first["loc"][1:]))
-    name = printable(field)[:100] or "the request"
-    return JSONResponse(problem(f"{name}: {first['msg']}", param=name), 400)
+    if isinstance(error.body, bytes):  # FastAPI did not read it as JSON
+        return JSONResponse(error_body("send content-type: application/json"), 400)
+    if first["type"] == "json_invalid":
+        return JSONResponse(error_body(f"the request is not JSON: {first['ctx']['error']}"), 400)
+    name = printable(".".join(map(str, first["loc"][1:])))[:100] or None
+    return JSONResponse(error_body(f"{name or 'the request'}: {first['msg']}", param=name), 400)
 
 
 async def denied(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return JSONResponse(problem(str(error.detail)), error.status_code, error.headers)
+    return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
 
 async def failed(request: Request, error: Exception) -> JSONResponse:
     logger.debug("a request failed", exc_info=error)
-    return JSONResponse(problem("the server failed", "server_error"), 500)
+    return JSONResponse(error_body("the server failed", "server_error"), 500)
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, Failed):
-        return JSONResponse(problem(str(error), "server_error"), 500)
+        return JSONResponse(error_body(str(error), "server_error"), 500)
     if isinstance(error, Busy):
-        return JSONResponse(problem(str(error), "server_error"), 503, {"retry-after": "1"})
+        return JSONResponse(error_body(str(error), "server_error"), 503, {"retry-after": "1"})
     names = error.names if isinstance(error, UserError) else ()
-    return JSONResponse(problem(str(error), param=names[0] if names else None), 400)
+    return JSONResponse(error_body(str(error), param=names[0] if names else None), 400)
 
 
-# ---- who may ask, and for what ----
+# ---- access ----
 
 
 class Guard:
-    """Lets through what page and endpoint need, from whoever has the token, or from this machine where there is none.
+    """Lets requests of page and endpoint through, of whoever has the token. Without a token, of this machine.
 
-    A browser that comes with `/?token=TOKEN` gets a cookie; a program sends `Authorization: Bearer TOKEN`. Without a
-    token the server must be called by a name of this machine: a page from elsewhere may have a name of its own that
-    leads here.
+    A browser that comes with `/?token=TOKEN` gets a cookie. A program sends `Authorization: Bearer TOKEN`. Without a
+    token the request must name this machine as its host: another site's name may point here (DNS rebinding).
 
     Args:
-        inputs: how many values each of the page's handlers takes, by its number.
+        inputs: the number of values that each of the page's handlers takes, by the handler's number.
     """
 
     def __init__(self, app: ASGIApp, token: str = "", inputs: Mapping[int, int] | None = None):
@@ -316,19 +339,19 @@ class Guard:
             if path.startswith(PAGES_OWN) and body:
                 check_press(path, body, self.inputs)
         except HTTPException as refusal:
-            response = JSONResponse(problem(refusal.detail), refusal.status_code, refusal.headers)
+            response = JSONResponse(error_body(refusal.detail), refusal.status_code, refusal.headers)
             return await response(scope, receive, send)
         except ClientDisconnect:
             return None
-        if path in ("/", "/config"):  # its query may name a file
+        if path in ("/", "/config"):  # Gradio opens files that its query names
             scope = {**scope, "query_string": b""}
         await self.app(scope, given(body, receive), with_headers(send))
 
     def check(self, path: str, headers: dict[str, str]) -> None:
-        """Check what is asked for, and by whom.
+        """Check path, host, origin and token.
 
         Raises:
-            HTTPException: it is not let through.
+            HTTPException: the request is not let through.
         """
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if origin and split(origin).netloc != host:
@@ -351,11 +374,11 @@ class Guard:
 
 
 async def body_of(receive: Receive) -> bytes:
-    """The body of a request, once it is there.
+    """The whole body of a request.
 
     Raises:
-        HTTPException: it is too long, or too long in coming.
-        ClientDisconnect: it does not come.
+        HTTPException: it is too long, or takes too long to come.
+        ClientDisconnect: the client left.
     """
     body = bytearray()
     try:
@@ -375,7 +398,7 @@ async def body_of(receive: Receive) -> bytes:
 
 
 def given(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was received already, and then what else comes."""
+    """A function that receives a body that is here already, and then further messages."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -385,13 +408,13 @@ def given(body: bytes, receive: Receive) -> Receive:
 
 
 def check_press(path: str, body: bytes, inputs: Mapping[int, int]) -> None:
-    """Check that a request of the page's is one that it sends: lists of words and numbers, as many as a handler takes.
+    """Check that a request to Gradio has the shape that our page sends.
 
-    Gradio takes an object among them for a file, which it fetches from wherever the object says. Of too few, and of a
-    handler that is not there, it shows a traceback.
+    That is a flat list of texts and numbers, as many as the handler takes. Gradio reads an object in it as a file, and
+    fetches it from the address in the object. Too few values, or an unknown handler, make it show a traceback.
 
     Raises:
-        HTTPException: they do.
+        HTTPException: the request has another shape.
     """
 
     def is_flat(value: Any, depth: int) -> bool:
@@ -411,7 +434,7 @@ def check_press(path: str, body: bytes, inputs: Mapping[int, int]) -> None:
 
 
 def split(address: str) -> SplitResult:
-    """The parts of an address; none where it is none."""
+    """The parts of an address; empty ones where it cannot be parsed."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -429,7 +452,7 @@ def with_headers(send: Send) -> Send:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name, is this machine's own."""
+    """Whether an address or a name is this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -451,7 +474,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.close()
-        self.force_exit = self.should_exit  # the second time
+        self.force_exit = self.should_exit  # at the second signal
         self.should_exit = True
 
 
@@ -459,7 +482,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
     Raises:
-        SettingError: it cannot be had.
+        SettingError: the system refuses it.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""One model for many chats at once: what they ask for waits in a queue, and what coincides is done in one batch."""
+"""One model for many chats at once. Requests wait in a queue, and like ones are answered in one batch."""
 
 import logging
 import secrets
@@ -28,7 +28,7 @@ from transfertransfo.model.double_heads import DoubleHeads
 
 logger = logging.getLogger(__name__)
 
-# What a stranger may ask for at most
+# Limits of a server's requests
 MOST_CHARACTERS = 4000  # of a message, and of a persona
 MOST_TURNS = 400  # of a history
 MOST_TOKENS = 256  # of a reply
@@ -37,8 +37,8 @@ MOST_WAITING = 128  # jobs
 MOST_ROWS = 64  # of a batch
 MOST_AT_ONCE = 1 << 15  # tokens of a batch, padding included: some 2 GB of SmolLM2's cache
 
-PATIENCE = 10.0  # seconds that an action waits for the one before it
-BEAT = 0.5  # seconds after which one who waits may look whether anybody still waits for him
+PATIENCE = 10.0  # seconds that an action waits for the previous one
+BEAT = 0.5  # seconds between two looks at whether the client is still there
 
 
 class Busy(UserError):
@@ -46,11 +46,11 @@ class Busy(UserError):
 
 
 class Failed(UserError):
-    """A fault of the server's, which `--debug` shows."""
+    """The server has a fault, which `--debug` shows."""
 
 
 class Stopped(UserError):
-    """Who asked for the reply does not want it any more."""
+    """The visitor stopped the reply."""
 
 
 class Finished(NamedTuple):
@@ -64,8 +64,8 @@ class Job:
     """A reply to find, or replies to weigh.
 
     Attributes:
-        events: the tokens of each step, a list a reply; then `Finished`, or the exception that came instead.
-        stopped: nobody wants it any more.
+        events: the new tokens of each step, a list for each reply; at last `Finished` or an exception.
+        stopped: nobody waits for it any more.
     """
 
     context: Context
@@ -77,11 +77,11 @@ class Job:
 
     @property
     def width(self) -> int:
-        """Rows of a batch."""
-        return max(self.decoding.num_beams, self.decoding.num_samples) if self.decoding else 1
+        """The number of rows that it has in a batch."""
+        return self.decoding.count if self.decoding else 1
 
     def length(self, n_positions: int) -> int:
-        """Tokens of a row of a model that sees so many."""
+        """The number of tokens of a row, if the model sees `n_positions`."""
         context = sum(map(len, [*self.context.persona, *self.context.history]))
         replies = self.decoding.max_length if self.decoding else sum(map(len, self.replies))
         return min(context, n_positions) + replies
@@ -96,7 +96,7 @@ class SharedModel:
         self.batches = 0
         self.changed = threading.Condition()
         self.closed = False
-        self.jobs: list[Job] = []  # which the thread is at
+        self.jobs: list[Job] = []  # the present batch
         model.pretrained.base_model.register_forward_pre_hook(self._check_wanted)
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
         self.thread.start()
@@ -104,15 +104,16 @@ class SharedModel:
     def reply(
         self, context: Context, decoding: Decoding, seed: int
     ) -> Generator[list[list[int]] | Finished, None, None]:
-        """The tokens of each step, a list a reply, none where there is nothing new; at last all replies, best first.
+        """The new tokens of each step, a list for each reply; at last all replies, best first.
 
-        Closing it stops the reply. A sampled reply depends on the seed, not on who else asks.
+        An empty list comes while nothing is new. Closing the generator stops the reply. A sampled reply depends on the
+        seed, not on other requests.
 
         Raises:
-            SettingError: more is asked for than the limits above allow.
-            Busy: too many are waiting.
+            UserError: a limit is exceeded.
+            Busy: too many requests are waiting.
         """
-        check(decoding)
+        check_limits(decoding)
         job = Job(context, decoding, seed)
         if (tokens := job.width * job.length(self.model.n_positions)) > MOST_AT_ONCE:
             raise UserError(f"{job.width} replies to so long a dialog are {tokens} tokens: {MOST_AT_ONCE} at most here")
@@ -121,13 +122,13 @@ class SharedModel:
         return events
 
     def weigh(self, context: Context, replies: list[list[int]]) -> list[Weighed]:
-        """What the two heads say about replies to a context."""
+        """Score and log-probability of each of these replies to a context."""
         *_, last = self._events(self._enqueue(Job(context, replies=replies)))
         assert isinstance(last, Finished)
         return last.result
 
     def close(self) -> None:
-        """End all that runs and waits."""
+        """End all jobs."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -142,7 +143,7 @@ class SharedModel:
         return job
 
     def _events(self, job: Job) -> Generator[list[list[int]] | Finished, None, None]:
-        """First an empty step, then what the thread tells of the job."""
+        """An empty step, then the events of a job."""
         try:
             event: Any = []
             yield event
@@ -165,7 +166,7 @@ class SharedModel:
             try:
                 if jobs:
                     self._answer(jobs)
-            except Exception as error:  # goes to those who wait
+            except Exception as error:  # raised where the jobs' events are read
                 if not isinstance(error, UserError):
                     logger.debug("a batch failed", exc_info=True)
                 for job in jobs:
@@ -177,12 +178,12 @@ class SharedModel:
             job.events.put(Busy("the server stops"))
 
     def _check_wanted(self, *_: object) -> None:
-        """Raise an error where nobody waits for what the model is at: before each of its forwards."""
+        """Raise an error if nobody waits for the present batch. This is called before each forward of the model."""
         if self.jobs and (self.closed or all(job.stopped for job in self.jobs)):
             raise Busy("the server stops")
 
     def _next_batch(self) -> list[Job]:
-        """The oldest job and those like it, taken out of the queue."""
+        """Take the oldest job, and those that are decoded alike, out of the queue."""
         self.waiting = [job for job in self.waiting if not job.stopped]
         alike = [job for job in self.waiting if job.decoding == self.waiting[0].decoding]
         batch: list[Job] = []
@@ -210,7 +211,7 @@ class SharedModel:
             job.events.put(Finished(result))
 
     def _sample(self, jobs: list[Job], decoding: Decoding) -> list[list[list[int]]]:
-        """The replies to each context; each step is told to those who wait."""
+        """The replies to each job's context. Each step becomes an event of its job."""
         generators = [torch.Generator(self.model.device).manual_seed(job.seed) for job in jobs]
         found: list[list[list[int]]] = [[[] for _ in range(decoding.num_samples)] for _ in jobs]
         contexts = [job.context for job in jobs]
@@ -226,11 +227,11 @@ class SharedModel:
         return found
 
 
-def check(decoding: Decoding) -> None:
-    """Check that decoding asks for no more than a stranger may.
+def check_limits(decoding: Decoding) -> None:
+    """Check that decoding is within the limits of a server.
 
     Raises:
-        SettingError: it does.
+        SettingError: a setting exceeds its limit.
     """
     limits = {"max_length": MOST_TOKENS, "num_samples": MOST_REPLIES, "num_beams": MOST_REPLIES}
     for name, most in limits.items():
@@ -242,11 +243,11 @@ class SharedChat(Chat):
     """A chat over a model that others use too.
 
     Args:
-        seed: decides on the replies; 0 = other ones each time.
+        seed: of the replies; 0 = other ones each time.
         decoding, max_history, persona, draw, transcript: as those of `Chat`.
 
     Attributes:
-        told: what is no part of the dialog, to be shown and cleared.
+        told: lines that are no part of the dialog, to be shown and cleared.
     """
 
     def __init__(
@@ -260,8 +261,10 @@ class SharedChat(Chat):
         transcript: TextIO | None = None,
     ):
         self.shared, self.id = shared, secrets.token_hex(4)
-        self.busy, self.unwanted = threading.Lock(), threading.Event()
-        self.weights: dict[int, tuple[Any, list[Weighed]]] = {}  # of each turn, and what they were made of
+        self.busy = threading.Lock()
+        # how often `stop` was called, and how often before the present action was asked for
+        self.stops = self.stops_before = 0
+        self.weights: dict[int, tuple[Any, list[Weighed]]] = {}  # of each turn, with the context and candidates weighed
         self.told: list[str] = []
         self.seed_with(seed)
         super().__init__(
@@ -269,26 +272,27 @@ class SharedChat(Chat):
         )
 
     def stop(self) -> None:
-        """End the reply that is being made, as far as it has come."""
-        self.unwanted.set()
+        """Stop the reply; what it has so far is kept. A reply that waits for another action is stopped too."""
+        self.stops += 1
 
     @contextmanager
     def one_action(self) -> Iterator[None]:
-        """Have what a visitor does at once happen one after another.
+        """Make a visitor's actions wait for one another.
 
         Raises:
-            Busy: the action before takes long.
+            Busy: the previous action takes too long.
         """
+        stops = self.stops
         if not self.busy.acquire(timeout=PATIENCE):
             raise Busy("what you asked for before still goes on")
         try:
-            self.unwanted.clear()
+            self.stops_before = stops
             yield
         finally:
             self.busy.release()
 
     def seed_with(self, seed: int) -> None:
-        """Begin another sequence of replies."""
+        """Seed the replies from now on."""
         self.seed = seed
         self.draws = torch.Generator()
         self.draws.manual_seed(seed) if seed else self.draws.seed()
@@ -319,14 +323,14 @@ class SharedChat(Chat):
         return last.result
 
     def events(self, context: Context, decoding: Decoding) -> Generator[list[list[int]] | Finished]:
-        """As `SharedModel.reply`, until it is stopped.
+        """As `SharedModel.reply`.
 
         Raises:
-            Stopped: by `stop`.
+            Stopped: `stop` was called.
         """
         with closing(self.shared.reply(context, decoding, self.next_seed())) as events:
             for event in events:
-                if self.unwanted.is_set():
+                if self.stops > self.stops_before:
                     raise Stopped("(stopped)")
                 yield event
 
@@ -338,7 +342,7 @@ class SharedChat(Chat):
         self.exchanges[turn] = exchange._replace(candidates=[*exchange.candidates, *new][: 2 * MOST_REPLIES])
 
     def weighed(self, turn: int) -> list[Weighed]:
-        """What the two heads say about the candidates of a turn; kept until one of these or the context changes."""
+        """Score and log-probability of each candidate of a turn. They are kept until candidates or context change."""
         exchange = self.exchanges[turn]
         context = self.context(self.exchanges[:turn], exchange.heard)
         context = fit_context(self.model, context, self.decoding.max_length)
@@ -353,7 +357,7 @@ class SharedChat(Chat):
 
 
 def check_length(name: str, text: str) -> None:
-    """Check the length of what a stranger wrote.
+    """Check the length of a visitor's text.
 
     Raises:
         UserError: it is too long.

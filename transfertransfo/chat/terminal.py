@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -54,8 +55,18 @@ def talk(chat: Chat, read: Callable[[], str], show: Callable[..., None]) -> None
 
 
 @contextlib.contextmanager
+def orderly_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit with status 143, so that the terminal is put back as it was."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def unseen_keys() -> Iterator[None]:
-    """Have the terminal not show what is typed meanwhile; it stays for the next prompt. Ctrl-C and Ctrl-Z work on."""
+    """Hide keys that are typed meanwhile. They appear at the next prompt. Ctrl-C and Ctrl-Z work on."""
     try:
         before = termios.tcgetattr(sys.stdin)
         hushed = before.copy()
@@ -71,10 +82,7 @@ def unseen_keys() -> Iterator[None]:
 
 
 def make_printer() -> Callable[..., None]:
-    """A function that shows text, at once, in a colour of `COLOURS` if stdout is a terminal that has any.
-
-    On a terminal words wrap at its width.
-    """
+    """A function that shows text at once. On a terminal it has colours, and words wrap at the width."""
     terminal = sys.stdout.isatty()
     coloured = terminal and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
     wrap = Wrapper(lambda: shutil.get_terminal_size().columns) if terminal else str
@@ -87,7 +95,7 @@ def make_printer() -> Callable[..., None]:
 
 
 class Wrapper:
-    """Breaks lines of text between words, where the next one would not fit. The text comes in pieces of whole words."""
+    """Breaks lines before words that would not fit. The text comes in pieces of whole words."""
 
     def __init__(self, width: Callable[[], int]):
         self.width, self.column = width, 0
@@ -106,9 +114,9 @@ class Wrapper:
 
 
 def make_reader() -> Callable[[], str]:
-    """A function that reads a line: with editing and a history on a terminal, plainly from anything else.
+    """A function that reads a line. A terminal has editing and a history.
 
-    It raises EOFError at the end of the input and KeyboardInterrupt at Ctrl-C.
+    The function raises EOFError at the end of the input and KeyboardInterrupt at Ctrl-C.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return make_editor() if terminal else read_plainly
@@ -130,7 +138,7 @@ def make_editor() -> Callable[[], str]:
 
 
 def open_history() -> History:
-    """The lines typed in earlier chats, and where those of this one go: a file of the user's own, if there can be."""
+    """The history of typed lines, in a file that only the user can read; in memory where there can be none."""
     try:
         path = cache_folder() / "chat_history"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -143,7 +151,7 @@ def open_history() -> History:
 
 @contextlib.contextmanager
 def open_transcript(path: str | None) -> Iterator[TextIO | None]:
-    """A file, open for more lines, or None where there is no path.
+    """A file to which lines can be added; None without a path.
 
     Raises:
         SettingError: it cannot be opened.
@@ -158,5 +166,5 @@ def open_transcript(path: str | None) -> Iterator[TextIO | None]:
     try:
         yield file
     finally:
-        with contextlib.suppress(OSError):  # lines that the disk did not take: the chat has said so
+        with contextlib.suppress(OSError):  # a full disk, which the chat has told of
             file.close()
