@@ -73,9 +73,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from transfertransfo.data.dataset import load_dataset
+    from transfertransfo.data.inputs import Example
     from transfertransfo.data.tokenization import tokenize
-    from transfertransfo.decoding import Context, weigh_replies
     from transfertransfo.model.loading import load_finetuned
+    from transfertransfo.ranking import weigh_candidates
 
     set_up_logging()
     model, tokenizer = load_finetuned(args.checkpoint, device=args.device)
@@ -89,11 +90,14 @@ def main(argv: list[str] | None = None) -> None:
         right_scores = right_log_ps = 0
         for start in range(0, len(cases), BATCH):
             part = cases[start : start + BATCH]
-            contexts = [Context(tokenize(tokenizer, persona), [question]) for persona, _, _ in part]
-            replies = [tokenize(tokenizer, [sentence, other]) for _, sentence, other in part]
-            for (agrees, contradicts), ids in zip(weigh_replies(model, contexts, replies, tokenizer), replies):
+            examples = [
+                Example(tokenize(tokenizer, persona), [question], tokenize(tokenizer, [sentence, other]))
+                for persona, sentence, other in part
+            ]
+            for (agrees, contradicts), example in zip(weigh_candidates(model, tokenizer, examples), examples):
+                lengths = [len(ids) + 1 for ids in example.candidates]  # with <eos>
                 right_scores += agrees.score > contradicts.score
-                right_log_ps += agrees.log_p / (len(ids[0]) + 1) > contradicts.log_p / (len(ids[1]) + 1)
+                right_log_ps += agrees.log_p / lengths[0] > contradicts.log_p / lengths[1]
         n = max(len(cases), 1)
         print(f"{kind:16} {len(cases):9} {right_scores / n:12.3f} {right_log_ps / n:15.3f}")
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import OpenAIGPTConfig
 
 from transfertransfo.cli import ArgumentParser, add_decoding_flags
-from transfertransfo.data.inputs import build_input_from_segments, context_positions, tree_sizes
+from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, tree_sizes
 from transfertransfo.data.tokenization import SPECIAL_TOKENS
 from transfertransfo.decoding import (
     Context,
@@ -25,15 +25,14 @@ from transfertransfo.decoding import (
     fit_context,
     generate,
     sample_sequence,
-    score_replies,
     top_filtering,
-    weigh_replies,
 )
 from transfertransfo.errors import SettingError, UserError, flags_named
 from transfertransfo.evaluation.metrics import f1
-from transfertransfo.model.cache import CachedRows, Memory
+from transfertransfo.model.cache import CachedRows, PrefixCache
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.gpt import OpenAIGPTDoubleHeadsModel
+from transfertransfo.ranking import score_candidates, weigh_candidates
 
 of_every_family = pytest.mark.parametrize("family", EVERY_FAMILY)
 
@@ -352,16 +351,20 @@ def test_ngrams_of_the_models_own_earlier_turns_are_blocked(model, tokenizer, nu
     assert not {(7, 7), (8, 7)} & set(itertools.pairwise(got[3]))
 
 
+def examples(replies: list[list[list[int]]]) -> list[Example]:
+    """The first contexts with replies to each."""
+    return [Example(*context, row) for context, row in zip(CONTEXTS, replies)]
+
+
 @of_every_family
 def test_ranking_equals_the_scores_of_one_sequence_a_reply(model, tokenizer):
-    torch.manual_seed(0)
     args = options(no_sample=False, num_samples=5, temperature=2.0)
     torch.manual_seed(1)
     drawn = candidate_replies(model, CONTEXTS, tokenizer, args)
     args = replace(args, rank=True)
     torch.manual_seed(1)
     ranked = candidate_replies(model, CONTEXTS, tokenizer, args)
-    scores = score_replies(model, CONTEXTS, drawn, tokenizer)
+    scores = score_candidates(model, tokenizer, examples(drawn))
     for context, replies, row, best_first in zip(CONTEXTS, drawn, scores, ranked):
         for reply, score in zip(replies, row):
             assert score == pytest.approx(one_sequence_score(model, context, reply, tokenizer), abs=1e-4)
@@ -402,7 +405,7 @@ def one_sequence_score(model, context, reply, tokenizer) -> float:
 @of_every_family
 def test_weighed_replies_equal_one_sequence_a_reply(model, tokenizer):
     replies = [[[7], [8, 9]], [[7, 8, 9]], [[]], [[9, 7], [9, 8], [9]]]
-    for context, row, weighed in zip(CONTEXTS, replies, weigh_replies(model, CONTEXTS, replies, tokenizer)):
+    for context, row, weighed in zip(CONTEXTS, replies, weigh_candidates(model, tokenizer, examples(replies))):
         for reply, (score, log_p) in zip(row, weighed, strict=True):
             assert score == pytest.approx(one_sequence_score(model, context, reply, tokenizer), abs=1e-4)
             sequence = build_input_from_segments(*context, reply, tokenizer, lm_labels=True)
@@ -417,7 +420,7 @@ def test_weighed_replies_equal_one_sequence_a_reply(model, tokenizer):
 
 def test_scores_of_different_numbers_of_replies(model, tokenizer):
     replies = [[[7], [8, 9]], [[7]], [[]], [[9]]]
-    assert [len(row) for row in score_replies(model, CONTEXTS, replies, tokenizer)] == [2, 1, 1, 1]
+    assert [len(row) for row in score_candidates(model, tokenizer, examples(replies))] == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -498,7 +501,7 @@ def test_scores_that_are_not_finite_are_said(model, tokenizer, monkeypatch, chan
         generate(model, [CONTEXTS[0]], tokenizer, options(min_length=8, **changed))
     monkeypatch.setattr(type(model), "choice_scores", lambda self, hidden: hidden[..., 0] * bad)
     with pytest.raises(UserError, match=r"^the model gives scores that are not finite"):
-        score_replies(model, [CONTEXTS[0]], [[[7], [8]]], tokenizer)
+        score_candidates(model, tokenizer, examples([[[7], [8]]]))
 
 
 # A chat's turns, one after another
@@ -521,7 +524,7 @@ def chat_contexts(replies_of, max_history: int, turns: int = 4):
 ])  # fmt: skip
 @pytest.mark.parametrize("max_history", [1, -1])
 def test_a_chat_with_a_memory_is_one_without(model, tokenizer, changed, max_history):
-    memory, decoding = Memory(), options(min_length=3, **changed)
+    memory, decoding = PrefixCache(), options(min_length=3, **changed)
 
     def replies_of(context) -> list[int]:
         found = []
@@ -537,7 +540,7 @@ def test_a_chat_with_a_memory_is_one_without(model, tokenizer, changed, max_hist
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_a_turn_encodes_what_the_memory_does_not_serve(model, tokenizer, encoded):
     """With the whole history: the partner's words, two speakers, and the reply's last word if the cache lacks it."""
-    memory = Memory()
+    memory = PrefixCache()
 
     def replies_of(context) -> list[int]:
         return candidate_replies(model, [context], tokenizer, options(min_length=8), memory=memory)[0][0]
@@ -554,7 +557,7 @@ def test_a_turn_encodes_what_the_memory_does_not_serve(model, tokenizer, encoded
 
 
 def test_logits_after_a_memory_are_those_of_the_whole_sequence(model, tokenizer):
-    memory = Memory()
+    memory = PrefixCache()
     for persona, history in chat_contexts(
         lambda context: candidate_replies(model, [context], tokenizer, options(), memory=memory)[0][0], -1
     ):
@@ -567,7 +570,7 @@ def test_logits_after_a_memory_are_those_of_the_whole_sequence(model, tokenizer)
 
 def test_an_interrupted_reply_leaves_a_memory_that_serves(model, tokenizer, monkeypatch):
     """Ctrl-C may come between two layers of a forward."""
-    memory, context = Memory(), CONTEXTS[2]
+    memory, context = PrefixCache(), CONTEXTS[2]
     wanted = candidate_replies(model, [context], tokenizer, options(min_length=8))[0]
     lm_logits, calls = type(model).lm_logits, []
 

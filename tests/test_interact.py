@@ -28,14 +28,16 @@ from transfertransfo.chat.commands import COMMANDS, answer
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.data.dataset import get_dataset
 from transfertransfo.data.dialogs import read_dialogs
+from transfertransfo.data.inputs import Example
 from transfertransfo.data.parlai import write_parlai
 from transfertransfo.data.personas import draw_persona
 from transfertransfo.data.sources import recorded_dataset
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, knows_dialog_tokens, tokenize
-from transfertransfo.decoding import Decoding, sample_sequence, score_replies
+from transfertransfo.decoding import Decoding, sample_sequence
 from transfertransfo.errors import UserError
 from transfertransfo.model.loading import load_finetuned, load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
+from transfertransfo.ranking import score_candidates
 
 EXAMPLE = ROOT / "example" / "personachat.json"
 PERSONA = ["i like dogs .", "i live in ohio ."]
@@ -312,7 +314,8 @@ def test_candidates_are_scored_by_the_choice_head(chat, model, tokenizer):
         say(chat, line)
     reply = say(chat, "hello")
     *before, last = chat.exchanges
-    (scores,) = score_replies(model, [chat.context(before, last.heard)], [last.candidates], tokenizer)
+    context = chat.context(before, last.heard)
+    (scores,) = score_candidates(model, tokenizer, [Example(context.persona, context.history, last.candidates)])
     assert scores == sorted(scores, reverse=True) and len(scores) == 4
     lines = say(chat, "/candidates").splitlines()
     assert lines == [f"{' ' if i else '*'} {score:8.3f}  {chat.text_of(ids)}"

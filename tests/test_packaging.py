@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "processes": {"errors"},
     "data": {"errors", "files", "download"},
     "model": {"errors", "files", "download", "processes", "data"},
-    "decoding": {"errors", "data", "model"},
+    "ranking": {"data", "model"},
+    "decoding": {"errors", "data", "model", "ranking"},
     "training": {"errors", "files", "processes", "data", "model"},
-    "evaluation": {"errors", "files", "processes", "data", "model", "decoding"},
-    "chat": {"errors", "files", "download", "data", "model", "decoding"},
+    "evaluation": {"errors", "files", "processes", "data", "model", "ranking", "decoding"},
+    "chat": {"errors", "files", "download", "data", "model", "ranking", "decoding"},
 }
 # What parses the flags of others: ParlAI's options, and those of `/set`.
 PARSERS = {"evaluation.parlai_agent": {"cli"}, "chat.commands": {"cli"}}

@@ -1,7 +1,6 @@
 """Replies to many contexts at a time: greedy, sampled, beam search, the best of several."""
 
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ from transformers import (
 )
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 
-from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, make_fork, window
+from transfertransfo.data.inputs import Example, build_input_from_segments, context_positions, fit, window
 from transfertransfo.data.tokenization import special_ids
-from transfertransfo.data.trees import pack
 from transfertransfo.errors import SettingError
-from transfertransfo.model.cache import CachedRows, Memory
+from transfertransfo.model.cache import CachedRows, PrefixCache
 from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.ranking import agreement, best_first, score_candidates
 
 LEAST = {"rank": 2, "consensus": 3}  # fewest replies to choose from; two agree equally with each other
 LEAVE = 4  # ended rows leave a batch when they are one in so many
@@ -138,7 +137,7 @@ def candidate_replies(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     prefix: list[int] | None = None,
-    memory: "Memory | None" = None,
+    memory: "PrefixCache | None" = None,
 ) -> list[list[list[int]]]:
     """All replies to each context. The first of them is the one to give.
 
@@ -171,76 +170,9 @@ def in_order(
         return list(map(best_first, replies, map(agreement, replies)))
     if decoding.rank:
         seen = [fit_context(model, context, decoding.max_length) for context in contexts]
-        return list(map(best_first, replies, score_replies(model, seen, replies, tokenizer)))
+        examples = [Example(context.persona, context.history, row) for context, row in zip(seen, replies)]
+        return list(map(best_first, replies, score_candidates(model, tokenizer, examples)))
     return replies
-
-
-def agreement(replies: list[list[int]]) -> list[float]:
-    """Each reply's mean F1 with the other replies. F1 is that of `metrics.f1`, of bags of tokens.
-
-    The reply with the greatest has the minimum Bayes risk, estimated from the samples (Kumar and Byrne 2004, "Minimum
-    Bayes-Risk Decoding for Statistical Machine Translation"; Eikema and Aziz 2020, "Is MAP Decoding All You Need?").
-    """
-    bags = list(map(Counter, replies))
-    counts = torch.tensor([[bag[token] for token in set().union(*bags)] for bag in bags])  # (replies, tokens)
-    shared, lengths = torch.minimum(counts[:, None], counts).sum(-1), counts.sum(-1)
-    f1 = 2 * shared / (lengths[:, None] + lengths).clamp(min=1)
-    return ((f1.sum(-1) - f1.diagonal()) / (len(replies) - 1)).tolist()
-
-
-def best_first(replies: list[list[int]], scores: list[float]) -> list[list[int]]:
-    """The replies by score, the greatest first. Replies of equal score keep their order."""
-    return [replies[i] for i in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)]
-
-
-@torch.inference_mode()
-def score_replies(
-    model: DoubleHeads,
-    contexts: Sequence[Context],
-    replies: list[list[list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[float]]:
-    """The choice head's score of each reply to its context, each complete with `<eos>`."""
-    examples = [Example(context[0], context[1], row) for context, row in zip(contexts, replies)]
-    start = model.history_start
-    forks = [make_fork(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
-    scores = model.score_candidates(pack(forks, tokenizer.pad_token_id)).tolist()
-    return [scored[: len(row)] for scored, row in zip(scores, replies)]
-
-
-class Weighed(NamedTuple):
-    """A reply's score and log-probability."""
-
-    score: float  # by the choice head
-    log_p: float  # by the language-model head, of the reply's tokens and `<eos>`
-
-
-@torch.inference_mode()
-def weigh_replies(
-    model: DoubleHeads,
-    contexts: Sequence[Context],
-    replies: list[list[list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[Weighed]]:
-    """Score and log-probability of each reply to its context, each complete with `<eos>`.
-
-    Each reply has a fork of its own, so that all are predicted. The forks of a context share its tokens in a tree.
-    """
-    examples = [Example(context[0], context[1], row) for context, row in zip(contexts, replies)]
-    start = model.history_start
-    together = [make_fork(fit(example, model.n_positions, start), tokenizer, start) for example in examples]
-    forks = [fork._replace(replies=[reply], lm_reply=0) for fork in together for reply in fork.replies]
-    batch = pack(forks, tokenizer.pad_token_id, sizes=[len(row) for row in replies]).to(model.device)
-    hidden = model.packed_hidden_states(batch)
-    scores = model.choice_scores(hidden[batch.last_positions]).flatten().tolist()
-    lengths = [len(fork.replies[0]) for fork in forks]
-    weighed = []
-    # one reply after another: all at once would take logits of (tokens of all replies, vocabulary)
-    for score, positions, labels in zip(scores, batch.lm_positions.split(lengths), batch.lm_labels.split(lengths)):
-        log_p = model.lm_logits(hidden[positions]).float().log_softmax(-1)  # (tokens of the reply, vocabulary)
-        weighed.append(Weighed(score, float(log_p.gather(-1, labels[:, None]).sum())))
-    rest = iter(weighed)
-    return [[next(rest) for _ in row] for row in replies]
 
 
 def fit_context(model: DoubleHeads, context: Context, max_length: int) -> Context:
@@ -342,7 +274,7 @@ def _begin(
     decoding: Decoding,
     prefix: list[int],
     copies: int,
-    memory: Memory | None,
+    memory: PrefixCache | None,
 ) -> tuple[CachedRows, Tensor, AgainstRepetition]:
     """Encode each context once, for `copies` rows.
 
@@ -357,7 +289,7 @@ def _begin(
         positions = context_positions(persona, history, model.history_start)
         sequence["position_ids"] = positions + [positions[-1] + 1 + i for i in range(len(prefix))]
         sequences.append(sequence)
-    rows = (memory or Memory()).encode(model, sequences, decoding.max_length)
+    rows = (memory or PrefixCache()).encode(model, sequences, decoding.max_length)
     rows.repeat_(copies)
     tokens = torch.tensor([prefix] * len(rows.logits), dtype=torch.long, device=model.device)
     return rows, tokens, AgainstRepetition(contexts, decoding, copies)
@@ -370,7 +302,7 @@ def decode(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     prefix: list[int] | None = None,
-    memory: Memory | None = None,
+    memory: PrefixCache | None = None,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Generator[list[list[int]]]:
     """Each reply's next token, step by step, sampled or greedy: a list of one token, or an empty one after its end.
@@ -464,7 +396,7 @@ def beam_search(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     prefix: list[int] | None = None,
-    memory: Memory | None = None,
+    memory: PrefixCache | None = None,
 ) -> list[list[list[int]]]:
     """The `num_beams` best replies that the search meets for each context, best first, without special tokens.
 

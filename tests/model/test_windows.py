@@ -8,7 +8,7 @@ from helpers import slow_but, tiny_config
 from transfertransfo.data.inputs import Example, make_fork
 from transfertransfo.data.trees import pack
 from transfertransfo.decoding import Context, Decoding, candidate_replies
-from transfertransfo.model.cache import CachedRows, Memory
+from transfertransfo.model.cache import CachedRows, PrefixCache
 from transfertransfo.model.double_heads import DoubleHeads, add_special_tokens_
 from transfertransfo.model.loading import load_model, save_model
 from transfertransfo.model.sources import load_tokenizer
@@ -74,7 +74,7 @@ def test_cached_steps_are_sequences_alone(folder, others):
 
 def test_a_chats_memory_changes_nothing(folder):
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    decoding, memory = Decoding(no_sample=True, max_length=5, min_length=5), Memory()
+    decoding, memory = Decoding(no_sample=True, max_length=5, min_length=5), PrefixCache()
     for turns in (TURNS[:1], TURNS):
         context = Context(PERSONA, turns)
         with_memory = candidate_replies(model, [context], tokenizer, decoding, memory=memory)

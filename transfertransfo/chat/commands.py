@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 
 from transfertransfo.chat.conversation import Chat
 from transfertransfo.cli import ArgumentParser, add_decoding_flags, add_model_flags, add_seed_flag
-from transfertransfo.decoding import LEAST, check_room, fit_context, score_replies
+from transfertransfo.data.inputs import Example
+from transfertransfo.decoding import LEAST, check_room, fit_context
 from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
+from transfertransfo.ranking import score_candidates
 
 
 def answer(chat: Chat, line: str) -> str | Generator[str]:
@@ -202,7 +204,8 @@ def show_candidates(chat: Chat, rest: str) -> str:
         return "(nothing was said yet)"
     *before, last = chat.exchanges
     context = fit_context(chat.model, chat.context(before, last.heard), chat.decoding.max_length)
-    (scores,) = score_replies(chat.model, [context], [last.candidates], chat.tokenizer)
+    example = Example(context.persona, context.history, last.candidates)
+    (scores,) = score_candidates(chat.model, chat.tokenizer, [example])
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     lines = [f"{' ' if i else '*'} {scores[i]:8.3f}  {chat.text_of(last.candidates[i])}" for i in order]
     if len(scores) == 1:

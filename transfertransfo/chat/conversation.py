@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transfertransfo.data.tokenization import count_unknown, text_of, tokenize
 from transfertransfo.decoding import Context, Decoding, candidate_replies, decode, fit_context
 from transfertransfo.errors import SettingError, printable
-from transfertransfo.model.cache import Memory
+from transfertransfo.model.cache import PrefixCache
 from transfertransfo.model.double_heads import DoubleHeads
 
 
@@ -54,7 +54,7 @@ class Chat:
         self.model, self.tokenizer, self.decoding, self.max_history = model, tokenizer, decoding, max_history
         self.draw, self.tell, self.transcript = draw, tell, transcript
         self.told_of_cut = self.told_of_unknown = False
-        self.memory = Memory()
+        self.memory = PrefixCache()
         self.begin(persona)
 
     def begin(self, persona: list[str]) -> str:

@@ -13,18 +13,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.chat.conversation import Chat
+from transfertransfo.data.inputs import Example
 from transfertransfo.decoding import (
     Context,
     Decoding,
-    Weighed,
     beam_search,
     decode,
     fit_context,
     in_order,
-    weigh_replies,
 )
 from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.model.double_heads import DoubleHeads
+from transfertransfo.ranking import Weighed, weigh_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,8 @@ class SharedModel:
         self.batches += 1
         contexts, decoding = [job.context for job in jobs], jobs[0].decoding
         if decoding is None:
-            results: list[list] = weigh_replies(self.model, contexts, [job.replies for job in jobs], self.tokenizer)
+            examples = [Example(job.context.persona, job.context.history, job.replies) for job in jobs]
+            results: list[list] = weigh_candidates(self.model, self.tokenizer, examples)
         else:
             if decoding.num_beams:
                 results = beam_search(self.model, contexts, self.tokenizer, decoding)

@@ -25,6 +25,7 @@ from transfertransfo.decoding import Context, Decoding, generate
 from transfertransfo.errors import SettingError
 from transfertransfo.evaluation.metrics import WordProbabilities, rank, read_word_counts, split_words
 from transfertransfo.model.double_heads import DoubleHeads, finite
+from transfertransfo.ranking import score_candidates
 
 TURNS_OF_THE_HEAD = 4  # whose next pieces are looked at together: 8 MB of probabilities, which stay in a cache
 
@@ -63,15 +64,9 @@ def make_turns(token_dialogs: list[dict], text_dialogs: list[dict], max_history:
     return turns
 
 
-@torch.inference_mode()
 def rank_candidates(model: DoubleHeads, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[int]]:
     """The indices of each turn's candidates, the best choice score first."""
-    n_positions, history_start = model.n_positions, model.history_start  # each searches the configuration
-    examples = [fit(turn.example, n_positions, history_start) for turn in turns]
-    forks = [make_fork(example, tokenizer, history_start) for example in examples]
-    batch = pack(forks, tokenizer.pad_token_id, sizes=list(map(len, make_trees(examples))))
-    scores = model.score_candidates(batch).tolist()
-    return [rank(row[: len(example.candidates)]) for example, row in zip(examples, scores)]
+    return list(map(rank, score_candidates(model, tokenizer, [turn.example for turn in turns])))
 
 
 def reply(

@@ -156,7 +156,7 @@ def _shared_length(one: list, other: list) -> int:
     return next((i for i, (here, there) in enumerate(zip(one, other)) if here != there), min(len(one), len(other)))
 
 
-class Memory:
+class PrefixCache:
     """The rows that the last reply of a chat was made with: the next context mostly begins with the same tokens."""
 
     def __init__(self) -> None:
