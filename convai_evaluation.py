@@ -16,7 +16,7 @@ import platform
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transfertransfo.cli import (
     ArgumentParser,
@@ -98,6 +98,8 @@ def run(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     check_output("--report", args.report)
     check_output("--details", args.details)
+    if args.report and args.details and os.path.realpath(args.report) == os.path.realpath(args.details):
+        raise UserError("--report and --details: the same file")
     if args.eval_type == "selfchat" and args.backend != "native":
         raise UserError("--eval_type selfchat: --backend native alone has it")
     several = args.sharded or int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -128,7 +130,7 @@ def run(argv: list[str] | None = None) -> dict:
         measure = measure_talks if args.eval_type == "selfchat" else measure_replies
         measured = measure(args, str(device))
         if not rank():
-            print(*measured.lines, sep="\n")
+            print(*measured.lines, sep="\n", flush=True)  # a file that is standard output too comes behind
             write_files(args, measured)
         finish_distributed()
     return measured.figures
@@ -173,8 +175,7 @@ def measure_replies(args: Namespace, device: str) -> Measured:
             lines.append(f"{who} and persona: {overlap}; copies {copies:.1%}")
     shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
     lines.append(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
-    finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
-    return Measured(details, report, {"standard_errors": finite}, lines)
+    return Measured(details, report, {"standard_errors": errors}, lines)
 
 
 def measure_talks(args: Namespace, device: str) -> Measured:
@@ -206,12 +207,28 @@ def measure_talks(args: Namespace, device: str) -> Measured:
 
 
 def write_files(args: Namespace, measured: Measured) -> None:
-    """Write the files that are asked for."""
-    if args.report:
-        written = measured.figures | measured.beside | provenance(args)
-        write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
-    if args.details:
-        write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in measured.details))
+    """Write the files that are asked for, the second one also where the first one cannot be.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    try:
+        if args.report:
+            written = finite(measured.figures | measured.beside | provenance(args))
+            write_output("--report", args.report, json.dumps(written, indent=2, allow_nan=False) + "\n")
+    finally:
+        if args.details:
+            lines = (json.dumps(finite(row), allow_nan=False) + "\n" for row in measured.details)
+            write_output("--details", args.details, "".join(lines))
+
+
+def finite(value: Any) -> Any:
+    """The same lists and objects, with None in the place of what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance(args: Namespace) -> dict:

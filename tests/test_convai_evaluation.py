@@ -288,8 +288,9 @@ def test_one_candidate_is_a_hit_and_its_twin_too(evaluate, dataset):
 
 def test_a_dictionary_without_the_words_gives_no_perplexity(evaluate, tmp_path):
     write_word_counts(tmp_path / "dict", {"xyzzy": 1})
-    report, _, details = evaluate("--eval_type", "ppl", "--dict_file", tmp_path / "dict")
+    report, written, details = evaluate("--eval_type", "ppl", "--dict_file", tmp_path / "dict")
     assert math.isnan(report["ppl"]) and report["scored_words"] == 0
+    assert written["ppl"] is None, "NaN is no JSON"
     assert all(p is None for row in details for _, p in row["words"])
 
 
@@ -559,6 +560,24 @@ def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
 @pytest.mark.parametrize("flag", ["--report", "--details"])
 def test_a_file_that_cannot_be_written_is_said_before_the_work(checkpoint, dataset, tmp_path, monkeypatch, flag):
     monkeypatch.setattr(native, "evaluate", lambda *_, **__: pytest.fail("evaluated first"))
-    for path in (tmp_path, tmp_path / "nowhere" / "file"):
-        with pytest.raises(UserError, match=f"^{flag} {path}: no file can be written there$"):
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "nowhere" / "file", "No such file or directory"),
+                         (Path("/proc/file"), "No such file or directory")):  # fmt: skip
+        with pytest.raises(UserError) as error:
             convai_evaluation.run(["--model", str(checkpoint), "--dataset_path", str(dataset), flag, str(path)])
+        assert str(error.value) == f"{flag} {path}: no file can be written there ({reason})"
+
+
+def test_one_file_for_both_is_refused(tmp_path, monkeypatch):
+    """The details took the place of the report."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--report and --details: the same file$"):
+        run(["--report", "file", "--details", str(tmp_path / "file")])
+
+
+def test_the_details_are_written_where_the_report_cannot_be(tmp_path):
+    """The disk may have become full since it was checked."""
+    args = parse_args(["--report", str(tmp_path / "gone" / "file"), "--details", str(tmp_path / "details")])
+    measured = convai_evaluation.Measured([{"index": 0}], {}, {}, [])
+    with pytest.raises(UserError, match=r"^--report .*: No such file or directory$"):
+        convai_evaluation.write_files(args, measured)
+    assert json.loads((tmp_path / "details").read_text()) == {"index": 0}

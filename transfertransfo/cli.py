@@ -8,10 +8,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transfertransfo.errors import UserError, first_line, printable, printable_lines
+from transfertransfo.files import check_writable
 
 PACKAGE, _, _ = __name__.partition(".")
 VERSION = "0.1.0"
@@ -92,10 +92,13 @@ def check_output(flag: str, path: str | None) -> None:
     """Check that a file can be made there, if a flag gives a path: before the work that it is to hold, not after.
 
     Raises:
-        UserError: its folder is not there, or it is a folder itself.
+        UserError: none can.
     """
-    if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-        raise UserError(f"{flag} {path}: no file can be written there")
+    try:
+        if path:
+            check_writable(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: no file can be written there ({error.strerror})") from error
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
