@@ -502,6 +502,7 @@ def attach_handlers(
             raise Diverged(f"step {trainer.state.optimizer_step}: the loss is not finite; nothing is exported")
         if folder is not None or args.sharded:
             save_model(model, folder, merge_lora=args.merge_lora)
+        to_save["best"].exported = trainer.state.epoch
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin_epoch(engine: Engine) -> None:
@@ -629,7 +630,8 @@ def train(argv: list[str] | None = None) -> str:
         logger.info("Stopped; go on with: python train.py --resume %s", folder)
         sys.exit(128 + stopped[0])
     if folder is not None and not done:
-        log_outcome(Outcome.of(folder), args.export, args.best_metric, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        log_outcome(Outcome.of(folder), args.export, args.best_metric, exported=best.exported, seconds=seconds)
     logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
     return str(folder)
 

@@ -15,7 +15,7 @@ import crash
 import numpy as np
 import pytest
 import torch
-from helpers import DATASET, Run, make_base, process_as_it_was, run_training, slow_but
+from helpers import DATASET, QUESTIONS, Run, make_base, process_as_it_was, run_training, slow_but
 from ignite.engine import Engine
 from safetensors.torch import load_file, save_file
 from tensorboardX import record_writer
@@ -236,6 +236,20 @@ def test_more_epochs(gpt2, ended, tmp_path):
     assert run.steps[2]["loss"] > 0.7 * run.steps[1]["loss"], "a mean over what the step has seen"
     # the learning rate now falls over 18 forwards
     assert [line["lr"] for line in run.steps[2:]] == pytest.approx([0.03 * (1 - i / 18) for i in (7, 11, 15, 17)])
+
+
+def test_the_epoch_that_is_told_is_the_one_that_was_exported(gpt2, tmp_path):
+    """With `--export best` the best epoch was told, though the run had exported its last one before it went on."""
+    unlike = [{"history": [text], "candidates": [text]} for text in QUESTIONS]  # training goes away from it
+    dataset = {"train": DATASET["train"], "valid": [{"utterances": unlike}]}
+    flags = [*FLAGS, "--best_metric", "nll", "--gradient_accumulation_steps", 1]
+    run = run_training(tmp_path, gpt2, *flags, dataset=dataset)
+    before = (run.folder / "model.safetensors").read_bytes()
+    more = ["--resume", run.folder, "--n_epochs", 4, "--export", "best"]
+    again = run_training(tmp_path, gpt2, *more, dataset=dataset)
+    nll = [line["nll"] for line in again.validations]
+    assert nll.index(min(nll)) < 2 and (run.folder / "model.safetensors").read_bytes() == before
+    assert f"Exported: epoch 3, neither the best nor the last, nll {nll[2]:.4f}" in again.log
 
 
 # What may change
