@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from transfertransfo.files import TEMPORARY, check_writable, own_prefix, remove_abandoned, write_atomically
+from transfertransfo.files import (
+    TEMPORARY,
+    check_writable,
+    own_prefix,
+    remove_abandoned,
+    remove_leftovers,
+    write_atomically,
+)
 
 
 def test_write_atomically_replaces_and_keeps_the_usual_rights(tmp_path):
@@ -109,3 +116,12 @@ with open_atomically(Path({str(tmp_path)!r}, "cache_1.bin")) as file:
     assert set(os.listdir(tmp_path)) == {*kept, *left}
     remove_abandoned(tmp_path, "cache_")
     assert set(os.listdir(tmp_path)) == kept
+
+
+def test_leftovers_are_known_by_their_names(tmp_path):
+    """`--resume` removed whatever ended in .tmp, the user's own files and folders too."""
+    for name in ("notes.tmp", "checkpoint_4_mine.tmp", "checkpoint_4.tmp", f"{own_prefix('file')}abc{TEMPORARY}"):
+        (tmp_path / name).touch()
+    (tmp_path / "mine.tmp").mkdir()
+    remove_leftovers(tmp_path, r"checkpoint_\d+")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_4_mine.tmp", "mine.tmp", "notes.tmp"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"  # ends the name of what is being written
+OWN = r"\.(\d{1,9})-([0-9a-f]{8})\.\w+"  # stands before that in names of `own_prefix`: the process and its machine
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -67,10 +68,16 @@ def check_writable(path: str | Path) -> None:
         tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed was about to write in a folder."""
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what a process that was killed was about to write in a folder, in which no other process may be writing.
+
+    Args:
+        names: patterns of what is there beside the files and folders of `own_prefix`, without `TEMPORARY`.
+    """
+    pattern = "|".join([f".*{OWN}", *names])
     for path in folder.glob(f"*{TEMPORARY}"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if re.fullmatch(f"({pattern}){re.escape(TEMPORARY)}", path.name):  # others are the user's own
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def own_prefix(name: str) -> str:
@@ -84,7 +91,7 @@ def remove_abandoned(folder: Path, name: str) -> None:
     They are those of `own_prefix`. What cannot be removed stays.
     """
     for path in folder.glob(f"{glob.escape(name)}*{TEMPORARY}"):
-        found = re.search(r"\.(\d{1,9})-([0-9a-f]{8})\.\w+" + re.escape(TEMPORARY) + "$", path.name)
+        found = re.search(OWN + re.escape(TEMPORARY) + "$", path.name)
         if found and found[2] == _machine() and not _is_alive(int(found[1])):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

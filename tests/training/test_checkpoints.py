@@ -94,8 +94,9 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, mon
     with monkeypatch.context() as patch:
         end_after(patch, owner, name, calls)
         run = start_and_kill(tmp_path, gpt2, *FLAGS)
-    for name in ("checkpoint_9.ptx.tmp", "modelx.tmp"):  # what a kill while saving leaves
-        (run / name).mkdir() if name.startswith("model") else (run / name).touch()
+    (run / f"{files.own_prefix('checkpoint_9.pt')}abc.tmp").touch()  # what a kill while saving leaves
+    for name in (f"{files.own_prefix('model')}abc.tmp", "checkpoint_9.tmp", "checkpoint_3.old.tmp"):
+        (run / name).mkdir()
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
     assert crash.result(tmp_path) == crash.result(alone)
     assert not crash.leftovers(tmp_path)

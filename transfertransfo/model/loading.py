@@ -23,7 +23,7 @@ from transformers.utils import find_adapter_config_file
 from transfertransfo.data.sources import recorded
 from transfertransfo.data.tokenization import knows_dialog_tokens
 from transfertransfo.errors import SettingError, UserError, first_line
-from transfertransfo.files import TEMPORARY, move_into_place
+from transfertransfo.files import TEMPORARY, move_into_place, own_prefix
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_special_tokens_,
@@ -507,7 +507,7 @@ def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = Fa
         if gathered is not None:  # buffers may be infinite, as the bounds in Gemma 4's towers
             values = {name: gathered[name] for name in values.keys() & gathered.keys()}
         check_finite(values.items())
-        with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=own_prefix("model"), suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
             if generation := getattr(model.pretrained, "generation_config", None):
                 generation.save_pretrained(temporary)
@@ -545,7 +545,8 @@ def move_export(temporary: Path, folder: Path) -> None:
     files = {file.name: file.name for file in temporary.iterdir() if file != index}
     if index.exists():
         content = json.loads(index.read_text())
-        files |= {name: f"{temporary.stem}-{name}" for name in set(content["weight_map"].values())}
+        export = "model" + temporary.stem.rpartition(".")[2]
+        files |= {name: f"{export}-{name}" for name in set(content["weight_map"].values())}
         content["weight_map"] = {key: files[name] for key, name in content["weight_map"].items()}
         index.write_text(json.dumps(content, indent=2) + "\n")
     for name, final in files.items():

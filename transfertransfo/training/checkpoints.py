@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = r"checkpoint_\d+(\.old)?"  # names, before `TEMPORARY`, of folders that are written or removed
 STATE = "state.pt"  # in the folder of a checkpoint in shards: all that is no shard
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 

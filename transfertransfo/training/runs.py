@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.files import remove_leftovers, write_atomically
-from transfertransfo.training.checkpoints import list_checkpoints
+from transfertransfo.training.checkpoints import UNFINISHED, list_checkpoints
 
 if TYPE_CHECKING:
     from ignite.engine import State
@@ -156,7 +156,7 @@ def open_run_folder(
     folder = folder or Path(make_logdir(record["model_checkpoint"]))
     logger.info("Run folder: %s, with the arguments in %s", folder, ARGUMENTS)
     try:
-        remove_leftovers(folder)
+        remove_leftovers(folder, UNFINISHED)
         cut_metrics(folder, state)
         write_atomically(folder / ARGUMENTS, json.dumps(record, indent=2) + "\n")
         if not resumed:  # not written again: a run that is killed meanwhile would have none
