@@ -200,6 +200,7 @@ from transfertransfo.training.runs import (
     changed_arguments,
     divide_batch,
     find_run,
+    locked,
     make_record,
     open_run_folder,
     read_arguments,
@@ -556,12 +557,17 @@ def train(argv: list[str] | None = None) -> str:
         UserError: input that cannot be used.
     """
     args, run = parse_args(argv)
-    saved = read_arguments(run) if run else {}
     device = setup_distributed(args.device or default_device(), args.local_rank, alone=args.sharded)
     check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
+    with locked(run if idist.get_rank() == 0 else None):
+        return train_in(run, args, device)
 
+
+def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
+    """Train in a run folder that is this process's own, or in a new one; returns it."""
+    saved = read_arguments(run) if run else {}
     model, tokenizer = prepare_model(args, run, device)
     loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
     train_loader, valid_loader, sampler, _ = loaders
@@ -616,7 +622,7 @@ def train(argv: list[str] | None = None) -> str:
         record = make_record(vars(args), found, saved)
         folder = open_run_folder(run, record, trainer.state, model.pretrained.config, tokenizer)
 
-    with naming_flags_that_help(args, memory):
+    with locked(None if run else folder), naming_flags_that_help(args, memory):
         stopped = attach_handlers(
             args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )

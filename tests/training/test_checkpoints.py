@@ -387,6 +387,22 @@ def test_nothing_to_resume(tmp_path, monkeypatch, resume, message):
         train.train(["--resume", resume])
 
 
+def test_a_run_folder_takes_one_process_at_a_time(gpt2, tmp_path, monkeypatch):
+    """Two of them wrote their lines and checkpoints among one another."""
+    runs = tmp_path / "runs"
+
+    def resume(*_) -> None:
+        with pytest.raises(UserError, match=rf"^--resume {runs}/\S+: another process trains in it$"):
+            train.train(["--resume", *map(str, runs.iterdir())])
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Best, "update", resume)
+        run = start_and_kill(tmp_path, gpt2, *FLAGS)
+        assert start_and_kill(tmp_path, gpt2, "--resume", run) == run
+    run_training(tmp_path, gpt2, "--resume", run)
+
+
 def test_a_run_that_is_done(gpt2, ended):
     """A launcher that restarts a job in its last instant is content; who asks for more than there is, is told."""
     top, before = ended.folder.parent.parent, crash.result(ended.folder.parent.parent)

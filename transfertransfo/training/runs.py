@@ -1,16 +1,22 @@
 """A run folder: its arguments and figures, finding it, opening it."""
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.files import remove_leftovers, write_atomically
@@ -134,6 +140,30 @@ def divide_batch(saved: Mapping, world_size: int) -> dict[str, int]:
         here, there = (f"{n} process" + "es" * (n > 1) for n in (world_size, saved["world_size"]))
         raise UserError(f"{there} took {examples} examples at a time, which {here} cannot share equally")
     return {"world_size": world_size, "train_batch_size": examples // world_size}
+
+
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keep other processes from training in a run folder (None = do not) until the block, or this process, ends.
+
+    The lock is on the folder itself, so that nothing is left in it. Where a disk has no such locks none is held.
+
+    Raises:
+        SettingError: another process trains in it.
+    """
+    if folder is None or fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SettingError(f"resume {folder}: another process trains in it", "resume") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_run_folder(
