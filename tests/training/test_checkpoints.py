@@ -387,6 +387,36 @@ def test_nothing_to_resume(tmp_path, monkeypatch, resume, message):
         train.train(["--resume", resume])
 
 
+def damage_figures(run: Path, number: int, line: str) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[number] = line
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "\x00\x00", "7", '{"step": 1}', '{"epoch": 1, "loss": 2.0}', '{"step": "1", "loss": 1}']
+)
+def test_figures_that_cannot_be_read(gpt2, ended, tmp_path, line):
+    """All lines behind one were dropped, and the run was said to have learnt nothing."""
+    shutil.copytree(ended.folder.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / ended.folder.name
+    damage_figures(run, 1, line)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=rf"^{run}/metrics\.jsonl line 2: no figures of a step or a validation; remove it$"
+    ):
+        run_training(tmp_path, gpt2, "--resume", run, "--n_epochs", 2)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_figures_that_a_killed_run_did_not_write_whole(gpt2, ended, tmp_path):
+    shutil.copytree(ended.folder.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / ended.folder.name
+    damage_figures(run, -1, '{"step": 2, "epo')
+    again = run_training(tmp_path, gpt2, "--resume", run, "--n_epochs", 2)
+    assert [line["step"] for line in again.steps] == [1, 2, 3, 4] and len(again.validations) == 1
+
+
 def test_a_run_folder_takes_one_process_at_a_time(gpt2, tmp_path, monkeypatch):
     """Two of them wrote their lines and checkpoints among one another."""
     runs = tmp_path / "runs"

@@ -180,7 +180,7 @@ def open_run_folder(
         state: the trainer's, as the checkpoint has it.
 
     Raises:
-        UserError: it cannot be written to. Of a new run nothing is left then.
+        UserError: it cannot be written to, or its figures cannot be read. Of a new run nothing is left then.
     """
     resumed = folder is not None
     folder = folder or Path(make_logdir(record["model_checkpoint"]))
@@ -192,6 +192,8 @@ def open_run_folder(
         if not resumed:  # not written again: a run that is killed meanwhile would have none
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises no OSError, but Exception itself
         if not resumed:
             shutil.rmtree(folder, ignore_errors=True)  # nothing has been trained
@@ -204,19 +206,30 @@ def cut_metrics(folder: Path, state: "State") -> None:
 
     Args:
         state: the trainer's, as the checkpoint has it.
+
+    Raises:
+        UserError: a line before the last one cannot be read. The last one need not have been written whole.
     """
     path = folder / METRICS
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    write_atomically(path, "".join(itertools.takewhile(lambda line: _is_before(line, state), lines)))
+    lines = path.read_bytes().splitlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if not _is_before(line, state):
+                break
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number}: no figures of a step or a validation; remove it") from error
+        kept.append(line + b"\n")
+    write_atomically(path, b"".join(kept))
 
 
-def _is_before(line: str, state: "State") -> bool:
-    try:
-        figures = json.loads(line)
-    except ValueError:  # the last line, if it was not written whole
-        return False
+def _is_before(line: bytes, state: "State") -> bool:
+    figures = json.loads(line)
+    float(figures["nll" if "split" in figures else "loss"])  # as the outcome reads it
     # an epoch's validation may follow its last step after forwards that await the next one
     return figures["step"] <= state.optimizer_step and ("split" not in figures or figures["epoch"] <= state.epoch)
 
