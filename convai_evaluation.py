@@ -25,6 +25,7 @@ from transfertransfo.cli import (
     add_program_flags,
     begin_section,
     check_output,
+    launched,
     number,
     run_script,
     set_seed,
@@ -102,7 +103,7 @@ def run(argv: list[str] | None = None) -> dict:
         raise UserError("--report and --details: the same file")
     if args.eval_type == "selfchat" and args.backend != "native":
         raise UserError("--eval_type selfchat: --backend native alone has it")
-    several = args.sharded or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = args.sharded or launched("WORLD_SIZE", 1, low=1) > 1
     if several and args.backend != "native":
         raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
     if several and args.eval_type == "selfchat":
@@ -117,7 +118,7 @@ def run(argv: list[str] | None = None) -> dict:
     )
 
     with one_line_for_a_lost_process(remedy="start the evaluation anew"):
-        local_rank = int(os.environ.get("LOCAL_RANK", -1))
+        local_rank = launched("LOCAL_RANK", -1, low=-1)
         device = setup_distributed(args.device or default_device(), local_rank, alone=args.sharded)
         set_up_logging(logging.ERROR if rank() else logging.INFO)
         set_seed(args.seed)

@@ -16,7 +16,6 @@ torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from argparse import Namespace
@@ -36,6 +35,8 @@ from transfertransfo.cli import (
     add_run_flags,
     add_seed_flag,
     begin_section,
+    die_of_interrupts,
+    launched,
     number,
     run_script,
     set_seed,
@@ -118,18 +119,23 @@ def make_parser() -> ArgumentParser:
         help="divide parameters, gradients and optimizer state among the processes, instead of a copy in each",
     )
     parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch (-1 = one process)"
+        "--local_rank",
+        "--local-rank",
+        type=number(int, -1),
+        default=-1,
+        help="set by torch.distributed.launch (-1 = one process)",
     )
     add_run_flags(parser)
     add_seed_flag(parser)
     add_program_flags(parser)
 
-    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    parser.set_defaults(world_size=launched("WORLD_SIZE", 1, low=1))
     return parser
 
 
 if __name__ == "__main__":  # what follows takes seconds to load: `--help` and a wrong flag are answered without it
-    make_parser().parse_args()
+    run_script(lambda: make_parser().parse_args())
+    die_of_interrupts()
 
 import ignite.distributed as idist
 import torch
@@ -232,7 +238,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
         run = find_run(args.resume, vars(args), defaults)
     if run:
         args = resume_args(parser, argv, run, defaults)
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    args.local_rank = launched("LOCAL_RANK", args.local_rank, low=-1)
     if args.sharded:
         check_sharded(args)
     if args.quantize:
@@ -280,7 +286,7 @@ def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path, defau
     """
     saved = {**defaults, **read_arguments(run)}
     if saved.get("sharded"):
-        saved |= divide_batch(saved, int(os.environ.get("WORLD_SIZE", 1)))
+        saved |= divide_batch(saved, launched("WORLD_SIZE", 1, low=1))
     parser.set_defaults(**{name: saved[name] for name in defaults.keys() - NOT_RESUMED})
     args = parser.parse_args(argv)
     if changed := changed_arguments(saved, vars(args)):
