@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from transfertransfo.data.dataset import TokenizedDataset
 
+logger = logging.getLogger(__name__)
+
 
 def __getattr__(name: str) -> type:
     """`TransformerAgent`, ParlAI's agent, not imported before it is asked for: it loads ParlAI, where there is one."""
@@ -97,17 +99,7 @@ def run(argv: list[str] | None = None) -> dict:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
-    check_output("--report", args.report)
-    check_output("--details", args.details)
-    if args.report and args.details and os.path.realpath(args.report) == os.path.realpath(args.details):
-        raise UserError("--report and --details: the same file")
-    if args.eval_type == "selfchat" and args.backend != "native":
-        raise UserError("--eval_type selfchat: --backend native alone has it")
-    several = args.sharded or launched("WORLD_SIZE", 1, low=1) > 1
-    if several and args.backend != "native":
-        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
-    if several and args.eval_type == "selfchat":
-        raise UserError("--eval_type selfchat: takes one process; start it without torchrun and --sharded")
+    check_flags(args)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.model.double_heads import default_device
     from transfertransfo.processes import (
@@ -122,6 +114,8 @@ def run(argv: list[str] | None = None) -> dict:
         device = setup_distributed(args.device or default_device(), local_rank, alone=args.sharded)
         set_up_logging(logging.ERROR if rank() else logging.INFO)
         set_seed(args.seed)
+        if args.dict_file and args.eval_type not in ("ppl", "all"):
+            logger.warning("--dict_file: has no effect on --eval_type %s", args.eval_type)
         if args.datapath:
             use_datapath_(args)
         elif not args.dataset_path:
@@ -135,6 +129,29 @@ def run(argv: list[str] | None = None) -> dict:
             write_files(args, measured)
         finish_distributed()
     return measured.figures
+
+
+def check_flags(args: Namespace) -> None:
+    """Check that the flags go together, and that their files are there or can be made.
+
+    Raises:
+        UserError: they do not, or a file is not.
+    """
+    check_output("--report", args.report)
+    check_output("--details", args.details)
+    if args.report and args.details and os.path.realpath(args.report) == os.path.realpath(args.details):
+        raise UserError("--report and --details: the same file")
+    if args.datapath and args.dataset_path:
+        raise UserError("--datapath and --dataset_path: give one of the two")
+    if args.dict_file and not Path(args.dict_file).is_file():
+        raise UserError(f"--dict_file {args.dict_file}: no such file")
+    if args.eval_type == "selfchat" and args.backend != "native":
+        raise UserError("--eval_type selfchat: --backend native alone has it")
+    several = args.sharded or launched("WORLD_SIZE", 1, low=1) > 1
+    if several and args.backend != "native":
+        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
+    if several and args.eval_type == "selfchat":
+        raise UserError("--eval_type selfchat: takes one process; start it without torchrun and --sharded")
 
 
 class Measured(NamedTuple):

@@ -333,7 +333,9 @@ def load_batches(
         places = right_places(content.candidates("valid"), content.texts)  # first: what it takes is given back
         valid = content.dialogs("valid", content.tokens)
     else:
-        logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
+        void = "".join(f", {flag} has no effect" for flag in flags_of_validation(args))
+        told = "%s: no valid split: nothing is validated%s; --valid_share holds some of train out"
+        logger.warning(told, name, void)
     stop = first_share(content.count("train"), args.train_share)
     train = content.dialogs("train", content.tokens, stop=stop, num_candidates=args.num_candidates)
     on_gpu = (args.device or default_device()) != "cpu"
@@ -345,6 +347,17 @@ def load_batches(
         multiple=GPU_MULTIPLE if on_gpu else 1,
     )  # fmt: skip
     return loaders, digest
+
+
+def flags_of_validation(args: Namespace) -> list[str]:
+    """The flags that are given and do something where there is a validation alone."""
+    given = {
+        "--export best": args.export == "best",
+        "--best_metric": args.best_metric != "hits@1",
+        "--patience": args.patience,
+        "--eval_before_start": args.eval_before_start,
+    }
+    return [flag for flag, value in given.items() if value]
 
 
 def digest_of_base(args: Namespace, model: DoubleHeads, saved: Mapping) -> str:
@@ -381,6 +394,8 @@ def prepare_model(
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:
         merge_adapter_(model)
+    if args.merge_lora and not rank_of(model.network):
+        logger.warning("--merge_lora: has no effect without adapters; --lora_rank trains some")
     # set where it stays as it is too: what is set is what the run folder records
     model.token_types = model.token_types if args.token_types is None else args.token_types == "on"
     if args.history_start is not None:

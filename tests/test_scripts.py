@@ -282,6 +282,7 @@ def test_the_version_is_the_changelogs(script):
         ("train", ["--valid_share", "1"], "argument --valid_share: expected a number from 0 to 0.9, got '1'"),
         ("train", ["--train_batch_size", "0"], "argument --train_batch_size: expected a whole number of at least 1"),
         ("train", ["--fp16", "O9"], "argument --fp16: invalid choice: 'O9'"),
+        ("interact", ["--web_token", "12345678"], "--web_token: needs --web"),
         ("train", ["dataset.json"], "unrecognized arguments: dataset.json"),
     ],
 )

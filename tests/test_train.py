@@ -367,8 +367,12 @@ def test_replies_leave_the_training_as_it_is(base_checkpoints, tmp_path, monkeyp
 
 def test_without_valid_nothing_is_validated_which_is_said_once(base_checkpoints, tmp_path):
     dataset = {"train": DATASET["train"]}
-    run = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 2, "--eval_before_start", dataset=dataset)
+    flags = ["--n_epochs", 2, "--eval_before_start", "--export", "best", "--patience", 3, "--merge_lora"]
+    run = run_training(tmp_path, base_checkpoints["gpt2"], *flags, dataset=dataset)
     assert run.log.count("no valid split") == 1
+    void = ", ".join(f"{flag} has no effect" for flag in ("--export best", "--patience", "--eval_before_start"))
+    assert f"nothing is validated, {void}; --valid_share holds" in run.log
+    assert "WARNING --merge_lora: has no effect without adapters" in run.log
     assert run.validations == [] and "Validation" not in run.log
     assert (run.folder / "model.safetensors").is_file()
 
