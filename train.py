@@ -142,6 +142,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.dataset import load_dataset, paused_collector
@@ -643,7 +644,8 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
         record = make_record(vars(args), found, saved)
         folder = open_run_folder(run, record, trainer.state, model.pretrained.config, tokenizer)
 
-    with locked(None if run else folder), naming_flags_that_help(args, memory):
+    log_above_bars = logging_redirect_tqdm()  # else a line begins where the bar of a terminal ends
+    with locked(None if run else folder), naming_flags_that_help(args, memory), log_above_bars:
         stopped = attach_handlers(
             args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )

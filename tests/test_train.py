@@ -33,7 +33,7 @@ from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.training import precision
+from transfertransfo.training import engines, precision
 from transfertransfo.training.engines import count_labels
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 
@@ -360,6 +360,26 @@ def test_replies_leave_the_training_as_it_is(base_checkpoints, tmp_path, monkeyp
               for run in (with_replies, without)]  # fmt: skip
     assert losses[0] == losses[1]
     assert with_replies.validations[0]["replies"] and not without.validations[0]["replies"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_and_log_lines_on_a_terminal(base_checkpoints, tmp_path, monkeypatch):
+    """Validation had no bar, and a line of the log began behind the bar of the steps."""
+    losses = engines.distributed_losses
+
+    def told(*args):
+        trainer.logger.warning("in the midst")
+        return losses(*args)
+
+    monkeypatch.setattr(engines, "distributed_losses", told)
+    monkeypatch.setattr("helpers.io.StringIO", Terminal)
+    log = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 1).log
+    assert "\rValidation: [1/" in log and "\r[1/" in log
+    assert len(re.findall(r"[\r\n][\d:]{8} WARNING in the midst", log)) == log.count("in the midst") == 3
 
 
 # The data of a run
