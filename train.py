@@ -16,6 +16,7 @@ torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2
 
 import contextlib
 import logging
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -205,6 +206,7 @@ from transfertransfo.training.runs import (
     NOT_RESUMED,
     Found,
     changed_arguments,
+    check_kinds,
     divide_batch,
     find_run,
     locked,
@@ -286,6 +288,7 @@ def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path, defau
         UserError: one differs that may not.
     """
     saved = {**defaults, **read_arguments(run)}
+    check_kinds(run, saved, defaults)
     if saved.get("sharded"):
         saved |= divide_batch(saved, launched("WORLD_SIZE", 1, low=1))
     parser.set_defaults(**{name: saved[name] for name in defaults.keys() - NOT_RESUMED})
@@ -637,8 +640,8 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
     stale = 0 < args.patience <= best.validations_since
     done = stale or trainer.state.epoch >= args.n_epochs
     if done and args.resume != "auto":
-        done_by = "--patience" if stale else "--n_epochs"
-        raise UserError(f"--resume {run}: it is done; a greater {done_by} adds more")
+        ended_by = ["--patience"] * stale + ["--n_epochs"] * (trainer.state.epoch >= args.n_epochs)
+        raise UserError(f"--resume {run}: it is done; a greater {' and a greater '.join(ended_by)} adds more")
     folder = None
     if idist.get_rank() == 0:
         record = make_record(vars(args), found, saved)
@@ -656,12 +659,12 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
             trainer.run(train_loader, max_epochs=args.n_epochs)
     idist.finalize()
     if stopped:
-        logger.info("Stopped; go on with: python train.py --resume %s", folder)
+        logger.info("Stopped; go on with: python train.py --resume %s", shlex.quote(str(folder)))
         sys.exit(128 + stopped[0])
     if folder is not None and not done:
         seconds = time.monotonic() - began
         log_outcome(Outcome.of(folder), args.export, args.best_metric, exported=best.exported, seconds=seconds)
-    logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
+    logger.info("Done; chat with it: python interact.py --model_checkpoint %s", shlex.quote(str(folder)))
     return str(folder)
 
 

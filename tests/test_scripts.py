@@ -244,6 +244,9 @@ def test_a_fine_tuned_checkpoint_without_weights(complaint, model, dataset, scri
     (model / "model.safetensors").unlink()
     line = complaint(script, "--dataset_path", dataset, "--model_checkpoint", model)
     assert line == f"--model_checkpoint {model}: no weights there; train it first, with train.py"
+    (model / "checkpoint_3.pt").touch()
+    line = complaint(script, "--dataset_path", dataset, "--model_checkpoint", model)
+    assert line == f"--model_checkpoint {model}: no weights there; go on with: python train.py --resume {model}"
 
 
 # Flags

@@ -298,6 +298,19 @@ def parse_args_of(run: Run, *flags):
     return train.parse_args(["--resume", str(run.folder), *map(str, flags)])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_batch_size", "two"), ("lr", None), ("n_epochs", True), ("lora_rank", [])]
+)
+def test_an_argument_of_another_kind(ended, tmp_path, name, value):
+    """It was called a flag's fault, or ended in an exception."""
+    folder = shutil.copytree(ended.folder, tmp_path / "run")
+    arguments = folder / "training_args.json"
+    arguments.write_text(json.dumps(json.loads(arguments.read_text()) | {name: value}))
+    with pytest.raises(UserError) as complaint:
+        parse_args_of(Run(folder, ""))
+    assert str(complaint.value) == f"{arguments}: {name}: {value!r} cannot be its value"
+
+
 def test_another_number_of_processes(ended, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="the number of processes is 1 there, 2 here; go on with the same"):
@@ -466,6 +479,8 @@ def test_a_run_that_patience_ended(gpt2, tmp_path):
     assert len(run.validations) == 2 and [path.name for path in list_checkpoints(run.folder)] == ["checkpoint_1.pt"]
     with pytest.raises(UserError, match=r"it is done; a greater --patience adds more$"):
         run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 20)
+    with pytest.raises(UserError, match=r"it is done; a greater --patience and a greater --n_epochs adds more$"):
+        run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 2)
     assert len(run_training(tmp_path, gpt2, "--resume", run.folder, "--patience", 2).validations) == 3
 
 
@@ -632,6 +647,12 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
     assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
     run_training(tmp_path, gpt2, "--resume", run)
     assert crash.result(tmp_path) == crash.result(alone)
+
+
+def test_commands_that_are_told_can_be_pasted(gpt2, tmp_path):
+    """A run is named after its model, whose folder may have a blank in its name."""
+    run = run_training(tmp_path, shutil.copytree(gpt2, tmp_path / "my model"), *FLAGS, "--n_epochs", 1)
+    assert run.log.endswith(f"python interact.py --model_checkpoint '{run.folder.relative_to(tmp_path)}'\n")
 
 
 def ask_twice(number: int) -> None:

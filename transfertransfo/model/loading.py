@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -94,7 +95,11 @@ def load_model(
     folder = resolve_checkpoint(checkpoint)
     config = load_config(checkpoint)
     if not has_weights(folder) and not from_scratch:
-        raise unusable(checkpoint, "no weights there; train it first, with train.py")
+        begun = any(Path(folder).glob("checkpoint_*"))  # a run that ended before its first export
+        way = (
+            f"go on with: python train.py --resume {shlex.quote(folder)}" if begun else "train it first, with train.py"
+        )
+        raise unusable(checkpoint, f"no weights there; {way}")
     load = load_adapted if is_adapter(folder) else load_whole
     model = load(checkpoint, folder, config, device, in_shards=in_shards)
     return (model if in_shards else model.to(device)).eval()

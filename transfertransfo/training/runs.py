@@ -116,6 +116,18 @@ def read_arguments(folder: Path) -> dict:
     return arguments
 
 
+def check_kinds(folder: Path, saved: Mapping, defaults: Mapping) -> None:
+    """Check that a run's arguments are of the kinds that their defaults are.
+
+    Raises:
+        UserError: one is not.
+    """
+    kinds = {float: (float, int), type(None): (type(None), str, int, float)}
+    for name, default in defaults.items():
+        if type(saved[name]) not in kinds.get(type(default), (type(default),)):
+            raise UserError(f"{folder / ARGUMENTS}: {name}: {saved[name]!r} cannot be its value")
+
+
 def changed_arguments(saved: Mapping, flags: Mapping) -> dict[str, tuple]:
     """The arguments of a run that may not change and differ from the flags given, each as there and here.
 
