@@ -246,7 +246,7 @@ def test_a_fine_tuned_checkpoint_without_weights(complaint, model, dataset, scri
     assert line == f"--model_checkpoint {model}: no weights there; train it first, with train.py"
     (model / "checkpoint_3.pt").touch()
     line = complaint(script, "--dataset_path", dataset, "--model_checkpoint", model)
-    assert line == f"--model_checkpoint {model}: no weights there; go on with: python train.py --resume {model}"
+    assert line == f"--model_checkpoint {model}: no weights there yet; go on with train.py and --resume {model}"
 
 
 # Flags

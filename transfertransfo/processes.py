@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from transfertransfo.errors import UserError, first_line
+from transfertransfo.errors import SettingError, UserError, first_line
 
 
 def setup_distributed(device_name: str, local_rank: int, *, alone: bool = False) -> torch.device:
@@ -52,15 +52,14 @@ def check_launched() -> None:
     """Check that a launcher has said where the processes of the run find one another.
 
     Raises:
-        UserError: it has not.
+        SettingError: it has not.
     """
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "")
         if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
-            raise UserError(
-                f"LOCAL_RANK or --local_rank: given, but the environment variable {name} is {value!r}; start several"
-                " processes with torchrun, and one without these"
-            )
+            message = f"LOCAL_RANK or local_rank: given, but the environment variable {name} is {value!r}"
+            remedy = "start several processes with torchrun, and one without these"
+            raise SettingError(f"{message}; {remedy}", "local_rank")
 
 
 def finish_distributed() -> None:

@@ -95,11 +95,11 @@ def load_model(
     folder = resolve_checkpoint(checkpoint)
     config = load_config(checkpoint)
     if not has_weights(folder) and not from_scratch:
-        begun = any(Path(folder).glob("checkpoint_*"))  # a run that ended before its first export
-        way = (
-            f"go on with: python train.py --resume {shlex.quote(folder)}" if begun else "train it first, with train.py"
-        )
-        raise unusable(checkpoint, f"no weights there; {way}")
+        fault = f"model_checkpoint {checkpoint}: no weights there"
+        if any(Path(folder).glob("checkpoint_*")):  # a run that ended before its first export
+            message = f"{fault} yet; go on with train.py and resume {shlex.quote(folder)}"
+            raise SettingError(message, "model_checkpoint", "resume")
+        raise SettingError(f"{fault}; train it first, with train.py", "model_checkpoint")
     load = load_adapted if is_adapter(folder) else load_whole
     model = load(checkpoint, folder, config, device, in_shards=in_shards)
     return (model if in_shards else model.to(device)).eval()
