@@ -16,7 +16,7 @@ import platform
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transfertransfo.cli import (
     ArgumentParser,
@@ -25,6 +25,7 @@ from transfertransfo.cli import (
     add_program_flags,
     begin_section,
     check_output,
+    launched,
     number,
     run_script,
     set_seed,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from transfertransfo.data.dataset import TokenizedDataset
+
+logger = logging.getLogger(__name__)
 
 
 def __getattr__(name: str) -> type:
@@ -96,15 +99,7 @@ def run(argv: list[str] | None = None) -> dict:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
-    check_output("--report", args.report)
-    check_output("--details", args.details)
-    if args.eval_type == "selfchat" and args.backend != "native":
-        raise UserError("--eval_type selfchat: --backend native alone has it")
-    several = args.sharded or int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and args.backend != "native":
-        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
-    if several and args.eval_type == "selfchat":
-        raise UserError("--eval_type selfchat: takes one process; start it without torchrun and --sharded")
+    check_flags(args)
     # torch and transformers take seconds to load: `--help` and a wrong flag are answered without them
     from transfertransfo.model.double_heads import default_device
     from transfertransfo.processes import (
@@ -115,10 +110,12 @@ def run(argv: list[str] | None = None) -> dict:
     )
 
     with one_line_for_a_lost_process(remedy="start the evaluation anew"):
-        local_rank = int(os.environ.get("LOCAL_RANK", -1))
+        local_rank = launched("LOCAL_RANK", -1, low=-1)
         device = setup_distributed(args.device or default_device(), local_rank, alone=args.sharded)
         set_up_logging(logging.ERROR if rank() else logging.INFO)
         set_seed(args.seed)
+        if args.dict_file and args.eval_type not in ("ppl", "all"):
+            logger.warning("--dict_file: has no effect on --eval_type %s", args.eval_type)
         if args.datapath:
             use_datapath_(args)
         elif not args.dataset_path:
@@ -128,10 +125,33 @@ def run(argv: list[str] | None = None) -> dict:
         measure = measure_talks if args.eval_type == "selfchat" else measure_replies
         measured = measure(args, str(device))
         if not rank():
-            print(*measured.lines, sep="\n")
+            print(*measured.lines, sep="\n", flush=True)  # a file that is standard output too comes behind
             write_files(args, measured)
         finish_distributed()
     return measured.figures
+
+
+def check_flags(args: Namespace) -> None:
+    """Check that the flags go together, and that their files are there or can be made.
+
+    Raises:
+        UserError: they do not, or a file is not.
+    """
+    check_output("--report", args.report)
+    check_output("--details", args.details)
+    if args.report and args.details and os.path.realpath(args.report) == os.path.realpath(args.details):
+        raise UserError("--report and --details: the same file")
+    if args.datapath and args.dataset_path:
+        raise UserError("--datapath and --dataset_path: give one of the two")
+    if args.dict_file and not Path(args.dict_file).is_file():
+        raise UserError(f"--dict_file {args.dict_file}: no such file")
+    if args.eval_type == "selfchat" and args.backend != "native":
+        raise UserError("--eval_type selfchat: --backend native alone has it")
+    several = args.sharded or launched("WORLD_SIZE", 1, low=1) > 1
+    if several and args.backend != "native":
+        raise UserError(f"--backend {args.backend}: takes one process; start it without torchrun and --sharded")
+    if several and args.eval_type == "selfchat":
+        raise UserError("--eval_type selfchat: takes one process; start it without torchrun and --sharded")
 
 
 class Measured(NamedTuple):
@@ -173,8 +193,7 @@ def measure_replies(args: Namespace, device: str) -> Measured:
             lines.append(f"{who} and persona: {overlap}; copies {copies:.1%}")
     shown = [f"{names[key].removeprefix('FINAL ')} {error:.2g}" for key, error in errors.items()]
     lines.append(f"Of {len(details)} examples; standard errors: {', '.join(shown)}")
-    finite = {key: error if math.isfinite(error) else None for key, error in errors.items()}  # JSON has no NaN
-    return Measured(details, report, {"standard_errors": finite}, lines)
+    return Measured(details, report, {"standard_errors": errors}, lines)
 
 
 def measure_talks(args: Namespace, device: str) -> Measured:
@@ -206,12 +225,28 @@ def measure_talks(args: Namespace, device: str) -> Measured:
 
 
 def write_files(args: Namespace, measured: Measured) -> None:
-    """Write the files that are asked for."""
-    if args.report:
-        written = measured.figures | measured.beside | provenance(args)
-        write_output("--report", args.report, json.dumps(written, indent=2) + "\n")
-    if args.details:
-        write_output("--details", args.details, "".join(json.dumps(row) + "\n" for row in measured.details))
+    """Write the files that are asked for, the second one also where the first one cannot be.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    try:
+        if args.report:
+            written = finite(measured.figures | measured.beside | provenance(args))
+            write_output("--report", args.report, json.dumps(written, indent=2, allow_nan=False) + "\n")
+    finally:
+        if args.details:
+            lines = (json.dumps(finite(row), allow_nan=False) + "\n" for row in measured.details)
+            write_output("--details", args.details, "".join(lines))
+
+
+def finite(value: Any) -> Any:
+    """The same lists and objects, with None in the place of what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance(args: Namespace) -> dict:

@@ -124,6 +124,8 @@ def run(argv: list[str] | None = None) -> None:
         UserError: input that cannot be used.
     """
     args = parse_args(argv)
+    if args.web_token and not args.web:
+        raise UserError("--web_token: needs --web")
     if args.web:
         require("web", "gradio", "fastapi", "uvicorn", requirements="web", setting="web")
     name = args.model_checkpoint or "the model of 2019"

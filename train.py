@@ -16,7 +16,7 @@ torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2
 
 import contextlib
 import logging
-import os
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -36,6 +36,8 @@ from transfertransfo.cli import (
     add_run_flags,
     add_seed_flag,
     begin_section,
+    die_of_interrupts,
+    launched,
     number,
     run_script,
     set_seed,
@@ -118,24 +120,30 @@ def make_parser() -> ArgumentParser:
         help="divide parameters, gradients and optimizer state among the processes, instead of a copy in each",
     )
     parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch (-1 = one process)"
+        "--local_rank",
+        "--local-rank",
+        type=number(int, -1),
+        default=-1,
+        help="set by torch.distributed.launch (-1 = one process)",
     )
     add_run_flags(parser)
     add_seed_flag(parser)
     add_program_flags(parser)
 
-    parser.set_defaults(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    parser.set_defaults(world_size=launched("WORLD_SIZE", 1, low=1))
     return parser
 
 
 if __name__ == "__main__":  # what follows takes seconds to load: `--help` and a wrong flag are answered without it
-    make_parser().parse_args()
+    run_script(lambda: make_parser().parse_args())
+    die_of_interrupts()
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
 from transfertransfo.data.dataset import load_dataset, paused_collector
@@ -198,8 +206,10 @@ from transfertransfo.training.runs import (
     NOT_RESUMED,
     Found,
     changed_arguments,
+    check_kinds,
     divide_batch,
     find_run,
+    locked,
     make_record,
     open_run_folder,
     read_arguments,
@@ -231,7 +241,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Path | None]:
         run = find_run(args.resume, vars(args), defaults)
     if run:
         args = resume_args(parser, argv, run, defaults)
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    args.local_rank = launched("LOCAL_RANK", args.local_rank, low=-1)
     if args.sharded:
         check_sharded(args)
     if args.quantize:
@@ -278,8 +288,9 @@ def resume_args(parser: ArgumentParser, argv: list[str] | None, run: Path, defau
         UserError: one differs that may not.
     """
     saved = {**defaults, **read_arguments(run)}
+    check_kinds(run, saved, defaults)
     if saved.get("sharded"):
-        saved |= divide_batch(saved, int(os.environ.get("WORLD_SIZE", 1)))
+        saved |= divide_batch(saved, launched("WORLD_SIZE", 1, low=1))
     parser.set_defaults(**{name: saved[name] for name in defaults.keys() - NOT_RESUMED})
     args = parser.parse_args(argv)
     if changed := changed_arguments(saved, vars(args)):
@@ -326,7 +337,9 @@ def load_batches(
         places = right_places(content.candidates("valid"), content.texts)  # first: what it takes is given back
         valid = content.dialogs("valid", content.tokens)
     else:
-        logger.warning("%s: no valid split: nothing is validated; --valid_share holds some of train out", name)
+        void = "".join(f", {flag} has no effect" for flag in flags_of_validation(args))
+        told = "%s: no valid split: nothing is validated%s; --valid_share holds some of train out"
+        logger.warning(told, name, void)
     stop = first_share(content.count("train"), args.train_share)
     train = content.dialogs("train", content.tokens, stop=stop, num_candidates=args.num_candidates)
     on_gpu = (args.device or default_device()) != "cpu"
@@ -338,6 +351,17 @@ def load_batches(
         multiple=GPU_MULTIPLE if on_gpu else 1,
     )  # fmt: skip
     return loaders, digest
+
+
+def flags_of_validation(args: Namespace) -> list[str]:
+    """The flags that are given and do something where there is a validation alone."""
+    given = {
+        "--export best": args.export == "best",
+        "--best_metric": args.best_metric != "hits@1",
+        "--patience": args.patience,
+        "--eval_before_start": args.eval_before_start,
+    }
+    return [flag for flag, value in given.items() if value]
 
 
 def digest_of_base(args: Namespace, model: DoubleHeads, saved: Mapping) -> str:
@@ -374,6 +398,8 @@ def prepare_model(
         add_adapter_(model, tokenizer, args.lora_rank, args.model_checkpoint)
     elif args.lora_rank == 0:
         merge_adapter_(model)
+    if args.merge_lora and not rank_of(model.network):
+        logger.warning("--merge_lora: has no effect without adapters; --lora_rank trains some")
     # set where it stays as it is too: what is set is what the run folder records
     model.token_types = model.token_types if args.token_types is None else args.token_types == "on"
     if args.history_start is not None:
@@ -502,6 +528,7 @@ def attach_handlers(
             raise Diverged(f"step {trainer.state.optimizer_step}: the loss is not finite; nothing is exported")
         if folder is not None or args.sharded:
             save_model(model, folder, merge_lora=args.merge_lora)
+        to_save["best"].exported = trainer.state.epoch
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin_epoch(engine: Engine) -> None:
@@ -555,12 +582,17 @@ def train(argv: list[str] | None = None) -> str:
         UserError: input that cannot be used.
     """
     args, run = parse_args(argv)
-    saved = read_arguments(run) if run else {}
     device = setup_distributed(args.device or default_device(), args.local_rank, alone=args.sharded)
     check_same_run(run)
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
+    with locked(run if idist.get_rank() == 0 else None):
+        return train_in(run, args, device)
 
+
+def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
+    """Train in a run folder that is this process's own, or in a new one; returns it."""
+    saved = read_arguments(run) if run else {}
     model, tokenizer = prepare_model(args, run, device)
     loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
     train_loader, valid_loader, sampler, _ = loaders
@@ -608,14 +640,15 @@ def train(argv: list[str] | None = None) -> str:
     stale = 0 < args.patience <= best.validations_since
     done = stale or trainer.state.epoch >= args.n_epochs
     if done and args.resume != "auto":
-        done_by = "--patience" if stale else "--n_epochs"
-        raise UserError(f"--resume {run}: it is done; a greater {done_by} adds more")
+        ended_by = ["--patience"] * stale + ["--n_epochs"] * (trainer.state.epoch >= args.n_epochs)
+        raise UserError(f"--resume {run}: it is done; a greater {' and a greater '.join(ended_by)} adds more")
     folder = None
     if idist.get_rank() == 0:
         record = make_record(vars(args), found, saved)
         folder = open_run_folder(run, record, trainer.state, model.pretrained.config, tokenizer)
 
-    with naming_flags_that_help(args, memory):
+    log_above_bars = logging_redirect_tqdm()  # else a line begins where the bar of a terminal ends
+    with locked(None if run else folder), naming_flags_that_help(args, memory), log_above_bars:
         stopped = attach_handlers(
             args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
         )
@@ -626,11 +659,12 @@ def train(argv: list[str] | None = None) -> str:
             trainer.run(train_loader, max_epochs=args.n_epochs)
     idist.finalize()
     if stopped:
-        logger.info("Stopped; go on with: python train.py --resume %s", folder)
+        logger.info("Stopped; go on with: python train.py --resume %s", shlex.quote(str(folder)))
         sys.exit(128 + stopped[0])
     if folder is not None and not done:
-        log_outcome(Outcome.of(folder), args.export, args.best_metric, seconds=time.monotonic() - began)
-    logger.info("Done; chat with it: python interact.py --model_checkpoint %s", folder)
+        seconds = time.monotonic() - began
+        log_outcome(Outcome.of(folder), args.export, args.best_metric, exported=best.exported, seconds=seconds)
+    logger.info("Done; chat with it: python interact.py --model_checkpoint %s", shlex.quote(str(folder)))
     return str(folder)
 
 

@@ -240,6 +240,14 @@ def test_a_reader_that_leaves_ends_the_script_quietly():
     assert process.wait(timeout=20) == 1
 
 
+def test_closed_standard_streams_are_the_null_device():
+    """`script.py <&-` had no `sys.stdin` to ask for a terminal."""
+    code = "import sys\nfrom transfertransfo import cli\ndef script():\n    print(sys.stdin.read())\n    sys.exit(7)\n"
+    close = "import os; [os.close(fd) for fd in range(3)]; os.execv(sys.executable, [sys.executable, '-c', code])"
+    done = subprocess.run([sys.executable, "-c", f"import sys; code = {code + 'cli.run_script(script)'!r}; {close}"])
+    assert done.returncode == 7
+
+
 # Seeds and log
 
 

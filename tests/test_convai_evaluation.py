@@ -59,12 +59,12 @@ def evaluate(checkpoint, dataset, tmp_path):
 
     def evaluate(*argv, path: Path = dataset) -> tuple[dict, dict, list[dict]]:
         report, details = tmp_path / "report.json", tmp_path / "details.jsonl"
+        data = [] if "--datapath" in argv else ["--dataset_path", str(path)]
         returned = run(
             [
                 "--model_checkpoint",
                 str(checkpoint),
-                "--dataset_path",
-                str(path),
+                *data,
                 "--dataset_cache",
                 "",
                 "--report",
@@ -286,10 +286,13 @@ def test_one_candidate_is_a_hit_and_its_twin_too(evaluate, dataset):
     assert report["hits@1"] == 1 and details[0]["ranking"] == [0]
 
 
-def test_a_dictionary_without_the_words_gives_no_perplexity(evaluate, tmp_path):
+def test_a_dictionary_without_the_words_gives_no_perplexity(evaluate, tmp_path, capsys):
     write_word_counts(tmp_path / "dict", {"xyzzy": 1})
-    report, _, details = evaluate("--eval_type", "ppl", "--dict_file", tmp_path / "dict")
+    evaluate("--eval_type", "hits@1", "--dict_file", tmp_path / "dict")
+    assert "WARNING --dict_file: has no effect on --eval_type hits@1\n" in capsys.readouterr().err
+    report, written, details = evaluate("--eval_type", "ppl", "--dict_file", tmp_path / "dict")
     assert math.isnan(report["ppl"]) and report["scored_words"] == 0
+    assert written["ppl"] is None, "NaN is no JSON"
     assert all(p is None for row in details for _, p in row["words"])
 
 
@@ -314,9 +317,10 @@ def test_gpt2s_original_words_differ(evaluate):
 def test_input_that_cannot_be_used(evaluate, dataset, tmp_path):
     (tmp_path / "dict").write_text("word 1\n")
     for argv, message in (
-        (["--dict_file", "nowhere"], "--dict_file nowhere: No such file or directory"),
+        (["--dict_file", "nowhere"], "--dict_file nowhere: no such file"),
         (["--dict_file", tmp_path / "dict"], f"--dict_file {tmp_path}/dict: line 1 is not a word, a tab and its count"),
         (["--datapath", tmp_path / "none"], f"{tmp_path}/none/ConvAI2: no such file or folder"),
+        (["--eval_type", "f1", "--dict_file", "nowhere"], "--dict_file nowhere: no such file"),
     ):
         with pytest.raises(UserError) as error:
             evaluate("--eval_type", "ppl", *argv)
@@ -559,6 +563,30 @@ def test_the_agents_flags_are_the_scripts_and_leave_parlais_alone():
 @pytest.mark.parametrize("flag", ["--report", "--details"])
 def test_a_file_that_cannot_be_written_is_said_before_the_work(checkpoint, dataset, tmp_path, monkeypatch, flag):
     monkeypatch.setattr(native, "evaluate", lambda *_, **__: pytest.fail("evaluated first"))
-    for path in (tmp_path, tmp_path / "nowhere" / "file"):
-        with pytest.raises(UserError, match=f"^{flag} {path}: no file can be written there$"):
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "nowhere" / "file", "No such file or directory"),
+                         (Path("/proc/file"), "No such file or directory")):  # fmt: skip
+        with pytest.raises(UserError) as error:
             convai_evaluation.run(["--model", str(checkpoint), "--dataset_path", str(dataset), flag, str(path)])
+        assert str(error.value) == f"{flag} {path}: no file can be written there ({reason})"
+
+
+def test_two_datasets_are_refused(tmp_path):
+    """The one was silently taken."""
+    with pytest.raises(UserError, match=r"^--datapath and --dataset_path: give one of the two$"):
+        run(["--datapath", str(tmp_path), "--dataset_path", str(tmp_path)])
+
+
+def test_one_file_for_both_is_refused(tmp_path, monkeypatch):
+    """The details took the place of the report."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--report and --details: the same file$"):
+        run(["--report", "file", "--details", str(tmp_path / "file")])
+
+
+def test_the_details_are_written_where_the_report_cannot_be(tmp_path):
+    """The disk may have become full since it was checked."""
+    args = parse_args(["--report", str(tmp_path / "gone" / "file"), "--details", str(tmp_path / "details")])
+    measured = convai_evaluation.Measured([{"index": 0}], {}, {}, [])
+    with pytest.raises(UserError, match=r"^--report .*: No such file or directory$"):
+        convai_evaluation.write_files(args, measured)
+    assert json.loads((tmp_path / "details").read_text()) == {"index": 0}

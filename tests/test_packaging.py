@@ -17,7 +17,7 @@ SCRIPTS = {"train", "interact", "convai_evaluation", "utils", "example_entry"}
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
-    "cli": {"errors"},
+    "cli": {"errors", "files"},
     "download": {"errors", "files"},
     "processes": {"errors"},
     "data": {"errors", "files", "download"},

@@ -244,6 +244,9 @@ def test_a_fine_tuned_checkpoint_without_weights(complaint, model, dataset, scri
     (model / "model.safetensors").unlink()
     line = complaint(script, "--dataset_path", dataset, "--model_checkpoint", model)
     assert line == f"--model_checkpoint {model}: no weights there; train it first, with train.py"
+    (model / "checkpoint_3.pt").touch()
+    line = complaint(script, "--dataset_path", dataset, "--model_checkpoint", model)
+    assert line == f"--model_checkpoint {model}: no weights there yet; go on with train.py and --resume {model}"
 
 
 # Flags
@@ -282,6 +285,7 @@ def test_the_version_is_the_changelogs(script):
         ("train", ["--valid_share", "1"], "argument --valid_share: expected a number from 0 to 0.9, got '1'"),
         ("train", ["--train_batch_size", "0"], "argument --train_batch_size: expected a whole number of at least 1"),
         ("train", ["--fp16", "O9"], "argument --fp16: invalid choice: 'O9'"),
+        ("interact", ["--web_token", "12345678"], "--web_token: needs --web"),
         ("train", ["dataset.json"], "unrecognized arguments: dataset.json"),
     ],
 )
@@ -294,6 +298,26 @@ def test_a_gpu_that_is_not_there(complaint, monkeypatch, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = "argument --device: 'cuda' asked for, but torch sees no GPU here; use --device cpu"
     assert complaint(script, "--device", "cuda") == message
+
+
+@pytest.mark.parametrize("script", ["train", "convai_evaluation"])
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: expected a whole number of at least 1, got 'abc'; a launcher as torchrun"),
+        ({"LOCAL_RANK": "abc"}, "LOCAL_RANK: expected a whole number of at least -1, got 'abc'; a launcher as "),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK or --local_rank: given, but the environment variable RANK is ''; start "),
+        (
+            {"LOCAL_RANK": "0", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+            "LOCAL_RANK or --local_rank: given, but the environment variable MASTER_PORT is 'x'; start several",
+        ),
+    ],
+)
+def test_a_launcher_that_says_half(complaint, monkeypatch, script, environment, message):
+    """They were exceptions of Python's and torch's."""
+    for name, value in ({"WORLD_SIZE": "1"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert complaint(script, "--device", "cpu").startswith(message)
 
 
 # The exception behind the line
@@ -330,6 +354,21 @@ def test_the_flag_leaves_no_trace_in_the_arguments(workplace, script):
 
 
 # As the shell sees it
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_interrupt_while_a_script_is_loaded(tmp_path, script):
+    """The trainer answered it with the way that Python had taken into torch."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, f"{script}.py"], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode in (130, -signal.SIGINT) and (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_a_launcher_s_fault_is_a_line_of_the_first_look_at_the_flags_too():
+    environment = os.environ | {"WORLD_SIZE": "abc"}
+    done = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: error: WORLD_SIZE: expected a whole number")
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import add_special_tokens_
 from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.sources import load_tokenizer
-from transfertransfo.training import precision
+from transfertransfo.training import engines, precision
 from transfertransfo.training.engines import count_labels
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
 
@@ -288,7 +288,7 @@ def test_a_run_says_how_long_it_is_and_what_came_of_it(run):
     assert re.search(rf"Trained in 0 min \d+ s: loss {first:.2f} at first, {last:.2f} at last", after)
     nll = [line["nll"] for line in run.validations]
     assert f"Best nll {min(nll):.4f} at epoch {nll.index(min(nll))}, " in after
-    assert f"exported: epoch 5, the last, nll {nll[-1]:.4f}" in after
+    assert f"Exported: epoch 5, the last, nll {nll[-1]:.4f}" in after
     assert ("The last epoch is worse" in after) == (nll[-1] > min(nll))
     assert "learnt nothing" not in after
 
@@ -309,22 +309,25 @@ def test_a_run_that_learnt_nothing_says_so(base_checkpoints, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("export", "metric", "exported", "warned"),
+    ("export", "metric", "exported", "told", "warned"),
     [
-        ("last", "hits@1", "epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
-        ("best", "hits@1", "epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
-        ("best", "nll", "epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
+        ("last", "hits@1", 3, "Exported: epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
+        ("best", "hits@1", 2, "Exported: epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
+        ("best", "nll", 1, "Exported: epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
+        ("best", "nll", 2, "Exported: epoch 2, neither the best nor the last, nll 4.1000, hits@1 0.7000", False),
+        ("best", "nll", 0, "best hits@1 0.7000 at epoch 2", False),  # a run that an early version began
     ],
 )
-def test_the_epoch_that_is_exported_is_compared_with_the_best(tmp_path, caplog, export, metric, exported, warned):
+def test_the_epoch_that_is_exported_is_compared_with_the_best(tmp_path, caplog, export, metric, exported, told, warned):
     lines = [{"step": 1, "epoch": 1, "loss": 6.0}, {"step": 3, "epoch": 3, "loss": 2.0}]
     lines += [{"step": i, "epoch": i, "split": "valid", "nll": nll, "accuracy": hits}
               for i, (nll, hits) in enumerate([(9.0, 0.1), (3.99, 0.4), (4.1, 0.7), (4.33, 0.5)])]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     caplog.set_level("INFO")
-    log_outcome(Outcome.of(tmp_path), export, metric, seconds=148.2)
+    log_outcome(Outcome.of(tmp_path), export, metric, exported=exported, seconds=148.2)
     assert "Trained in 2 min 28 s: loss 6.00 at first, 2.00 at last" in caplog.text
-    assert f"Best nll 3.9900 at epoch 1, best hits@1 0.7000 at epoch 2; exported: {exported}" in caplog.text
+    assert "Best nll 3.9900 at epoch 1, best hits@1 0.7000 at epoch 2\n" in caplog.text
+    assert f"{told}\n" in caplog.text and ("Exported" in caplog.text) == bool(exported)
     assert ("best nll 3.99 at epoch 1; exported: the last, 4.33; --export best --best_metric nll" in caplog.text) == (
         warned
     )
@@ -359,13 +362,37 @@ def test_replies_leave_the_training_as_it_is(base_checkpoints, tmp_path, monkeyp
     assert with_replies.validations[0]["replies"] and not without.validations[0]["replies"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_and_log_lines_on_a_terminal(base_checkpoints, tmp_path, monkeypatch):
+    """Validation had no bar, and a line of the log began behind the bar of the steps."""
+    losses = engines.distributed_losses
+
+    def told(*args):
+        trainer.logger.warning("in the midst")
+        return losses(*args)
+
+    monkeypatch.setattr(engines, "distributed_losses", told)
+    monkeypatch.setattr("helpers.io.StringIO", Terminal)
+    log = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 1).log
+    assert "\rValidation: [1/" in log and "\r[1/" in log
+    assert len(re.findall(r"[\r\n][\d:]{8} WARNING in the midst", log)) == log.count("in the midst") == 3
+
+
 # The data of a run
 
 
 def test_without_valid_nothing_is_validated_which_is_said_once(base_checkpoints, tmp_path):
     dataset = {"train": DATASET["train"]}
-    run = run_training(tmp_path, base_checkpoints["gpt2"], "--n_epochs", 2, "--eval_before_start", dataset=dataset)
+    flags = ["--n_epochs", 2, "--eval_before_start", "--export", "best", "--patience", 3, "--merge_lora"]
+    run = run_training(tmp_path, base_checkpoints["gpt2"], *flags, dataset=dataset)
     assert run.log.count("no valid split") == 1
+    void = ", ".join(f"{flag} has no effect" for flag in ("--export best", "--patience", "--eval_before_start"))
+    assert f"nothing is validated, {void}; --valid_share holds" in run.log
+    assert "WARNING --merge_lora: has no effect without adapters" in run.log
     assert run.validations == [] and "Validation" not in run.log
     assert (run.folder / "model.safetensors").is_file()
 

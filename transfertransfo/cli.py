@@ -5,13 +5,14 @@ import logging
 import os
 import random
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transfertransfo.errors import UserError, first_line, printable, printable_lines
+from transfertransfo.files import check_writable
 
 PACKAGE, _, _ = __name__.partition(".")
 VERSION = "0.1.0"
@@ -59,6 +60,11 @@ def run_script(script: Callable[[], object]) -> None:
     Any other exception becomes a line and exit status 1. With `--debug` the traceback stands above that line, with
     those of the exceptions behind it.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell has closed it, as in `script.py <&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of `die_of_interrupts`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         script()
     except UserError as error:
@@ -73,6 +79,12 @@ def run_script(script: Callable[[], object]) -> None:
         fail(f"{where}{error.strerror or first_line(error)}")
     except Exception as error:  # a fault of this program, or of another library with what it was given
         fail(f"{type(error).__name__}: {first_line(error)} (not foreseen; --debug shows where it happened)", status=1)
+
+
+def die_of_interrupts() -> None:
+    """Have Ctrl-C end the process as it stands, without a traceback, until `run_script`: while a script is loaded."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -92,10 +104,13 @@ def check_output(flag: str, path: str | None) -> None:
     """Check that a file can be made there, if a flag gives a path: before the work that it is to hold, not after.
 
     Raises:
-        UserError: its folder is not there, or it is a folder itself.
+        UserError: none can.
     """
-    if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-        raise UserError(f"{flag} {path}: no file can be written there")
+    try:
+        if path:
+            check_writable(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: no file can be written there ({error.strerror})") from error
 
 
 def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -> Callable[[str], float]:
@@ -114,6 +129,18 @@ def number(kind: type, low: float = -float("inf"), high: float = float("inf")) -
         return value
 
     return parse
+
+
+def launched(name: str, default: int, low: int) -> int:
+    """The number that a launcher of several processes has set as an environment variable, else the default.
+
+    Raises:
+        UserError: it is no number of at least `low`.
+    """
+    try:
+        return int(number(int, low)(os.environ.get(name, str(default))))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}; a launcher as torchrun sets this environment variable") from error
 
 
 def add_data_flags(parser: ArgumentParser) -> None:

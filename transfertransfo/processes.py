@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from transfertransfo.errors import UserError, first_line
+from transfertransfo.errors import SettingError, UserError, first_line
 
 
 def setup_distributed(device_name: str, local_rank: int, *, alone: bool = False) -> torch.device:
@@ -21,7 +21,7 @@ def setup_distributed(device_name: str, local_rank: int, *, alone: bool = False)
         alone: whether to make a group of this process alone where there is no launcher, as shards need one.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: more processes than GPUs, or no launcher although there is a number.
     """
     device = torch.device(device_name)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -30,6 +30,7 @@ def setup_distributed(device_name: str, local_rank: int, *, alone: bool = False)
             own = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=own, rank=0, world_size=1)
         return device
+    check_launched()
     if device.type == "cuda":
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise UserError(f"--nproc_per_node: more processes than this machine has GPUs, {gpus}")
@@ -45,6 +46,20 @@ def setup_distributed(device_name: str, local_rank: int, *, alone: bool = False)
             rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
         )  # fmt: skip
     return device
+
+
+def check_launched() -> None:
+    """Check that a launcher has said where the processes of the run find one another.
+
+    Raises:
+        SettingError: it has not.
+    """
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
+            message = f"LOCAL_RANK or local_rank: given, but the environment variable {name} is {value!r}"
+            remedy = "start several processes with torchrun, and one without these"
+            raise SettingError(f"{message}; {remedy}", "local_rank")
 
 
 def finish_distributed() -> None:

@@ -68,3 +68,10 @@ def test_two_personas_are_needed():
     assert sorted(draw_dialogs([opened, begun_by_the_model, opened], 5, 0)) == [0, 2]
     with pytest.raises(SettingError, match="two validation dialogs"):
         draw_dialogs([opened, begun_by_the_model], 5, 0)
+
+
+def test_without_a_seed_each_draw_is_another():
+    """`--seed 0` drew the same dialogs each time."""
+    dialogs = [{"utterances": [{"history": ["hi !"]}]}] * 100
+    draws = [draw_dialogs(dialogs, 100, seed) for seed in (0, 0, 1, 1)]
+    assert draws[0] != draws[1] and draws[2] == draws[3]

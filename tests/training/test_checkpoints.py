@@ -15,7 +15,7 @@ import crash
 import numpy as np
 import pytest
 import torch
-from helpers import DATASET, Run, make_base, process_as_it_was, run_training, slow_but
+from helpers import DATASET, QUESTIONS, Run, make_base, process_as_it_was, run_training, slow_but
 from ignite.engine import Engine
 from safetensors.torch import load_file, save_file
 from tensorboardX import record_writer
@@ -94,8 +94,9 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(gpt2, alone, tmp_path, mon
     with monkeypatch.context() as patch:
         end_after(patch, owner, name, calls)
         run = start_and_kill(tmp_path, gpt2, *FLAGS)
-    for name in ("checkpoint_9.ptx.tmp", "modelx.tmp"):  # what a kill while saving leaves
-        (run / name).mkdir() if name.startswith("model") else (run / name).touch()
+    (run / f"{files.own_prefix('checkpoint_9.pt')}abc.tmp").touch()  # what a kill while saving leaves
+    for name in (f"{files.own_prefix('model')}abc.tmp", "checkpoint_9.tmp", "checkpoint_3.old.tmp"):
+        (run / name).mkdir()
     run_training(tmp_path, gpt2, *FLAGS, "--resume", "auto")
     assert crash.result(tmp_path) == crash.result(alone)
     assert not crash.leftovers(tmp_path)
@@ -238,6 +239,20 @@ def test_more_epochs(gpt2, ended, tmp_path):
     assert [line["lr"] for line in run.steps[2:]] == pytest.approx([0.03 * (1 - i / 18) for i in (7, 11, 15, 17)])
 
 
+def test_the_epoch_that_is_told_is_the_one_that_was_exported(gpt2, tmp_path):
+    """With `--export best` the best epoch was told, though the run had exported its last one before it went on."""
+    unlike = [{"history": [text], "candidates": [text]} for text in QUESTIONS]  # training goes away from it
+    dataset = {"train": DATASET["train"], "valid": [{"utterances": unlike}]}
+    flags = [*FLAGS, "--best_metric", "nll", "--gradient_accumulation_steps", 1]
+    run = run_training(tmp_path, gpt2, *flags, dataset=dataset)
+    before = (run.folder / "model.safetensors").read_bytes()
+    more = ["--resume", run.folder, "--n_epochs", 4, "--export", "best"]
+    again = run_training(tmp_path, gpt2, *more, dataset=dataset)
+    nll = [line["nll"] for line in again.validations]
+    assert nll.index(min(nll)) < 2 and (run.folder / "model.safetensors").read_bytes() == before
+    assert f"Exported: epoch 3, neither the best nor the last, nll {nll[2]:.4f}" in again.log
+
+
 # What may change
 
 
@@ -281,6 +296,19 @@ def test_a_flag_that_is_newer_than_the_run(ended, tmp_path, monkeypatch):
 
 def parse_args_of(run: Run, *flags):
     return train.parse_args(["--resume", str(run.folder), *map(str, flags)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_batch_size", "two"), ("lr", None), ("n_epochs", True), ("lora_rank", [])]
+)
+def test_an_argument_of_another_kind(ended, tmp_path, name, value):
+    """It was called a flag's fault, or ended in an exception."""
+    folder = shutil.copytree(ended.folder, tmp_path / "run")
+    arguments = folder / "training_args.json"
+    arguments.write_text(json.dumps(json.loads(arguments.read_text()) | {name: value}))
+    with pytest.raises(UserError) as complaint:
+        parse_args_of(Run(folder, ""))
+    assert str(complaint.value) == f"{arguments}: {name}: {value!r} cannot be its value"
 
 
 def test_another_number_of_processes(ended, monkeypatch):
@@ -372,6 +400,52 @@ def test_nothing_to_resume(tmp_path, monkeypatch, resume, message):
         train.train(["--resume", resume])
 
 
+def damage_figures(run: Path, number: int, line: str) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[number] = line
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "\x00\x00", "7", '{"step": 1}', '{"epoch": 1, "loss": 2.0}', '{"step": "1", "loss": 1}']
+)
+def test_figures_that_cannot_be_read(gpt2, ended, tmp_path, line):
+    """All lines behind one were dropped, and the run was said to have learnt nothing."""
+    shutil.copytree(ended.folder.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / ended.folder.name
+    damage_figures(run, 1, line)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=rf"^{run}/metrics\.jsonl line 2: no figures of a step or a validation; remove it$"
+    ):
+        run_training(tmp_path, gpt2, "--resume", run, "--n_epochs", 2)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_figures_that_a_killed_run_did_not_write_whole(gpt2, ended, tmp_path):
+    shutil.copytree(ended.folder.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / ended.folder.name
+    damage_figures(run, -1, '{"step": 2, "epo')
+    again = run_training(tmp_path, gpt2, "--resume", run, "--n_epochs", 2)
+    assert [line["step"] for line in again.steps] == [1, 2, 3, 4] and len(again.validations) == 1
+
+
+def test_a_run_folder_takes_one_process_at_a_time(gpt2, tmp_path, monkeypatch):
+    """Two of them wrote their lines and checkpoints among one another."""
+    runs = tmp_path / "runs"
+
+    def resume(*_) -> None:
+        with pytest.raises(UserError, match=rf"^--resume {runs}/\S+: another process trains in it$"):
+            train.train(["--resume", *map(str, runs.iterdir())])
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Best, "update", resume)
+        run = start_and_kill(tmp_path, gpt2, *FLAGS)
+        assert start_and_kill(tmp_path, gpt2, "--resume", run) == run
+    run_training(tmp_path, gpt2, "--resume", run)
+
+
 def test_a_run_that_is_done(gpt2, ended):
     """A launcher that restarts a job in its last instant is content; who asks for more than there is, is told."""
     top, before = ended.folder.parent.parent, crash.result(ended.folder.parent.parent)
@@ -405,6 +479,8 @@ def test_a_run_that_patience_ended(gpt2, tmp_path):
     assert len(run.validations) == 2 and [path.name for path in list_checkpoints(run.folder)] == ["checkpoint_1.pt"]
     with pytest.raises(UserError, match=r"it is done; a greater --patience adds more$"):
         run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 20)
+    with pytest.raises(UserError, match=r"it is done; a greater --patience and a greater --n_epochs adds more$"):
+        run_training(tmp_path, gpt2, "--resume", run.folder, "--n_epochs", 2)
     assert len(run_training(tmp_path, gpt2, "--resume", run.folder, "--patience", 2).validations) == 3
 
 
@@ -571,6 +647,12 @@ def test_a_signal_saves_once_and_says_how_to_go_on(gpt2, alone, tmp_path, monkey
     assert said[-1] == f"Stopped; go on with: python train.py --resume {run.relative_to(tmp_path)}"
     run_training(tmp_path, gpt2, "--resume", run)
     assert crash.result(tmp_path) == crash.result(alone)
+
+
+def test_commands_that_are_told_can_be_pasted(gpt2, tmp_path):
+    """A run is named after its model, whose folder may have a blank in its name."""
+    run = run_training(tmp_path, shutil.copytree(gpt2, tmp_path / "my model"), *FLAGS, "--n_epochs", 1)
+    assert run.log.endswith(f"python interact.py --model_checkpoint '{run.folder.relative_to(tmp_path)}'\n")
 
 
 def ask_twice(number: int) -> None:

@@ -25,7 +25,7 @@ class Talk(NamedTuple):
 
 
 def draw_dialogs(dialogs: Sequence[dict], count: int, seed: int) -> list[int]:
-    """Places of so many dialogs, or of all, in which the partner speaks first.
+    """Places of so many dialogs, or of all, in which the partner speaks first, drawn by a seed (0 = anew each time).
 
     Raises:
         SettingError: there are fewer than two, which two personas need.
@@ -34,7 +34,7 @@ def draw_dialogs(dialogs: Sequence[dict], count: int, seed: int) -> list[int]:
     if len(fit) < 2:
         message = "eval_type selfchat: needs at least two validation dialogs in which the partner speaks first"
         raise SettingError(message, "eval_type")
-    return random.Random(seed).sample(fit, min(max(count, 2), len(fit)))
+    return random.Random(seed or None).sample(fit, min(max(count, 2), len(fit)))
 
 
 def selfchat(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers.utils import find_adapter_config_file
 from transfertransfo.data.sources import recorded
 from transfertransfo.data.tokenization import knows_dialog_tokens
 from transfertransfo.errors import SettingError, UserError, first_line
-from transfertransfo.files import TEMPORARY, move_into_place
+from transfertransfo.files import TEMPORARY, move_into_place, own_prefix
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_special_tokens_,
@@ -94,7 +95,11 @@ def load_model(
     folder = resolve_checkpoint(checkpoint)
     config = load_config(checkpoint)
     if not has_weights(folder) and not from_scratch:
-        raise unusable(checkpoint, "no weights there; train it first, with train.py")
+        fault = f"model_checkpoint {checkpoint}: no weights there"
+        if any(Path(folder).glob("checkpoint_*")):  # a run that ended before its first export
+            message = f"{fault} yet; go on with train.py and resume {shlex.quote(folder)}"
+            raise SettingError(message, "model_checkpoint", "resume")
+        raise SettingError(f"{fault}; train it first, with train.py", "model_checkpoint")
     load = load_adapted if is_adapter(folder) else load_whole
     model = load(checkpoint, folder, config, device, in_shards=in_shards)
     return (model if in_shards else model.to(device)).eval()
@@ -507,7 +512,7 @@ def save_model(model: DoubleHeads, folder: Path | None, *, merge_lora: bool = Fa
         if gathered is not None:  # buffers may be infinite, as the bounds in Gemma 4's towers
             values = {name: gathered[name] for name in values.keys() & gathered.keys()}
         check_finite(values.items())
-        with tempfile.TemporaryDirectory(dir=folder, prefix="model", suffix=TEMPORARY) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=own_prefix("model"), suffix=TEMPORARY) as temporary:
             model.pretrained.config.save_pretrained(temporary)
             if generation := getattr(model.pretrained, "generation_config", None):
                 generation.save_pretrained(temporary)
@@ -545,7 +550,8 @@ def move_export(temporary: Path, folder: Path) -> None:
     files = {file.name: file.name for file in temporary.iterdir() if file != index}
     if index.exists():
         content = json.loads(index.read_text())
-        files |= {name: f"{temporary.stem}-{name}" for name in set(content["weight_map"].values())}
+        export = "model" + temporary.stem.rpartition(".")[2]
+        files |= {name: f"{export}-{name}" for name in set(content["weight_map"].values())}
         content["weight_map"] = {key: files[name] for key, name in content["weight_map"].items()}
         index.write_text(json.dumps(content, indent=2) + "\n")
     for name, final in files.items():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = r"checkpoint_\d+(\.old)?"  # names, before `TEMPORARY`, of folders that are written or removed
 STATE = "state.pt"  # in the folder of a checkpoint in shards: all that is no shard
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
@@ -132,18 +133,20 @@ class Shards:
 
 
 class Best:
-    """The best validation so far.
+    """The best validation so far, and the epoch that was exported.
 
     Attributes:
         metric: decides which validation is better: `hits@1` or `nll`.
         value: of the best validation, the greater the better (None = there was none).
         validations_since: number of validations since the best one.
+        exported: the epoch whose weights the run folder has (0 = none, or not known: of an early version).
     """
 
     def __init__(self, metric: str):
         self.metric = metric
         self.value: float | None = None
         self.validations_since = 0
+        self.exported = 0
 
     def update(self, metrics: Mapping[str, float]) -> bool:
         """Count a validation; returns whether it is the best yet. `nll` is better the lower, `hits@1` the higher."""
@@ -156,10 +159,11 @@ class Best:
         return better
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "since": self.validations_since}
+        return {"value": self.value, "since": self.validations_since, "exported": self.exported}
 
     def load_state_dict(self, state: dict) -> None:
         self.value, self.validations_since = state["value"], state["since"]
+        self.exported = state.get("exported", 0)
 
 
 def save_checkpoint(folder: Path | None, trainer: "Engine", to_save: Mapping, *, n_saved: int) -> None:

@@ -208,6 +208,7 @@ def attach_figures(
     bar = ProgressBar(persist=True, disable=None)  # None = only on a terminal
     shown = ("loss", "lr")
     bar.attach(trainer, output_transform=lambda _: {k: v for k, v in trainer.state.metrics.items() if k in shown})
+    ProgressBar(desc="Validation", persist=False, disable=None).attach(evaluator)
 
 
 def attach_checkpoints(

@@ -109,24 +109,31 @@ def log_plan(plan: Plan) -> None:
     )  # fmt: skip
 
 
-def log_outcome(outcome: Outcome, export: str, best_metric: str, *, seconds: float) -> None:
+def log_outcome(outcome: Outcome, export: str, best_metric: str, *, exported: int, seconds: float) -> None:
     """Say what a run came to, and warn where its last epoch is not its best, or where it learnt nothing.
 
     Args:
-        export: which epoch was exported, "last" or "best".
+        export: which epoch was to be exported, "last" or "best".
         best_metric: what makes an epoch the best, "nll" or "hits@1".
+        exported: the epoch that was. It is neither where a run goes on with another `export` (0 = not known).
     """
     minutes = f"{int(seconds) // 60} min {int(seconds) % 60} s"
     if outcome.losses:
         logger.info("Trained in %s: loss %.2f at first, %.2f at last", minutes, outcome.losses[0], outcome.losses[-1])
     if outcome.nll:
         lowest, most, last = outcome.lowest_nll, outcome.most_hits, max(outcome.nll)
-        exported = last if export == "last" else lowest if best_metric == "nll" else most
+        best = lowest if best_metric == "nll" else most
         logger.info(
-            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d; exported: epoch %d, %s, nll %.4f, hits@1 %.4f",
-            outcome.nll[lowest], lowest, outcome.hits[most], most, exported,
-            "the last" if exported == last else "the best", outcome.nll[exported], outcome.hits[exported],
-        )  # fmt: skip
+            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d",
+            outcome.nll[lowest],
+            lowest,
+            outcome.hits[most],
+            most,
+        )
+        if exported in outcome.nll:
+            name = {best: "the best", last: "the last"}.get(exported, "neither the best nor the last")
+            nll, hits = outcome.nll[exported], outcome.hits[exported]
+            logger.info("Exported: epoch %d, %s, nll %.4f, hits@1 %.4f", exported, name, nll, hits)
         if export == "last" and outcome.nll[last] > outcome.nll[lowest]:
             logger.warning(
                 "The last epoch is worse than the best: best nll %.2f at epoch %d; exported: the last, %.2f;"

@@ -1,20 +1,26 @@
 """A run folder: its arguments and figures, finding it, opening it."""
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
 from transfertransfo.errors import SettingError, UserError, first_line
 from transfertransfo.files import remove_leftovers, write_atomically
-from transfertransfo.training.checkpoints import list_checkpoints
+from transfertransfo.training.checkpoints import UNFINISHED, list_checkpoints
 
 if TYPE_CHECKING:
     from ignite.engine import State
@@ -110,6 +116,18 @@ def read_arguments(folder: Path) -> dict:
     return arguments
 
 
+def check_kinds(folder: Path, saved: Mapping, defaults: Mapping) -> None:
+    """Check that a run's arguments are of the kinds that their defaults are.
+
+    Raises:
+        UserError: one is not.
+    """
+    kinds = {float: (float, int), type(None): (type(None), str, int, float)}
+    for name, default in defaults.items():
+        if type(saved[name]) not in kinds.get(type(default), (type(default),)):
+            raise UserError(f"{folder / ARGUMENTS}: {name}: {saved[name]!r} cannot be its value")
+
+
 def changed_arguments(saved: Mapping, flags: Mapping) -> dict[str, tuple]:
     """The arguments of a run that may not change and differ from the flags given, each as there and here.
 
@@ -136,6 +154,30 @@ def divide_batch(saved: Mapping, world_size: int) -> dict[str, int]:
     return {"world_size": world_size, "train_batch_size": examples // world_size}
 
 
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keep other processes from training in a run folder (None = do not) until the block, or this process, ends.
+
+    The lock is on the folder itself, so that nothing is left in it. Where a disk has no such locks none is held.
+
+    Raises:
+        SettingError: another process trains in it.
+    """
+    if folder is None or fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SettingError(f"resume {folder}: another process trains in it", "resume") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_run_folder(
     folder: Path | None,
     record: Mapping,
@@ -150,18 +192,20 @@ def open_run_folder(
         state: the trainer's, as the checkpoint has it.
 
     Raises:
-        UserError: it cannot be written to. Of a new run nothing is left then.
+        UserError: it cannot be written to, or its figures cannot be read. Of a new run nothing is left then.
     """
     resumed = folder is not None
     folder = folder or Path(make_logdir(record["model_checkpoint"]))
     logger.info("Run folder: %s, with the arguments in %s", folder, ARGUMENTS)
     try:
-        remove_leftovers(folder)
+        remove_leftovers(folder, UNFINISHED)
         cut_metrics(folder, state)
         write_atomically(folder / ARGUMENTS, json.dumps(record, indent=2) + "\n")
         if not resumed:  # not written again: a run that is killed meanwhile would have none
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises no OSError, but Exception itself
         if not resumed:
             shutil.rmtree(folder, ignore_errors=True)  # nothing has been trained
@@ -174,19 +218,30 @@ def cut_metrics(folder: Path, state: "State") -> None:
 
     Args:
         state: the trainer's, as the checkpoint has it.
+
+    Raises:
+        UserError: a line before the last one cannot be read. The last one need not have been written whole.
     """
     path = folder / METRICS
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    write_atomically(path, "".join(itertools.takewhile(lambda line: _is_before(line, state), lines)))
+    lines = path.read_bytes().splitlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if not _is_before(line, state):
+                break
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number}: no figures of a step or a validation; remove it") from error
+        kept.append(line + b"\n")
+    write_atomically(path, b"".join(kept))
 
 
-def _is_before(line: str, state: "State") -> bool:
-    try:
-        figures = json.loads(line)
-    except ValueError:  # the last line, if it was not written whole
-        return False
+def _is_before(line: bytes, state: "State") -> bool:
+    figures = json.loads(line)
+    float(figures["nll" if "split" in figures else "loss"])  # as the outcome reads it
     # an epoch's validation may follow its last step after forwards that await the next one
     return figures["step"] <= state.optimizer_step and ("split" not in figures or figures["epoch"] <= state.epoch)
 
