@@ -159,6 +159,7 @@ from transfertransfo.data.sources import recorded_dataset
 from transfertransfo.data.tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, make_chat_template
 from transfertransfo.evaluation.metrics import right_places
 from transfertransfo.evaluation.samples import choose_turns, reply_to_turns
+from transfertransfo.model.checks import check_step
 from transfertransfo.model.double_heads import (
     DoubleHeads,
     add_adapter_,
@@ -172,10 +173,11 @@ from transfertransfo.model.double_heads import (
     halve_frozen_,
     merge_adapter_,
 )
-from transfertransfo.model.loading import check_step, into_shards_, load_model, save_model
+from transfertransfo.model.loading import into_shards_, load_model
 from transfertransfo.model.lora import is_adapter, rank_of
 from transfertransfo.model.packing import use_eager_attention_
 from transfertransfo.model.quantization import quantize_
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import files_digest, load_tokenizer
 from transfertransfo.processes import one_line_for_a_lost_process, one_process_first, setup_distributed
 from transfertransfo.training.checkpoints import (

@@ -37,8 +37,9 @@ from train import GPU_MULTIPLE  # noqa: E402
 from transfertransfo.cli import ArgumentParser, number, run_script  # noqa: E402
 from transfertransfo.data.inputs import Example  # noqa: E402
 from transfertransfo.model.double_heads import DoubleHeads, add_adapter_, compile_blocks_, halve_frozen_  # noqa: E402
-from transfertransfo.model.loading import load_model, save_model  # noqa: E402
+from transfertransfo.model.loading import load_model  # noqa: E402
 from transfertransfo.model.quantization import Linear4bit, quantize_, quantized_layers  # noqa: E402
+from transfertransfo.model.saving import save_model  # noqa: E402
 from transfertransfo.training.memory import estimate_memory  # noqa: E402
 
 TOLERANCE = {"": 1e-4, "bf16": 3e-2, "O1": 5e-3}  # of a loss, relative; half precisions keep 8 and 11 bits

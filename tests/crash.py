@@ -32,7 +32,8 @@ from ignite.engine import Events  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
 
 import train  # noqa: E402
-from transfertransfo.model.loading import load_model, save_model  # noqa: E402
+from transfertransfo.model.loading import load_model  # noqa: E402
+from transfertransfo.model.saving import save_model  # noqa: E402
 from transfertransfo.training.engines import StepEvents  # noqa: E402
 
 PHASES = ("saving", "training", "validating")  # the first is that of a single kill

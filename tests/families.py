@@ -31,7 +31,8 @@ from transfertransfo.data.trees import pack  # noqa: E402
 from transfertransfo.decoding import Context, Decoding, generate  # noqa: E402
 from transfertransfo.errors import UserError  # noqa: E402
 from transfertransfo.model.double_heads import DoubleHeads  # noqa: E402
-from transfertransfo.model.loading import load_finetuned, load_model, save_model  # noqa: E402
+from transfertransfo.model.loading import load_finetuned, load_model  # noqa: E402
+from transfertransfo.model.saving import save_model  # noqa: E402
 
 TABLE = ROOT / "docs" / "models.md"
 BEGIN, END = "| family | ", "\n\n"

@@ -35,7 +35,8 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from transfertransfo.decoding import Context, Decoding, generate  # noqa: E402
 from transfertransfo.errors import UserError  # noqa: E402
 from transfertransfo.model.double_heads import add_adapter_, add_special_tokens_  # noqa: E402
-from transfertransfo.model.loading import load_finetuned, load_model, save_model  # noqa: E402
+from transfertransfo.model.loading import load_finetuned, load_model  # noqa: E402
+from transfertransfo.model.saving import save_model  # noqa: E402
 from transfertransfo.model.sources import load_tokenizer  # noqa: E402
 
 MAX_SECONDS, MAX_BYTES = 10, 2 * 10**9  # of a processor; of memory

@@ -28,7 +28,8 @@ from transfertransfo.cli import run_script
 from transfertransfo.decoding import Decoding
 from transfertransfo.evaluation import samples
 from transfertransfo.model.double_heads import DoubleHeads, add_adapter_, add_special_tokens_
-from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 ROOT = Path(__file__).parent.parent

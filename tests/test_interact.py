@@ -35,7 +35,8 @@ from transfertransfo.data.sources import recorded_dataset
 from transfertransfo.data.tokenization import SPECIAL_TOKENS, knows_dialog_tokens, tokenize
 from transfertransfo.decoding import Decoding, sample_sequence
 from transfertransfo.errors import UserError
-from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.loading import load_finetuned, load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.ranking import score_candidates
 

@@ -288,7 +288,7 @@ def test_a_run_says_how_long_it_is_and_what_came_of_it(run):
     assert re.search(rf"Trained in 0 min \d+ s: loss {first:.2f} at first, {last:.2f} at last", after)
     nll = [line["nll"] for line in run.validations]
     assert f"Best nll {min(nll):.4f} at epoch {nll.index(min(nll))}, " in after
-    assert f"Exported: epoch 5, the last, nll {nll[-1]:.4f}" in after
+    assert f"exported: epoch 5, the last, nll {nll[-1]:.4f}" in after
     assert ("The last epoch is worse" in after) == (nll[-1] > min(nll))
     assert "learnt nothing" not in after
 
@@ -311,10 +311,10 @@ def test_a_run_that_learnt_nothing_says_so(base_checkpoints, tmp_path, flags):
 @pytest.mark.parametrize(
     ("export", "metric", "exported", "told", "warned"),
     [
-        ("last", "hits@1", 3, "Exported: epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
-        ("best", "hits@1", 2, "Exported: epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
-        ("best", "nll", 1, "Exported: epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
-        ("best", "nll", 2, "Exported: epoch 2, neither the best nor the last, nll 4.1000, hits@1 0.7000", False),
+        ("last", "hits@1", 3, "exported: epoch 3, the last, nll 4.3300, hits@1 0.5000", True),
+        ("best", "hits@1", 2, "exported: epoch 2, the best, nll 4.1000, hits@1 0.7000", False),
+        ("best", "nll", 1, "exported: epoch 1, the best, nll 3.9900, hits@1 0.4000", False),
+        ("best", "nll", 2, "exported: epoch 2, neither the best nor the last, nll 4.1000, hits@1 0.7000", False),
         ("best", "nll", 0, "best hits@1 0.7000 at epoch 2", False),  # a run that an early version began
     ],
 )
@@ -326,8 +326,8 @@ def test_the_epoch_that_is_exported_is_compared_with_the_best(tmp_path, caplog, 
     caplog.set_level("INFO")
     log_outcome(Outcome.of(tmp_path), export, metric, exported=exported, seconds=148.2)
     assert "Trained in 2 min 28 s: loss 6.00 at first, 2.00 at last" in caplog.text
-    assert "Best nll 3.9900 at epoch 1, best hits@1 0.7000 at epoch 2\n" in caplog.text
-    assert f"{told}\n" in caplog.text and ("Exported" in caplog.text) == bool(exported)
+    assert "Best nll 3.9900 at epoch 1, best hits@1 0.7000 at epoch 2" in caplog.text
+    assert f"{told}\n" in caplog.text and ("; exported: epoch" in caplog.text) == bool(exported)
     assert ("best nll 3.99 at epoch 1; exported: the last, 4.33; --export best --best_metric nll" in caplog.text) == (
         warned
     )

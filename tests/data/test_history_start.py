@@ -8,7 +8,8 @@ from transfertransfo.data.trees import pack
 from transfertransfo.decoding import Decoding, generate
 from transfertransfo.errors import UserError
 from transfertransfo.evaluation.evaluator import Turn, rank_candidates
-from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.saving import save_model
 
 PERSONAS = [[], [[5, 6]], [[5, 6, 7], [8, 9]]]
 HISTORY = [[10, 11], [12], [13, 14, 15]]

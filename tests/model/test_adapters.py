@@ -26,7 +26,8 @@ from transfertransfo.model.double_heads import (
     freeze_unread_,
     halve_frozen_,
 )
-from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.loading import load_finetuned, load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 pytest.importorskip("peft", reason="needs requirements/extra.txt")

@@ -21,6 +21,7 @@ from transfertransfo.data.inputs import (
 )
 from transfertransfo.data.trees import pack
 from transfertransfo.errors import UserError
+from transfertransfo.model.checks import SHORTEST
 from transfertransfo.model.double_heads import (
     add_special_tokens_,
     enable_gradient_checkpointing_,
@@ -28,8 +29,9 @@ from transfertransfo.model.double_heads import (
     has_bfloat16_units,
     prepare_bfloat16,
 )
-from transfertransfo.model.loading import SHORTEST, load_model, save_model
+from transfertransfo.model.loading import load_model
 from transfertransfo.model.packing import use_eager_attention_
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 PADDED_CLASSES = {

@@ -20,7 +20,8 @@ from transfertransfo.data.inputs import (
 )
 from transfertransfo.data.trees import Batch, pack
 from transfertransfo.model.double_heads import DoubleHeads, add_special_tokens_
-from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 START = 40  # of the history, where it has one: beyond the longest persona

@@ -19,8 +19,9 @@ from transfertransfo.data.tokenization import tokenize
 from transfertransfo.errors import UserError
 from transfertransfo.model.double_heads import DoubleHeads
 from transfertransfo.model.heads import double_heads_class
-from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.loading import load_finetuned, load_model
 from transfertransfo.model.packing import check_packing_
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 

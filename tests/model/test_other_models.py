@@ -24,7 +24,8 @@ from transfertransfo.errors import SettingError, UserError, in_flags, require
 from transfertransfo.evaluation.evaluator import LabelScorer
 from transfertransfo.evaluation.metrics import split_words
 from transfertransfo.model.double_heads import add_special_tokens_
-from transfertransfo.model.loading import load_finetuned, load_model, save_model
+from transfertransfo.model.loading import load_finetuned, load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 from transfertransfo.training.checkpoints import list_checkpoints
 

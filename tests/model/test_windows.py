@@ -10,7 +10,8 @@ from transfertransfo.data.trees import pack
 from transfertransfo.decoding import Context, Decoding, candidate_replies
 from transfertransfo.model.cache import CachedRows, PrefixCache
 from transfertransfo.model.double_heads import DoubleHeads, add_special_tokens_
-from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 FAMILIES = {"mistral": "model", "gemma2": "layer type", "gemma3_text": "layer type", "gpt_oss": "layer type"}

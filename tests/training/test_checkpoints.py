@@ -24,7 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 import train
 from transfertransfo import files
 from transfertransfo.errors import UserError
-from transfertransfo.model import loading as model
+from transfertransfo.model import saving
 from transfertransfo.model.loading import load_model
 from transfertransfo.model.sources import files_digest
 from transfertransfo.training import checkpoints, engines, handlers
@@ -250,7 +250,7 @@ def test_the_epoch_that_is_told_is_the_one_that_was_exported(gpt2, tmp_path):
     again = run_training(tmp_path, gpt2, *more, dataset=dataset)
     nll = [line["nll"] for line in again.validations]
     assert nll.index(min(nll)) < 2 and (run.folder / "model.safetensors").read_bytes() == before
-    assert f"Exported: epoch 3, neither the best nor the last, nll {nll[2]:.4f}" in again.log
+    assert f"exported: epoch 3, neither the best nor the last, nll {nll[2]:.4f}" in again.log
 
 
 # What may change
@@ -553,7 +553,7 @@ def test_no_room_for_the_first_files(gpt2, tmp_path, monkeypatch, owner, name, m
 
 @pytest.mark.parametrize(("owner", "name", "what"), [
     (handlers, "open", "metrics.jsonl"), (record_writer.os, "fsync", r"events\..*"),
-    (model, "move_into_place", "model.safetensors"),
+    (saving, "move_into_place", "model.safetensors"),
 ])  # fmt: skip
 def test_no_room_in_the_middle_of_a_run(gpt2, tmp_path, alone, monkeypatch, owner, name, what):
     """It ends with one line, and is resumed as one that was killed."""

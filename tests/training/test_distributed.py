@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from test_readme import commands
 
 from train import train
-from transfertransfo.model.loading import load_model, save_model
+from transfertransfo.model.loading import load_model
+from transfertransfo.model.saving import save_model
 from transfertransfo.model.sources import load_tokenizer
 
 PLACES = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"],

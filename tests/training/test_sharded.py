@@ -18,7 +18,7 @@ from convai_evaluation import run as evaluate
 from interact import run as chat
 from train import train
 from transfertransfo.errors import UserError
-from transfertransfo.model import loading
+from transfertransfo.model import saving
 from transfertransfo.model.loading import into_shards_, load_model
 from transfertransfo.model.sharding import blocks_of
 from transfertransfo.processes import rank, setup_distributed
@@ -144,7 +144,7 @@ def test_processes_share_a_mean_over_tokens(bases, tmp_path, flags):
 @pytest.mark.slow
 def test_a_run_folder_of_shards_is_a_checkpoint(bases, tmp_path, monkeypatch):
     """For transformers, the chat and the evaluation, whole or by two processes; here its weights are several files."""
-    monkeypatch.setattr(loading, "LARGEST_FILE", "20KB")
+    monkeypatch.setattr(saving, "LARGEST_FILE", "20KB")
     flags = ["--n_epochs", 2, "--gradient_accumulation_steps", 1, "--fp16", "bf16"]
     run = train_sharded(2, tmp_path / "cwd", bases["gpt2"], *flags)
     index = json.loads((run / "model.safetensors.index.json").read_text())

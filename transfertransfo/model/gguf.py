@@ -52,7 +52,7 @@ def load_gguf(
     """The model of a GGUF file in float32, and what `check` says of it. What the file lacks is random.
 
     Args:
-        check: is given a model and what transformers found amiss in the file (`loading.check_fit`). It raises an error
+        check: is given a model and what transformers found amiss in the file (`checks.check_fit`). It raises an error
             where the weights are not to be used.
     """
     kept = kept_copy(file)

@@ -123,17 +123,15 @@ def log_outcome(outcome: Outcome, export: str, best_metric: str, *, exported: in
     if outcome.nll:
         lowest, most, last = outcome.lowest_nll, outcome.most_hits, max(outcome.nll)
         best = lowest if best_metric == "nll" else most
-        logger.info(
-            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d",
-            outcome.nll[lowest],
-            lowest,
-            outcome.hits[most],
-            most,
-        )
+        told = ""
         if exported in outcome.nll:
             name = {best: "the best", last: "the last"}.get(exported, "neither the best nor the last")
-            nll, hits = outcome.nll[exported], outcome.hits[exported]
-            logger.info("Exported: epoch %d, %s, nll %.4f, hits@1 %.4f", exported, name, nll, hits)
+            told = f"; exported: epoch {exported}, {name}"
+            told += f", nll {outcome.nll[exported]:.4f}, hits@1 {outcome.hits[exported]:.4f}"
+        logger.info(
+            "Best nll %.4f at epoch %d, best hits@1 %.4f at epoch %d%s",
+            outcome.nll[lowest], lowest, outcome.hits[most], most, told,
+        )  # fmt: skip
         if export == "last" and outcome.nll[last] > outcome.nll[lowest]:
             logger.warning(
                 "The last epoch is worse than the best: best nll %.2f at epoch %d; exported: the last, %.2f;"
