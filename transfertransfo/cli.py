@@ -207,7 +207,12 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     begin_section(parser, "replies")
     parser.add_argument("--no_sample", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--max_length", type=number(int, 1), default=20, help="longest reply, in tokens")
-    parser.add_argument("--min_length", type=number(int, 0), default=1, help="shortest reply, in tokens")
+    parser.add_argument(
+        "--min_length",
+        type=number(int, 0),
+        default=1,
+        help="shortest reply, in tokens, where top_k and top_p leave a word to go on with",
+    )
     parser.add_argument(
         "--temperature",
         type=number(float, 1e-6),
