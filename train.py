@@ -20,7 +20,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from itertools import chain
@@ -203,7 +203,7 @@ from transfertransfo.training.handlers import (
 from transfertransfo.training.loaders import Loaders, first_share, make_loaders
 from transfertransfo.training.memory import estimate_memory, free_memory, largest_batch
 from transfertransfo.training.outcome import Outcome, Plan, log_outcome, log_plan
-from transfertransfo.training.precision import make_precision
+from transfertransfo.training.precision import Precision, make_precision
 from transfertransfo.training.runs import (
     NOT_RESUMED,
     Found,
@@ -502,15 +502,53 @@ def log_size(model: DoubleHeads) -> None:
     logger.info("Model: %s, %d parameters%s", model.pretrained.config.model_type, parameters, share)
 
 
+def make_plan(args: Namespace, sampler: BucketSampler) -> Plan:
+    return Plan(
+        n_examples=int(sampler.counts.sum()), n_batches=len(sampler), n_epochs=args.n_epochs,
+        micro_steps=args.gradient_accumulation_steps, batch_size=args.train_batch_size * idist.get_world_size(),
+        lr=args.lr,
+    )  # fmt: skip
+
+
+def training_state(args: Namespace, model: DoubleHeads, trainer: Engine, precision: Precision, best: Best) -> dict:
+    """What checkpoints hold, by name."""
+    frozen = not rank_of(model.network)  # else the base model has them
+    tensors: dict[str, Any]
+    if args.sharded:
+        tensors = {"shards": Shards(model, precision.optimizer, frozen)}
+    else:
+        tensors = {"model": TrainedParameters(model.pretrained, frozen), "optimizer": precision.optimizer}
+    return {"trainer": trainer} | tensors | {"precision": precision, "best": best, "random": RandomState()}
+
+
+def is_done(args: Namespace, run: Path | None, trainer: Engine, best: Best) -> bool:
+    """Whether a run to resume is at its end already, as one that a launcher has restarted there may be.
+
+    Raises:
+        UserError: it is, and who named it wants more.
+    """
+    ends = {
+        "--patience": 0 < args.patience <= best.validations_since,
+        "--n_epochs": trainer.state.epoch >= args.n_epochs,
+    }
+    ended_by = [f"a greater {flag}" for flag, ended in ends.items() if ended]
+    if ended_by and args.resume != "auto":
+        raise UserError(f"--resume {run}: it is done; {' and '.join(ended_by)} adds more")
+    return bool(ended_by)
+
+
 def attach_handlers(
     args: Namespace,
-    log_every: int,
-    folder: Path | None,
     trainer: Engine,
     evaluator: Engine,
     model: DoubleHeads,
     tokenizer: PreTrainedTokenizerBase,
-    to_save: dict,
+    *,
+    folder: Path | None,
+    log_every: int,
+    precision: Precision,
+    best: Best,
+    save: Callable[[], None],
     sampler: BucketSampler,
     valid_loader: DataLoader | None,
 ) -> list[int]:
@@ -518,7 +556,9 @@ def attach_handlers(
 
     Args:
         folder: the run folder, None on the processes that do not write.
-        to_save: the training state, which checkpoints hold.
+        log_every: steps between two lines of figures.
+        best: is told of validations and exports.
+        save: writes a checkpoint.
 
     Returns:
         A list in which the signal that stopped the run will stand.
@@ -530,7 +570,7 @@ def attach_handlers(
             raise Diverged(f"step {trainer.state.optimizer_step}: the loss is not finite; nothing is exported")
         if folder is not None or args.sharded:
             save_model(model, folder, merge_lora=args.merge_lora)
-        to_save["best"].exported = trainer.state.epoch
+        best.exported = trainer.state.epoch
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin_epoch(engine: Engine) -> None:
@@ -538,26 +578,26 @@ def attach_handlers(
         sampler.set_epoch(engine.state.epoch, done)
 
     def make_replies(turns: list[Example]) -> list[dict[str, str]]:
-        with to_save["precision"].autocast():
+        with precision.autocast():
             return reply_to_turns(model, tokenizer, turns)
 
     if valid_loader is not None and (folder is not None or args.sharded):  # of shards no process computes alone
         trees: Any = valid_loader.dataset  # torch knows no sequence
         attach_replies(evaluator, partial(make_replies, choose_turns([*chain(*trees)])))
     attach_figures(
-        trainer, evaluator, to_save["precision"], folder, log_every=log_every, batch_size=args.train_batch_size,
+        trainer, evaluator, precision, folder, log_every=log_every, batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )  # fmt: skip
     if valid_loader is not None:
         attach_validation(
-            trainer, evaluator, valid_loader, to_save["best"], export_best=export if args.export == "best" else None,
+            trainer, evaluator, valid_loader, best, export_best=export if args.export == "best" else None,
             patience=args.patience, before_start=args.eval_before_start,
         )  # fmt: skip
     if args.export == "last" or valid_loader is None:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, export)
     return attach_checkpoints(
-        trainer, partial(save_checkpoint, folder, trainer, to_save, n_saved=args.n_saved), n_epochs=args.n_epochs,
-        save_every=args.save_every, gradient_accumulation_steps=args.gradient_accumulation_steps,
+        trainer, save, n_epochs=args.n_epochs, save_every=args.save_every,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
     )  # fmt: skip
 
 
@@ -603,12 +643,7 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
     base = digest_of_base(args, model, saved)
     if saved.get("base_digest", base) != base:
         raise UserError(f"--resume: {args.model_checkpoint} is not the model that the run began with; start a new run")
-    optimisation = make_optimisation(args)
-    plan = Plan(
-        n_examples=int(sampler.counts.sum()), n_batches=len(sampler), n_epochs=args.n_epochs,
-        micro_steps=args.gradient_accumulation_steps, batch_size=args.train_batch_size * idist.get_world_size(),
-        lr=args.lr,
-    )  # fmt: skip
+    plan = make_plan(args, sampler)
     found = Found(
         gpt_tokenization=tokenizer.init_kwargs.get("gpt_tokenization"),
         history_start=model.history_start,
@@ -625,25 +660,15 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
     copied = idist.get_world_size() > 1 and not args.sharded
     distributed = DistributedDataParallel(model) if copied else model
     count_ahead = sampler.count_labels if args.token_mean else None
-    trainer = create_trainer(distributed, precision, optimisation, device, count_ahead)
+    trainer = create_trainer(distributed, precision, make_optimisation(args), device, count_ahead)
     evaluator = create_evaluator(model, precision, device)
     best = Best(args.best_metric)
-    frozen = not rank_of(model.network)
-    tensors: dict[str, Any]
-    if args.sharded:
-        tensors = {"shards": Shards(model, precision.optimizer, frozen)}
-    else:
-        tensors = {"model": TrainedParameters(model.pretrained, frozen), "optimizer": precision.optimizer}
-    to_save = {"trainer": trainer} | tensors | {"precision": precision, "best": best, "random": RandomState()}
+    state = training_state(args, model, trainer, precision, best)
     set_seed(args.seed and (args.seed + idist.get_rank()) % 2**32)  # each process drops out units of its own
     if run:
-        load_checkpoint(run, to_save)
+        load_checkpoint(run, state)
         trainer.state.max_epochs = args.n_epochs
-    stale = 0 < args.patience <= best.validations_since
-    done = stale or trainer.state.epoch >= args.n_epochs
-    if done and args.resume != "auto":
-        ended_by = ["--patience"] * stale + ["--n_epochs"] * (trainer.state.epoch >= args.n_epochs)
-        raise UserError(f"--resume {run}: it is done; a greater {' and a greater '.join(ended_by)} adds more")
+    done = is_done(args, run, trainer, best)
     folder = None
     if idist.get_rank() == 0:
         record = make_record(vars(args), found, saved)
@@ -652,12 +677,14 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
     log_above_bars = logging_redirect_tqdm()  # else a line begins where the bar of a terminal ends
     with locked(None if run else folder), naming_flags_that_help(args, memory), log_above_bars:
         stopped = attach_handlers(
-            args, found.log_every, folder, trainer, evaluator, model, tokenizer, to_save, sampler, valid_loader
-        )
+            args, trainer, evaluator, model, tokenizer, folder=folder, log_every=found.log_every, precision=precision,
+            best=best, save=partial(save_checkpoint, folder, trainer, state, n_saved=args.n_saved), sampler=sampler,
+            valid_loader=valid_loader,
+        )  # fmt: skip
         log_plan(plan)
         model.train()
         began = time.monotonic()
-        if not done:  # else a launcher has restarted a run at its very end
+        if not done:
             trainer.run(train_loader, max_epochs=args.n_epochs)
     idist.finalize()
     if stopped:
