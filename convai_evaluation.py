@@ -155,7 +155,7 @@ def check_flags(args: Namespace) -> None:
 
 
 class Measured(NamedTuple):
-    """What an evaluation has found."""
+    """The results of an evaluation."""
 
     details: list[dict]  # of each example, or talk
     figures: dict
@@ -197,7 +197,7 @@ def measure_replies(args: Namespace, device: str) -> Measured:
 
 
 def measure_talks(args: Namespace, device: str) -> Measured:
-    """What the model's talks with itself suffer from, and people's beside."""
+    """How often the model's talks with itself repeat and echo, and people's beside."""
     from transfertransfo.decoding import Decoding
     from transfertransfo.evaluation.selfchat import measure, selfchat
     from transfertransfo.model.loading import load_finetuned
@@ -250,7 +250,7 @@ def finite(value: Any) -> Any:
 
 
 def provenance(args: Namespace) -> dict:
-    """What the figures are of: model, dataset, seed, versions and all flags."""
+    """Model, dataset, seed, versions and all flags: the figures' origin."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     return {
         "model": args.model_checkpoint or "the model of 2019",
@@ -302,7 +302,7 @@ def evaluate_natively(args: Namespace, device: str) -> tuple[list[dict], dict]:
 
 
 def evaluate_in_backend(args: Namespace) -> tuple[list[dict], dict]:
-    """The same in ParlAI, which loads the model in an agent of its own, by the same flags."""
+    """Each example's results, and the figures, by ParlAI, which loads the model in an agent of its own."""
     from transfertransfo.evaluation.native import word_counts
     from transfertransfo.evaluation.parlai_backend import check_installed, evaluate_in_parlai
     from transfertransfo.model.sources import download_pretrained_model, load_tokenizer

@@ -367,9 +367,9 @@ def flags_of_validation(args: Namespace) -> list[str]:
 
 
 def digest_of_base(args: Namespace, model: DoubleHeads, saved: Mapping) -> str:
-    """What tells the model that a run began with from others.
+    """Fingerprint of the run's base model.
 
-    A run without adapters needs it no more: it is asked for only where it is another path than there.
+    A resumed run without adapters does not read that model. Its files are hashed only where the path has changed.
     """
     if rank_of(model.network):
         return base_digest(model)
@@ -387,7 +387,7 @@ def prepare_model(
     """The model that is to be trained and its tokenizer, with the dialog tokens.
 
     Args:
-        run: the run folder to resume; of a run with adapters it has not the weights beside them.
+        run: the run folder to resume. With adapters it holds these alone.
     """
     source = args.model_checkpoint if args.lora_rank else run or args.model_checkpoint
     tokenizer = load_tokenizer(source, args.gpt_tokenization)
@@ -402,7 +402,7 @@ def prepare_model(
         merge_adapter_(model)
     if args.merge_lora and not rank_of(model.network):
         logger.warning("--merge_lora: has no effect without adapters; --lora_rank trains some")
-    # set where it stays as it is too: what is set is what the run folder records
+    # set even if unchanged: the run folder records only what is set
     model.token_types = model.token_types if args.token_types is None else args.token_types == "on"
     if args.history_start is not None:
         model.history_start = args.history_start
@@ -427,7 +427,7 @@ def place_model(args: Namespace, model: DoubleHeads, tokenizer: PreTrainedTokeni
         check_prepared(args, model)
     if args.compile:
         compile_blocks_(model)
-    share_weights_(model)  # before a half precision copies them: --seed 0 draws others in each process
+    share_weights_(model)  # before half precision copies them: with --seed 0 each process has drawn its own
     if args.sharded:
         into_shards_(model, args.model_checkpoint, device, bf16=args.fp16 == "bf16")
     if args.freeze_embeddings or rank_of(model.network):
@@ -511,7 +511,7 @@ def make_plan(args: Namespace, sampler: BucketSampler) -> Plan:
 
 
 def training_state(args: Namespace, model: DoubleHeads, trainer: Engine, precision: Precision, best: Best) -> dict:
-    """What checkpoints hold, by name."""
+    """The parts of a checkpoint, by name."""
     frozen = not rank_of(model.network)  # else the base model has them
     tensors: dict[str, Any]
     if args.sharded:

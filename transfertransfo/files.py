@@ -81,7 +81,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 
 def own_prefix(name: str) -> str:
-    """What begins the name of a temporary file or folder of this process, for `remove_abandoned`."""
+    """The beginning of the name of a temporary file or folder of this process, for `remove_abandoned`."""
     return f"{name}.{os.getpid()}-{_machine()}."
 
 

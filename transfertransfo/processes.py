@@ -85,7 +85,7 @@ def cpu_group() -> torch.distributed.ProcessGroup | None:
 
 
 def gather(item: Any) -> list:
-    """What each process has given, in the order of their numbers."""
+    """The values that the processes have given, in the order of their numbers."""
     items = [item] * n_processes()
     if len(items) > 1:
         torch.distributed.all_gather_object(items, item, cpu_group())

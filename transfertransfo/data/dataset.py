@@ -237,7 +237,7 @@ def load_dataset(
 def _tokenized_arrays(
     tokenizer: PreTrainedTokenizerBase, files: Files, skip_bad_dialogs: bool
 ) -> dict[str, np.ndarray]:
-    """What a cache file holds: ragged arrays `name` with `name.ends`, all of small integers."""
+    """The content of a cache file: ragged arrays `name` with `name.ends`, all of small integers."""
     logger.info("Reading and tokenising %s", ", ".join(map(str, files)))
     number: dict[str, int] = {}  # text -> its place among the distinct ones
     arrays = {}

@@ -1,4 +1,4 @@
-"""What a dataset file is, and the unchecked dialogs in it.
+"""The format of a dataset file, and the unchecked dialogs in it.
 
 A file is recognised by its content, plain or compressed (.gz, .xz), in UTF-8 or, with a byte-order mark, UTF-16:
 
@@ -234,7 +234,7 @@ def decode(data: bytes, line: int = 1) -> str:
 
 
 def _encoding(data: bytes) -> str:
-    """What text that is no UTF-8 may be."""
+    """The encodings that text which is no UTF-8 may have."""
     if data.count(0) > len(data) // 4:
         return "UTF-16 without its byte-order mark"
     runs = re.findall(rb"[\x80-\xff][\x40-\xff]*", data)
@@ -347,7 +347,7 @@ def _header(line: str, delimiter: str) -> list[str]:
 
 
 def _delimiter(start: bytes) -> str | None:
-    """What parts the fields of a CSV file's first line; None where these are none of a record's."""
+    """The delimiter of a CSV file's first line; None where its fields are none of a record's."""
     line = start.partition(b"\n")[0].decode(errors="replace")
     return next((mark for mark in "\t,;" if is_record(dict.fromkeys(_header(line, mark), "["))), None)
 

@@ -1,4 +1,4 @@
-"""What the readers of every dataset format share: texts held once, faults and notes, and how a value is called."""
+"""Common to the readers of all dataset formats: texts held once, faults and notes, and how a value is called."""
 
 import re
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ Lines = Iterable[tuple[int, str, str]]  # number, text, and the fault of one tha
 
 
 def kind(value: object) -> str:
-    """What a JSON value is, as messages call it."""
+    """The kind of a JSON value, as messages call it."""
     return KINDS.get(type(value), "a number")
 
 

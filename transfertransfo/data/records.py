@@ -132,7 +132,7 @@ def is_record(value: object) -> bool:
 
 
 def another_format(record: dict) -> str | None:
-    """What a record is that is none of a dialog, with the way out."""
+    """The layout of a record that is no dialog, with the way out; None of others."""
     if "utterances" in record:
         return None
     names = record.keys()

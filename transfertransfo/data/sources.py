@@ -1,4 +1,4 @@
-"""What a `dataset_path` stands for: the files of a dataset, each with its split.
+"""A `dataset_path` -> the files of a dataset, each with its split.
 
 The split of a file is said by its name (`valid.jsonl`, `my-data_dev.csv`), else by its folder's (`validation/`), else
 it is train. Files of a folder are the parts of one split where their names differ in numbers alone; ConvAI2's variants

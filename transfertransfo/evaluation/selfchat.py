@@ -18,7 +18,7 @@ EXCHANGES = 8  # of a chat, about as many as PersonaChat's dialogs have
 
 
 class Talk(NamedTuple):
-    """What two speakers say in turn. The first line opens the talk, the others are replies."""
+    """Lines of two speakers in turn. The first one opens the talk, the others are replies."""
 
     personas: tuple[list[str], list[str]]  # of the speaker who opens and of the other one; [] where it is not known
     turns: list[str]
@@ -82,7 +82,7 @@ def selfchat(
 
 
 def measure(talks: Sequence[Talk]) -> dict[str, float]:
-    """What talks suffer from, over all their replies. The opening lines are none.
+    """How often talks repeat and echo, and what they take from personas, over all replies. Opening lines are none.
 
     "repeated": share of replies that say over again an earlier one of the same speaker, word for word. "repeats": share
     that have four words in a row in common with an earlier one. "echoes": share that have so with an earlier turn of

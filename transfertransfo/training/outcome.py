@@ -44,7 +44,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the lines of a run's `metrics.jsonl` say.
+    """Losses and validations of a run, from its `metrics.jsonl`.
 
     Attributes:
         losses: of the logged steps.
