@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import hashlib
 import io
 import lzma
 import os
@@ -27,7 +26,6 @@ from transfertransfo.download import cache_folder, extract, fetch, is_url
 from transfertransfo.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB, so that a cut comes after several chunks
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 WAYS_OUT = (
     "; give a local file or folder instead, or use the embedded example:"
     " --dataset_path example/personachat.json --model_checkpoint example/model"
@@ -497,21 +495,6 @@ def test_a_certificate_that_is_not_accepted_is_said(tls_server, caplog):
     message = refusal(fetch, tls_server.root + "/data.json")
     assert "(the server's certificate is not accepted: self" in message and message.endswith(WAYS_OUT)
     assert tls_server.seen == [] and "trying again" not in caplog.text
-
-
-def test_the_checksum_is_compared(server, cache):
-    url = server.root + "/data.json"
-    message = refusal(fetch, url, "0" * 64)
-    assert SHA256 in message and "0" * 64 in message and left_in(cache) == []
-    assert fetch(url, SHA256).read_bytes() == CONTENT
-
-
-def test_a_cached_file_with_another_checksum_is_fetched_again(server):
-    url = server.root + "/data.json"
-    path = fetch(url, SHA256)
-    assert fetch(url, SHA256) == path and len(server.seen) == 1
-    path.write_bytes(b"damaged")
-    assert fetch(url, SHA256).read_bytes() == CONTENT and len(server.seen) == 2
 
 
 def test_a_cache_folder_that_cannot_be_used_is_said(server, cache):

@@ -81,12 +81,11 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
-def fetch(url: str, sha256: str | None = None) -> Path:
+def fetch(url: str) -> Path:
     """The URL's content as a local file: from the cache folder, or downloaded into it.
 
     Args:
         url: an http or https address; https is never left on the way.
-        sha256: the content's expected checksum, in lower-case hexadecimal.
 
     Raises:
         UserError: the download failed; names the URL, the reason and the ways out.
@@ -96,11 +95,11 @@ def fetch(url: str, sha256: str | None = None) -> Path:
     name = re.sub(r"[^\w.-]+", "_", re.split(r"[?#]", shown)[0].rstrip("/").split("/")[-1], flags=re.ASCII)
     path = cache_folder() / f"{_short_hash(url)}-{name[-80:]}"
     try:
-        if not _is_cached(path, shown, sha256):  # asked before the lock, so that a read-only cache serves too
+        if not _is_cached(path, shown):  # asked before the lock, so that a read-only cache serves too
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                if not _is_cached(path, shown, sha256):  # another process may have fetched it meanwhile
-                    _download(url, shown, path, sha256)
+                if not _is_cached(path, shown):  # another process may have fetched it meanwhile
+                    _download(url, shown, path)
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # requests' own errors are OSErrors
         raise UserError(f"cannot download {shown} ({_reason(error)}); {WAYS_OUT}") from error
     return path
@@ -110,19 +109,14 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def _is_cached(path: Path, shown: str, sha256: str | None) -> bool:
-    if not path.is_file() or (sha256 and _sha256(path) != sha256):
+def _is_cached(path: Path, shown: str) -> bool:
+    if not path.is_file():
         return False
     logger.info("%s: using the copy in the cache, %s", shown, path)
     return True
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _download(url: str, shown: str, path: Path, sha256: str | None) -> None:
+def _download(url: str, shown: str, path: Path) -> None:
     """Download to a temporary folder beside `path`, and rename the file when it is whole."""
     logger.info("downloading %s", shown)
     with _part_folder(path.parent) as folder, requests.Session() as session:
@@ -133,8 +127,6 @@ def _download(url: str, shown: str, path: Path, sha256: str | None) -> None:
         part.touch(mode=0o600)
         with part.open("wb") as file:
             _transfer_with_retries(session, url, shown, file)
-        if sha256 and (found := _sha256(part)) != sha256:
-            raise ValueError(f"the content's SHA-256 is {found}, expected {sha256}")
         os.replace(part, path)
 
 

@@ -559,24 +559,24 @@ def test_distractors_come_from_the_dialogs_that_are_asked_for_alone(gpt, tmp_pat
         loaded = load_dataset(gpt, path, stem if cached else "")
         assert loaded.count("train") == 26
         whole = loaded.dialogs("train", loaded.texts)
-        for start, stop in ((0, 20), (20, None), (20, 26), (0, 2)):
-            some = loaded.dialogs("train", loaded.texts, start, stop)
+        for stop in (20, 26, None, 2):
+            some = loaded.dialogs("train", loaded.texts, stop)
             replies = [{utterance["candidates"][-1] for utterance in dialog["utterances"]} for dialog in some]
             assert replies == [
-                {utterance["candidates"][-1] for utterance in dialog["utterances"]} for dialog in whole[start:stop]
+                {utterance["candidates"][-1] for utterance in dialog["utterances"]} for dialog in whole[:stop]
             ]
             for dialog, own in zip(some, replies):
                 for utterance in dialog["utterances"]:
                     assert {*utterance["candidates"][:-1]} <= set().union(*replies) - own
                     assert len(utterance["candidates"]) == min(19, 3 * (len(some) - 1)) + 1
-            numbers = loaded.dialogs("train", [*range(len(loaded.texts))], start, stop)
+            numbers = loaded.dialogs("train", [*range(len(loaded.texts))], stop)
             texts = [[[loaded.texts[i] for i in u["candidates"]] for u in d["utterances"]] for d in numbers]
             assert texts == [[u["candidates"] for u in d["utterances"]] for d in some], "the same for tokens and texts"
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.75])
 def test_dialogs_held_out_are_the_validation_split(gpt, tmp_path, share):
-    """In training and in the evaluation alike; their distractors are drawn as for the last dialogs of train."""
+    """In training and in the evaluation alike; their distractors are drawn as if each side were a dataset by itself."""
     dialogs = [{"personality": ["i am ."] * (i % 3), "utterances": [{"reply": f"{a} {b} .", "history": ["hi"] * i}
                 for b in "xyz"[: 1 + i % 3]]} for i, a in enumerate("abcdefgh")]  # fmt: skip
     path = tmp_path / "train.json"
@@ -586,9 +586,12 @@ def test_dialogs_held_out_are_the_validation_split(gpt, tmp_path, share):
     parted = whole.hold_out(share)
     assert (whole.splits, parted.splits) == (["train"], ["train", "valid"])
     assert (parted.count("train"), parted.count("valid")) == (left, len(dialogs) - left)
-    for sentences in (whole.texts, whole.tokens):
-        assert parted.dialogs("train", sentences) == whole.dialogs("train", sentences, stop=left)
-        assert parted.dialogs("valid", sentences) == whole.dialogs("train", sentences, start=left)
+    for split, part in (("train", dialogs[:left]), ("valid", dialogs[left:])):
+        path.write_text(json.dumps({"train": part}))
+        alone = load_dataset(gpt, path, "")
+        for sentences in ("texts", "tokens"):
+            own, want = (getattr(dataset, sentences) for dataset in (parted, alone))
+            assert parted.dialogs(split, own) == alone.dialogs("train", want)
     with pytest.raises(UserError, match="too few dialogs"):
         whole.hold_out(0.95)
 
@@ -611,9 +614,9 @@ def test_the_last_candidates_alone_are_kept(gpt, tmp_path, num_candidates):
     path = tmp_path / "train.json"
     path.write_text(json.dumps({"train": dialogs}))
     loaded = load_dataset(gpt, path, "")
-    for start, stop in ((0, None), (1, 3)):
-        want = loaded.dialogs("train", loaded.texts, start, stop)
+    for stop in (None, 3):
+        want = loaded.dialogs("train", loaded.texts, stop)
         assert all(len(u["candidates"]) > 1 for dialog in want for u in dialog["utterances"])
         for utterance in (u for dialog in want for u in dialog["utterances"]):
             utterance["candidates"] = utterance["candidates"][-num_candidates:]
-        assert loaded.dialogs("train", loaded.texts, start, stop, num_candidates) == want
+        assert loaded.dialogs("train", loaded.texts, stop, num_candidates) == want

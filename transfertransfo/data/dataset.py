@@ -108,19 +108,17 @@ class TokenizedDataset:
         return (np.count_nonzero(tokens == token) + empty.sum()) / max(1, len(tokens) + empty.sum())
 
     @paused_collector()
-    def dialogs(
-        self, split: str, sentences: list, start: int = 0, stop: int | None = None, num_candidates: int = 0
-    ) -> list[dict]:
+    def dialogs(self, split: str, sentences: list, stop: int | None = None, num_candidates: int = 0) -> list[dict]:
         """Dialogs of a split, each sentence taken from `sentences`: `self.texts` or `self.tokens`.
 
         Args:
-            start, stop: the dialogs to give. Distractors are drawn from these alone, where an utterance has none.
+            stop: so many of the first dialogs; None = all. Distractors are drawn from these alone, where an utterance
+                has none.
             num_candidates: the last candidates kept, gold included; 0 = all.
         """
-        turns = self._arrays[f"{split}.turns"]
-        first, turns = int(turns[:start].sum()), turns[start:stop].tolist()
-        candidates = self.candidates(split, start, stop, num_candidates)
-        history = self._lists(f"{split}.history", first, first + len(candidates))
+        turns = self._arrays[f"{split}.turns"][:stop].tolist()
+        candidates = self.candidates(split, stop, num_candidates)
+        history = self._lists(f"{split}.history", len(candidates))
         utterances = (
             {
                 "candidates": [sentences[i] for i in row],
@@ -133,18 +131,14 @@ class TokenizedDataset:
                 "personality": [sentences[i] for i in personality],
                 "utterances": list(itertools.islice(utterances, count)),
             }
-            for personality, count in zip(self._lists(f"{split}.personality", start, stop), turns)
+            for personality, count in zip(self._lists(f"{split}.personality", stop), turns)
         ]
 
-    def candidates(
-        self, split: str, start: int = 0, stop: int | None = None, num_candidates: int = 0
-    ) -> list[list[int]]:
+    def candidates(self, split: str, stop: int | None = None, num_candidates: int = 0) -> list[list[int]]:
         """The candidates of each utterance as numbers of sentences, the gold one last; arguments as of `dialogs`."""
-        turns = self._arrays[f"{split}.turns"]
-        first, turns = int(turns[:start].sum()), turns[start:stop]
-        last = first + int(turns.sum())
+        turns = self._arrays[f"{split}.turns"][:stop]
         # of two one shows that there are distractors
-        rows = list(self._lists(f"{split}.candidates", first, last, num_candidates and max(2, num_candidates)))
+        rows = list(self._lists(f"{split}.candidates", int(turns.sum()), num_candidates and max(2, num_candidates)))
         golds = [row[-1] for row in rows]
         for place, drawn in draw_distractors(golds, list(map(len, rows)), turns.tolist()).items():
             rows[place] = drawn + rows[place]
@@ -177,12 +171,13 @@ class TokenizedDataset:
         """The dialogs of each split, as `dialogs` gives them."""
         return {split: self.dialogs(split, sentences) for split in self.splits}
 
-    def _lists(self, name: str, start: int = 0, stop: int | None = None, last: int = 0) -> Iterator[list[int]]:
-        """Rows `start` to `stop` of a ragged array, or the last elements of each, so many; 0 = all."""
-        ends = np.append(0, self._arrays[f"{name}.ends"])[start : None if stop is None else stop + 1]
-        values, counts = self._arrays[name][ends[0] : ends[-1]], np.diff(ends)
+    def _lists(self, name: str, stop: int | None = None, last: int = 0) -> Iterator[list[int]]:
+        """The first rows of a ragged array, None = all; of each the last elements, so many; 0 = all."""
+        ends = self._arrays[f"{name}.ends"][:stop]
+        counts = np.diff(ends, prepend=0)
+        values = self._arrays[name][: counts.sum()]
         if last:
-            after = np.repeat(ends[1:] - ends[0], counts) - np.arange(len(values))  # 1 for a row's last element
+            after = np.repeat(ends, counts) - np.arange(len(values))  # 1 for a row's last element
             values, counts = values[after <= last], counts.clip(max=last)
         numbers = np.arange(values.max(initial=-1) + 1).astype(object)  # one int each, not one an occurrence
         kept = numbers[values].tolist()  # a slice of a list is made faster than a list of a slice
@@ -247,14 +242,17 @@ def _tokenized_arrays(
         arrays[f"{name}.ends"] = np.cumsum([len(row) for row in rows], dtype=np.int64)
         arrays[name] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
 
-    splits = read_dialogs(files, skip_bad_dialogs, with_distractors=False)
-    warn_of_overlap(splits)
-    for split, dialogs in splits.items():
+    def add_split(split: str, dialogs: list[dict]) -> None:
         utterances = [utterance for dialog in dialogs for utterance in dialog["utterances"]]
         arrays[f"{split}.turns"] = np.array([len(dialog["utterances"]) for dialog in dialogs], dtype=np.int32)
         for name, holders in (("personality", dialogs), ("candidates", utterances), ("history", utterances)):
             rows = ([number.setdefault(text, len(number)) for text in holder[name]] for holder in holders)
             add(f"{split}.{name}", rows)
+
+    splits = read_dialogs(files, skip_bad_dialogs, with_distractors=False)
+    warn_of_overlap(splits)
+    for split in [*splits]:
+        add_split(split, splits.pop(split))  # given back at once: tokenising takes memory too
     texts = [text.encode() for text in number]
     arrays["texts"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
     arrays["texts.ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
