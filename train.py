@@ -15,6 +15,7 @@ torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps 4 --lm_coef 2
 """
 
 import contextlib
+import gc
 import logging
 import shlex
 import sys
@@ -629,11 +630,21 @@ def train(argv: list[str] | None = None) -> str:
     set_up_logging(logging.INFO if idist.get_rank() == 0 else logging.ERROR)
     set_seed(args.seed)
     with locked(run if idist.get_rank() == 0 else None):
-        return train_in(run, args, device)
+        folder, stopped = train_in(run, args, device)
+    # trainer and model hold the group of processes, whose threads must end before Python does: else they abort it
+    gc.collect()
+    idist.finalize()
+    if stopped:
+        sys.exit(128 + stopped)
+    return folder
 
 
-def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
-    """Train in a run folder that is this process's own, or in a new one; returns it."""
+def train_in(run: Path | None, args: Namespace, device: torch.device) -> tuple[str, int]:
+    """Train in a run folder that is this process's own, or in a new one.
+
+    Returns:
+        The folder, and the signal that stopped the run (0 = none).
+    """
     saved = read_arguments(run) if run else {}
     model, tokenizer = prepare_model(args, run, device)
     loaders, digest = load_batches(args, tokenizer, model.n_positions, model.history_start, saved.get("dataset_digest"))
@@ -686,15 +697,14 @@ def train_in(run: Path | None, args: Namespace, device: torch.device) -> str:
         began = time.monotonic()
         if not done:
             trainer.run(train_loader, max_epochs=args.n_epochs)
-    idist.finalize()
     if stopped:
         logger.info("Stopped; go on with: python train.py --resume %s", shlex.quote(str(folder)))
-        sys.exit(128 + stopped[0])
+        return str(folder), stopped[0]
     if folder is not None and not done:
         seconds = time.monotonic() - began
         log_outcome(Outcome.of(folder), args.export, args.best_metric, exported=best.exported, seconds=seconds)
     logger.info("Done; chat with it: python interact.py --model_checkpoint %s", shlex.quote(str(folder)))
-    return str(folder)
+    return str(folder), 0
 
 
 if __name__ == "__main__":
