@@ -168,7 +168,7 @@ def test_the_heads_say_what_they_prefer(run_script, checkpoints, example_json, t
     ("contradictions.py", ["a", "--count", "0"],
      "contradictions.py: error: argument --count: expected a whole number of at least 1, got '0'\n"),
     ("compare.py", ["a", "--questions", "q", "--html", "no/x.html"],
-     "compare.py: error: --html no/x.html: no file can be written there\n"),
+     "compare.py: error: --html no/x.html: no file can be written there (No such file or directory)\n"),
     ("ship.py", [".", "f"], "ship.py: error: .: no model.safetensors or adapter_model.safetensors there\n"),
     ("whole_dialogs.py", ["none.json", "f"], "whole_dialogs.py: error: none.json: no such file or folder\n"),
     ("both_sides.py", ["none.json", "f"], "both_sides.py: error: none.json: no such file or folder\n"),

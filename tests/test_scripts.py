@@ -106,7 +106,8 @@ def with_utterance(utterance: object) -> dict:
         ([[DIALOG]], "train dialog 1: expected an object, got a list"),
         (
             {"test": [DIALOG]},
-            'expected a list of dialogs, or an object with "train" or "valid", got an object with test',
+            'expected a list of dialogs, or an object with "train" or "valid", got an object with test:'
+            " rename test to train",
         ),
         ({"train": [DIALOG, {"personality": []}]}, "train dialog 2: no utterances"),
         ({"train": [DIALOG, {"utterances": []}]}, "train dialog 2: no utterances"),
