@@ -28,7 +28,12 @@ def agreement(replies: list[list[int]]) -> list[float]:
 
 def best_first(replies: list[list[int]], scores: list[float]) -> list[list[int]]:
     """The replies by score, the greatest first. Replies of equal score keep their order."""
-    return [replies[i] for i in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)]
+    return [replies[i] for i in descending(scores)]
+
+
+def descending(scores: Sequence[float]) -> list[int]:
+    """Indices of scores, the greatest first. Equal ones keep their order."""
+    return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
 
 
 @torch.inference_mode()

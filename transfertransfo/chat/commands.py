@@ -17,7 +17,7 @@ from transfertransfo.data.inputs import Example
 from transfertransfo.decoding import LEAST, check_room, fit_context
 from transfertransfo.errors import SettingError, UserError, printable
 from transfertransfo.files import write_atomically
-from transfertransfo.ranking import score_candidates
+from transfertransfo.ranking import descending, score_candidates
 
 
 def answer(chat: Chat, line: str) -> str | Generator[str]:
@@ -206,7 +206,7 @@ def show_candidates(chat: Chat, rest: str) -> str:
     context = fit_context(chat.model, chat.context(before, last.heard), chat.decoding.max_length)
     example = Example(context.persona, context.history, last.candidates)
     (scores,) = score_candidates(chat.model, chat.tokenizer, [example])
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    order = descending(scores)
     lines = [f"{' ' if i else '*'} {scores[i]:8.3f}  {chat.text_of(last.candidates[i])}" for i in order]
     if len(scores) == 1:
         lines.append("(one reply only: /set num_samples 8 gives more to choose from)")

@@ -20,6 +20,7 @@ from transfertransfo.chat.conversation import unicode_of
 from transfertransfo.chat.server import Endpoint, Guard
 from transfertransfo.chat.sharing import MOST_CHARACTERS, SharedChat, check_limits
 from transfertransfo.errors import UserError, in_flags
+from transfertransfo.ranking import descending
 
 MORE = 4  # candidates drawn at a press of the button
 SESSIONS = 256  # visitors' chats kept at once
@@ -128,7 +129,7 @@ def show_reply(chat: SharedChat, turn: int, *, opened: bool) -> str:
     except UserError:  # too many are waiting
         weighed = []
     rows = []
-    for i in sorted(range(len(weighed)), key=lambda i: -weighed[i].score):
+    for i in descending([each.score for each in weighed]):
         text = escape(chat.text_of(exchange.candidates[i]).strip() or "(nothing)")
         button = (
             f'<button data-turn="{turn}" data-candidate="{i}" aria-pressed="{str(i == 0).lower()}"'
